@@ -1,0 +1,33 @@
+"""Training-data attribution and developmental interpretability by pure functions on PyTorch."""
+
+from influence.func import fold, similarity
+from influence.func.blocks import as_blocks, split_heads
+from influence.func.functionalize import functionalize
+from influence.func.layout import Heads
+from influence.func.normalize import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
+from influence.func.per_example import explain, per_example_grads, per_example_grads_fn
+from influence.func.per_token import per_token_grads
+from influence.func.project import down_project, project
+from influence.func.transform import Transform, chain
+
+__all__ = [
+    "Factored",
+    "Heads",
+    "Moments",
+    "Transform",
+    "as_blocks",
+    "chain",
+    "down_project",
+    "explain",
+    "fold",
+    "functionalize",
+    "per_example_grads",
+    "per_example_grads_fn",
+    "per_token_grads",
+    "project",
+    "scale_by_adafactor",
+    "scale_by_adam",
+    "similarity",
+    "split_heads",
+    "unit_norm",
+]

@@ -1,0 +1,74 @@
+"""Where the example axis of a tensor is: found by comparing two runs of different batch size, never assumed."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """The axis of a tensor along which examples lie.
+
+    Attributes:
+        dim: the dimension.
+        flat: whether it holds `n · k` entries, examples merged with something else (positions, heads).
+        inner: whether in such a merged axis the example is the fast index, `(k n)`; otherwise `(n k)`.
+    """
+
+    dim: int
+    flat: bool = False
+    inner: bool = False
+
+    def split(self, x: Shaped[Tensor, "..."], n: int) -> Shaped[Tensor, "n ..."]:
+        """Return `x` with the example axis in front and its own place kept, of size 1 or `k`: `n` batches of one."""
+        if not self.flat:
+            return x.movedim(self.dim, 0).unsqueeze(self.dim + 1)
+        k = x.shape[self.dim] // n
+        if self.inner:
+            return x.unflatten(self.dim, (k, n)).movedim(self.dim + 1, 0)
+        return x.unflatten(self.dim, (n, k)).movedim(self.dim, 0)
+
+
+class Signature(NamedTuple):
+    """What is remembered of a tensor: its shape, and along each long axis the sum over the others."""
+
+    shape: tuple[int, ...]
+    sums: dict[int, Tensor]
+
+
+def signature(x: Tensor, n: int) -> Signature:
+    """Return the signature of a tensor seen at batch size `n`."""
+    shape = tuple(x.shape)
+    merged = [dim for dim, size in enumerate(shape) if size > n and size % n == 0]
+    if not merged or x.numel() == 0:
+        return Signature(shape, {})
+    wide = x.detach().to(torch.float64)
+    return Signature(shape, {d: wide.sum([e for e in range(x.ndim) if e != d]) for d in merged})
+
+
+class MixedAxes(ValueError):
+    """A tensor which has no single example axis."""
+
+
+def find_axis(two: Signature, three: Signature) -> Axis | None:
+    """Return the example axis of a tensor seen at batch sizes 2 and 3; `None` if it knows no examples.
+
+    Raises:
+        MixedAxes: if the shapes do not tell a single axis.
+    """
+    if two.shape == three.shape:
+        return None
+    changed = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
+    if len(two.shape) != len(three.shape) or len(changed) != 1:
+        raise MixedAxes(f"shapes {list(two.shape)} at two examples and {list(three.shape)} at three")
+    dim = changed[0]
+    a, b = two.shape[dim], three.shape[dim]
+    if a % 2 or b % 3 or a // 2 != b // 3:
+        raise MixedAxes(f"shapes {list(two.shape)} at two examples and {list(three.shape)} at three")
+    if a == 2:
+        return Axis(dim)
+    k, small, large = a // 2, two.sums[dim], three.sums[dim]
+    outer = (large[:a] - small).abs().sum()
+    inner = (large.view(k, 3)[:, :2] - small.view(k, 2)).abs().sum()
+    return Axis(dim, flat=True, inner=bool(inner < outer))

@@ -1,0 +1,277 @@
+r"""The batched engine: one forward, one backward, and every probe's rows arrive with their example axis.
+
+Each use of a parameter gets a tap: an identity on the operation's result whose backward hands the rule's contribution
+to a zero `Z[n, p, q]` as if it were that zero's gradient. One `grad` of `Σ_n ℓ_n` with respect to all `Z` then is the
+rows, because example n's outputs move example n's loss alone. No weight gradient is formed, nothing is stored but the
+projected factors, and fused attention works in both directions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.func.batches import batch_size
+from influence.func.probe import Call, UseKey, derive, probe, tensors_of
+from influence.func.axes import Axis
+from influence.func.factors import positions
+from influence.func.rules import RULES, Backward, Feed, Route, Scene, linear_input, linear_names
+from influence.func.trace import CannotTrace, Keys, check_losses
+from influence.func.transform import Block, Folded, Part
+from influence.types import Batch, LossFn, Params, Rows
+
+
+class BatchedPlan(NamedTuple):
+    """What the batched engine executes.
+
+    Attributes:
+        folded: the bound transform.
+        routes: the rule of each use.
+        alone: operations on parameters alone.
+        feeds: the blocks each parameter feeds, every side on its device and in its dtype.
+    """
+
+    folded: Folded
+    routes: dict[UseKey, Route]
+    alone: frozenset[UseKey]
+    feeds: dict[str, list[Feed]]
+
+    def rows(self, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
+        """Return the linear part of the rows, and the losses."""
+        return batched_rows(self, loss_fn, params, batch)
+
+
+class Tap(torch.autograd.Function):
+    """An identity whose backward gives each zero its contribution."""
+
+    @staticmethod
+    def forward(ctx: Any, backward: Any, results: int, saved: int, *tensors: Tensor) -> Any:
+        """Return the results as they are; `tensors` holds them, then what to remember, then the zeros."""
+        ctx.rule, ctx.counts = backward, (results, saved, len(tensors))
+        ctx.save_for_backward(*tensors[results : results + saved])
+        out = tuple(t.detach() for t in tensors[:results])
+        return out if results > 1 else out[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> Any:
+        """Pass the gradient on, and return the contributions as the zeros' gradients."""
+        results, saved, total = ctx.counts
+        found = ctx.rule(ctx.saved_tensors, gs)
+        kept = (None,) * saved
+        return (None, None, None, *gs, *kept, *found)
+
+
+def make_feeds(folded: Folded) -> dict[str, list[Feed]]:
+    """Return the blocks that each parameter feeds, ready to run."""
+    feeds: dict[str, list[Feed]] = {name: [] for name in folded.layout.params}
+    for slot, block in enumerate(folded.blocks):
+        for part in block.parts:
+            feeds[part.source].append(Feed(slot, part, block, rides(block)))
+    return feeds
+
+
+def rides(block: Block) -> bool:
+    """Whether a bias may be added to the projected input of its weight: same left side, matrices on the right."""
+    if len(block.parts) != 2 or not all(part.right is not None and part.right.dense for part in block.parts):
+        return False
+    a, b = (part.left for part in block.parts)
+    if a.selects and b.selects:
+        return (a.start, a.stop, a.before, a.after) == (b.start, b.stop, b.before, b.after)
+    return a.dense and b.dense and a.start == b.start and torch.equal(a.matrix, b.matrix)
+
+
+def batched_rows(
+    plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch, keep: int | None = None
+) -> tuple[Rows, Float[Tensor, " n"]]:
+    """Return the linear part of the rows by one backward over taps.
+
+    Args:
+        plan: what to execute.
+        loss_fn: the loss function.
+        params: plain parameters.
+        batch: the batch.
+        keep: number of token positions to keep apart, or `None`.
+
+    Returns:
+        Rows `{name: [n, *shape]}` (`[n, keep, *shape]` where positions are kept), and the losses.
+    """
+    with torch.enable_grad():
+        losses, run = tapped_losses(plan, loss_fn, params, batch, keep=keep)
+        check_losses(losses, batch_size(batch))
+        return cotangent_rows(losses, None, run.zeros), losses.detach()
+
+
+def tapped_losses(
+    plan: BatchedPlan,
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    watcher: "Callable[[BatchedPlan, Scene, Rows], Runner] | None" = None,
+    keep: int | None = None,
+) -> "tuple[Any, Runner]":
+    """Run a loss function with every parameter tapped.
+
+    Returns:
+        What it returns, and the run, which holds the zeros.
+    """
+    n = batch_size(batch)
+    lead = (n,) if keep is None else (n, keep)
+    values = {name: p.detach() for name, p in params.items()}
+    scene = Scene(n, keep, dict(plan.folded.layout.params), plan.feeds, values)
+    zeros: Rows = {}
+    for block in plan.folded.blocks:
+        like = values[block.parts[0].source]
+        if block.into not in zeros:
+            zeros[block.into] = like.new_zeros(()).expand(*lead, *block.shape).requires_grad_()
+    run = (watcher or Runner)(plan, scene, zeros)
+    probes = {name: probe(p, name, (name,), run) for name, p in values.items()}
+    return loss_fn(probes, batch), run  # type: ignore[arg-type]
+
+
+def cotangent_rows(out: Tensor, cotangent: Tensor | None, zeros: Rows, retain: bool = False) -> Rows:
+    """Pull a cotangent of the losses back to the zeros; none means all ones."""
+    weight = torch.ones_like(out) if cotangent is None else cotangent
+    if not out.requires_grad:
+        return {name: torch.zeros_like(zero) for name, zero in zeros.items()}
+    found = torch.autograd.grad(out, list(zeros.values()), weight, retain_graph=retain, allow_unused=True)
+    return {
+        name: zero.new_zeros(zero.shape) if row is None else row
+        for (name, zero), row in zip(zeros.items(), found, strict=True)
+    }
+
+
+class Runner:
+    """The watcher of one run: taps each use as the plan says."""
+
+    def __init__(self, plan: BatchedPlan, scene: Scene, zeros: Rows) -> None:
+        """Start a run."""
+        self.plan, self.scene, self.zeros, self.keys = plan, scene, zeros, Keys()
+
+    def __call__(self, call: Call) -> Any:
+        """Run an operation on parameters; keep it a probe, or tap its result."""
+        out = call.run()
+        results = tensors_of(out)
+        if not results:
+            return out
+        key = self.keys(call)
+        if key in self.plan.alone:
+            return derive(call, out, self)
+        if key not in self.plan.routes:
+            raise CannotTrace(f"{key} was not seen when the plan was made: the model takes another path on this batch")
+        return self.tap(call, out, self.plan.routes[key])
+
+    def tap(self, call: Call, out: Any, route: Route) -> Any:
+        """Return an operation's result with its contribution to the zeros attached."""
+        fed = [feed for name in call.params for feed in self.scene.feeds[name]]
+        names = list(dict.fromkeys(feed.block.into for feed in fed))
+        results = tensors_of(out)
+        saved, backward = RULES[route.rule](call, route, self.scene)
+        finish = Contribution(backward, {feed.slot: feed for feed in fed}, names, self.scene.keep is not None)
+        tapped = Tap.apply(finish, len(results), len(saved), *results, *saved, *(self.zeros[name] for name in names))
+        if isinstance(out, Tensor):
+            return tapped
+        fresh = iter(tapped if len(results) > 1 else (tapped,))
+        return type(out)(next(fresh) if isinstance(item, Tensor) else item for item in out)
+
+
+class Contribution(NamedTuple):
+    """A rule's backward, followed by the linear maps of each block."""
+
+    backward: Backward
+    feeds: dict[int, Feed]
+    names: list[str]
+    keeps: bool
+
+    def __call__(self, saved: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return what this use adds to each zero."""
+        found: Rows = {}
+        for slot, piece in self.backward(saved, gs).items():
+            block = self.feeds[slot].block
+            if block.linear:
+                rows = block.finish_linear(piece.flatten(0, 1) if self.keeps else piece)
+                piece = rows.unflatten(0, piece.shape[:2]) if self.keeps else rows
+            found[block.into] = found[block.into] + piece if block.into in found else piece
+        return [found.get(name) for name in self.names]
+
+
+class Captured(NamedTuple):
+    """Gradients of a batch, as factors where every use of a parameter is a linear map, as rows elsewhere.
+
+    Attributes:
+        factors: `{parameter: (left [n, s, o], right [n, s, i])}`; several uses lie side by side along `s`.
+        rows: `{parameter: [n, *block]}`.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    rows: Rows
+
+
+class FactorRunner(Runner):
+    """The watcher of a run that wants both factors of linear maps instead of their product."""
+
+    def __init__(self, plan: BatchedPlan, scene: Scene, zeros: Rows) -> None:
+        """Start a run; parameters with any use that is no linear map get rows."""
+        super().__init__(plan, scene, zeros)
+        others = {name for key, route in plan.routes.items() if route.rule != "linear" for name in key.params}
+        self.excluded = others | {name for key in plan.alone for name in key.params}
+        self.taken: list[LinearUse] = []
+
+    def tap(self, call: Call, out: Any, route: Route) -> Any:
+        """Add a zero to a linear map's result, whose gradient is the output gradient; the rest as usual."""
+        names = linear_names(call) if route.rule == "linear" else None
+        if names is None or names[0] in self.excluded:
+            return super().tap(call, out, route)
+        (axis,) = route.outputs
+        assert axis is not None
+        zero = out.new_zeros(()).expand(out.shape).requires_grad_()
+        weight, bias, x, x_axis, x_is_first = (*names, *linear_input(call, route))
+        inputs = positions(x.detach(), x_axis, self.scene.n, None)
+        x_is_left = x_is_first != self.scene.params[weight].transposed
+        self.taken.append(LinearUse(weight, bias, inputs, x_is_left, zero, axis))
+        return out + zero
+
+
+class LinearUse(NamedTuple):
+    """One use of a linear map, remembered until its output gradient is here."""
+
+    weight: str
+    bias: str | None
+    inputs: Tensor
+    inputs_are_left: bool
+    zero: Tensor
+    axis: Axis
+
+
+def capture(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> Captured:
+    """Return a batch's gradients as factors where that is possible.
+
+    Args:
+        plan: a plan without a transform.
+        loss_fn: the loss function.
+        params: plain parameters.
+        batch: the batch.
+
+    Returns:
+        The factors, and the rows of what has none.
+    """
+    with torch.enable_grad():
+        losses, run = tapped_losses(plan, loss_fn, params, batch, FactorRunner)
+        assert isinstance(run, FactorRunner)
+        zeros, taken = run.zeros, run.taken
+        everything = {**zeros, **{f"{i}": use.zero for i, use in enumerate(taken)}}
+        found = cotangent_rows(losses, None, everything)
+    n = batch_size(batch)
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    rows = {name: found[name] for name in zeros}
+    for i, use in enumerate(taken):
+        g = positions(found[f"{i}"], use.axis, n, None)
+        factors.setdefault(use.weight, []).append((use.inputs, g) if use.inputs_are_left else (g, use.inputs))
+        rows.pop(use.weight, None)
+        if use.bias is not None and use.bias in rows:
+            rows[use.bias] = rows[use.bias] + g.sum(1)
+    joined = {
+        name: (torch.cat([a for a, _ in uses], 1), torch.cat([b for _, b in uses], 1)) for name, uses in factors.items()
+    }
+    return Captured(joined, rows)

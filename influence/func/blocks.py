@@ -1,0 +1,174 @@
+"""Blocks: parameters as oriented matrices `[o, i]`, with their biases, whole or head by head."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from influence.func.layout import Heads, block_name
+from influence.func.sides import identity
+from influence.func.transform import Block, Folded, Part, Step, Transform
+
+AFTER_BLOCKS = {
+    name: "blocks are made from parameters, so they come first"
+    for name in ("as_blocks", "split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm")
+}
+AFTER_HEADS = {
+    name: "heads are slices of untouched blocks"
+    for name in ("split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm")
+}
+
+
+def as_blocks(bias: bool = False) -> Transform:
+    r"""View every parameter's gradient as its block.
+
+    A matrix becomes `[o, i]`, output first whatever the module stores: Hugging Face's `Conv1D` is transposed, a
+    convolution is unfolded (`i` = input channels of a group × kernel), embeddings and anything tied to them keep
+    `[V, d]`. Other parameters stay vectors. A block is named by its parameter without `.weight`.
+
+    Args:
+        bias: put a matrix's bias behind its last column, `[o, i + 1]`; otherwise it stays a block of its own.
+
+    Returns:
+        The transform; it comes first in a chain.
+
+    Example:
+        >>> import torch
+        >>> from influence import as_blocks, functionalize, per_example_grads
+        >>> loss_fn, params = functionalize(torch.nn.Linear(3, 2), loss=lambda y, batch: y.sum(-1))
+        >>> rows = per_example_grads(loss_fn, params, (torch.eye(3), torch.zeros(3)), transform=as_blocks(bias=True))
+        >>> rows["weight"].shape
+        torch.Size([3, 2, 4])
+    """
+
+    def extend(folded: Folded) -> Folded:
+        merged = {p.bias for p in folded.layout.params.values() if bias and p.is_matrix and p.bias}
+        blocks = []
+        for block in folded.blocks:
+            if block.name in merged:
+                continue
+            name, param = block_name(block.name), folded.layout[block.name]
+            parts, shape = block.parts, block.shape
+            if bias and param.bias and param.is_matrix:
+                (part,) = parts
+                assert part.right is not None
+                column = Part(param.bias, identity(shape[0]), identity(1).padded(shape[1], 0))
+                parts = (Part(part.source, part.left, part.right.padded(0, 1)), column)
+                shape = (shape[0], shape[1] + 1)
+            blocks.append(Block(name, parts, shape, name, shape))
+        return replace(folded, blocks=tuple(blocks), raw=False)
+
+    return Transform((Step("as_blocks", {"bias": bias}, extend, AFTER_BLOCKS),))
+
+
+def split_heads(heads: Mapping[str, Heads] | None = None) -> Transform:
+    """Split attention blocks into one block per head.
+
+    Args:
+        heads: which blocks (globs over block names) have which heads; `None` takes what `functionalize` knows of the
+            model's family from its config.
+
+    Returns:
+        The transform. Blocks are named `name.head_3`, those of a fused weight `name.q.head_3`, `name.k.head_0`,
+        `name.v.head_0`. An output projection is sliced on its input side; its bias, which belongs to no head, becomes
+        a block `name.bias`.
+
+    Example:
+        >>> from influence import Heads, split_heads
+        >>> split_heads({"*.c_attn": Heads(12, 64, fused="concatenated"), "*.attn.c_proj": Heads(12, 64, axis="in")})
+        split_heads(heads={'*.c_attn': <Heads>, '*.attn.c_proj': <Heads>})
+    """
+
+    def extend(folded: Folded) -> Folded:
+        found = _assign(folded, heads)
+        blocks: list[Block] = []
+        for block in folded.blocks:
+            blocks.extend(_split(block, found[block.name]) if block.name in found else [block])
+        return replace(folded, blocks=tuple(blocks))
+
+    return Transform((Step("split_heads", {"heads": heads}, extend, AFTER_HEADS, needs=("as_blocks",)),))
+
+
+def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Heads]:
+    names = [block.name for block in folded.blocks]
+    if heads is None:
+        known = {
+            block.name: found
+            for block in folded.blocks
+            if (found := folded.layout[block.parts[0].source].heads) is not None
+        }
+        if not known:
+            raise ValueError(
+                "split_heads() knows no attention heads in this model: its family is not in influence.families, "
+                "or its attention weights are not among the targets; say which: "
+                "split_heads({'*.q_proj': Heads(count, size)})"
+            )
+        return known
+    found = {}
+    for pattern, spec in heads.items():
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ValueError(f"split_heads: no block matches {pattern!r}; near misses: {near or names[:5]}")
+        found.update(dict.fromkeys(matched, spec))
+    return found
+
+
+def head_slices(heads: Heads) -> Iterator[tuple[str, int, int]]:
+    """Yield `(suffix, start, stop)` of every head along its axis."""
+    count, size, kv = heads.count, heads.size, heads.kv or heads.count
+    if heads.fused is None:
+        yield from ((f"head_{h}", h * size, (h + 1) * size) for h in range(count))
+    elif heads.fused == "concatenated":
+        for offset, kind, number in ((0, "q", count), (count, "k", kv), (count + kv, "v", kv)):
+            yield from ((f"{kind}.head_{h}", (offset + h) * size, (offset + h + 1) * size) for h in range(number))
+    elif heads.fused in ("interleaved", "grouped"):
+        group = count // kv
+        for h in range(count):
+            at = h // group * (group + 2) + h % group
+            yield f"q.head_{h}", at * size, (at + 1) * size
+        for kind, offset in (("k", group), ("v", group + 1)):
+            for h in range(kv):
+                at = h * (group + 2) + offset
+                yield f"{kind}.head_{h}", at * size, (at + 1) * size
+    else:
+        raise ValueError(f"Heads(fused={heads.fused!r}): expected None, 'concatenated', 'interleaved' or 'grouped'")
+
+
+def _split(block: Block, heads: Heads) -> list[Block]:
+    if len(block.shape) != 2:
+        raise ValueError(f"split_heads: block {block.name!r} is a vector {list(block.shape)}; heads split matrices")
+    if heads.axis not in ("out", "in"):
+        raise ValueError(f"Heads(axis={heads.axis!r}): expected 'out' or 'in'")
+    parts, blocks = block.parts, []
+    if heads.axis == "in" and len(parts) == 2:
+        (weight, bias), shape = parts, block.shape
+        assert weight.right is not None
+        parts = (Part(weight.source, weight.left, replace(weight.right, after=0)),)
+        name = f"{block.name}.bias"
+        blocks.append(Block(name, (Part(bias.source, bias.left, None),), shape[:1], name, shape[:1]))
+    axis = parts[0].left if heads.axis == "out" else parts[0].right
+    assert axis is not None
+    length, slices = axis.size, list(head_slices(heads))
+    total = sum(stop - start for _, start, stop in slices)
+    if total != length:
+        raise ValueError(
+            f"split_heads: {heads} covers {total} of the {length} entries of {block.name!r} along its {heads.axis!r} "
+            f"axis; count × size must tile it (a fused weight counts its keys and values, kv={heads.kv})"
+        )
+    for suffix, start, stop in slices:
+        pieces = tuple(piece for part in parts if (piece := _slice(part, heads.axis, start, stop)) is not None)
+        first = pieces[0]
+        assert first.right is not None
+        shape, name = (first.left.size, first.right.size), f"{block.name}.{suffix}"
+        blocks.append(Block(name, pieces, shape, name, shape))
+    return sorted(blocks, key=lambda piece: len(piece.shape) == 1)
+
+
+def _slice(part: Part, axis: str, start: int, stop: int) -> Part | None:
+    side = part.left if axis == "out" else part.right
+    assert side is not None
+    sliced = side.then_slice(start, stop)
+    if sliced is None:
+        return None
+    return part._replace(left=sliced) if axis == "out" else part._replace(right=sliced)

@@ -1,0 +1,368 @@
+"""From a module to a pure function: the one edge where modules become `(loss_fn, params)`."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from influence.families import heads_of, masks_plainly
+from influence.func.layout import Layout, ParamLayout, block_name
+from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
+from influence.types import Batch, ExampleLoss, Params
+
+LOSSES = ("cross_entropy", "kl", "log_odds")
+NOT_INPUTS = ("labels", "index", "weight")
+"""Keys of a dictionary batch which the model does not see."""
+
+TASKS = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForSequenceClassification": "example",
+    "ForImageClassification": "example",
+    "ForMaskedLM": "position",
+    "ForTokenClassification": "position",
+}
+"""Ends of Hugging Face's class names, and where their labels sit: at the next token, at the example, at the position."""
+
+
+def functionalize(
+    model: nn.Module,
+    loss: str | ExampleLoss = "cross_entropy",
+    reduction: str = "sum",
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    *,
+    mode: str = "eval",
+    label_smoothing: float = 0.0,
+    reference: nn.Module | None = None,
+) -> "tuple[ModuleLoss, Params]":
+    """Turn a module into a pure function of its parameters, one loss per example.
+
+    The function works on a skeleton of the module without storage; the module itself is never touched. The parameters
+    alias the module's (nothing is copied): train the module further and they move along.
+
+    Args:
+        model: any module. Hugging Face causal LMs, masked LMs, sequence, token and image classifiers are known.
+        loss: `"cross_entropy"`, `"kl"` (`KL(model ‖ reference)`), `"log_odds"` (TRAK's output function), or your own
+            `loss(output, batch) -> [n]`.
+        reduction: `"sum"` or `"mean"` over an example's own labelled positions.
+        targets: globs over parameter names to differentiate; default all. The rest is closed over.
+        exclude: globs over parameter names to leave out.
+        mode: `"eval"` or `"train"`; dropout must be inactive and no layer may mix examples.
+        label_smoothing: for cross-entropy.
+        reference: the other model of a KL; default: the same model with its PEFT adapters off.
+
+    Returns:
+        `(loss_fn, params)`. A dictionary batch is passed to the model by name, but for `labels`, `weight` (multiplies
+        an example's loss, as advantages do) and `index`; a tuple `(x, y)` as `model(x)`. A causal LM's labels default
+        to its unpadded `input_ids` and are shifted here.
+
+    Raises:
+        ValueError: if an option is unknown, a glob matches nothing, or the loss does not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from influence import functionalize
+        >>> loss_fn, params = functionalize(torch.nn.Linear(2, 3), targets="*weight")
+        >>> loss_fn(params, (torch.zeros(5, 2), torch.zeros(5, dtype=torch.long))).shape
+        torch.Size([5])
+        >>> list(params)
+        ['weight']
+    """
+    _check_options(model, loss, reduction, mode, label_smoothing, reference)
+    named = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
+    chosen = select(list(named), targets, exclude)
+    frozen = {name: p.detach() for name, p in model.named_parameters() if name not in set(chosen)}
+    skeleton = make_skeleton(model, mode)
+    mixing = [name for name, m in skeleton.named_modules() if mixes_examples(m)]
+    if mixing:
+        raise ValueError(
+            f"{mixing[:3]} normalise over the batch in train mode, so an example's loss depends on the others and has "
+            "no gradient of its own; use mode='eval', or torch.func.replace_all_batch_norm_modules_ on a copy"
+        )
+    dropping = [name for name, m in skeleton.named_modules() if m.training and drops(m)]
+    if dropping:
+        raise ValueError(f"dropout is active in {dropping[:3]}: use mode='eval', or set its p to 0 on a copy")
+    other = _reference(model, reference, loss)
+    spec = ModuleLoss(skeleton, frozen, _layout(model), loss, reduction, label_smoothing, other, _task(model))
+    return spec, {name: named[name] for name in chosen}
+
+
+def _check_options(
+    model: nn.Module, loss: str | ExampleLoss, reduction: str, mode: str, smoothing: float, reference: Any
+) -> None:
+    if isinstance(loss, str) and loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, or a function (output, batch) -> [n]; got {loss!r}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}")
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode must be 'eval' or 'train'; got {mode!r}")
+    if smoothing and loss != "cross_entropy":
+        raise ValueError("label_smoothing is for loss='cross_entropy'")
+    if reference is not None and loss != "kl":
+        raise ValueError("reference is for loss='kl'")
+    if loss == "kl" and reference is None and not hasattr(model, "disable_adapter"):
+        raise ValueError("loss='kl' needs reference=another model, or a PEFT model whose adapters can be switched off")
+
+
+def select(names: Sequence[str], targets: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> list[str]:
+    """Return the names that globs choose.
+
+    Args:
+        names: all names.
+        targets: globs to take; `None` takes all.
+        exclude: globs to leave out.
+
+    Returns:
+        The chosen names, in order.
+
+    Raises:
+        ValueError: if a glob matches nothing, with near misses, or nothing is left.
+    """
+
+    def matched(globs: str | Sequence[str], which: str) -> set[str]:
+        found: set[str] = set()
+        for glob in [globs] if isinstance(globs, str) else globs:
+            hits = {name for name in names if fnmatchcase(name, glob)}
+            if not hits:
+                near = get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.2) or list(names[:3])
+                raise ValueError(
+                    f"{which}={glob!r} matches none of {len(names)} parameters; near misses: {', '.join(near)}"
+                )
+            found |= hits
+        return found
+
+    kept = set(names) if targets is None else matched(targets, "targets")
+    kept -= matched(exclude, "exclude") if exclude else set()
+    if not kept:
+        raise ValueError("targets and exclude together leave no parameter")
+    return [name for name in names if name in kept]
+
+
+def make_skeleton(model: nn.Module, mode: str = "eval") -> nn.Module:
+    """Return a copy of a module without parameter storage, in a mode."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo).train(mode == "train")
+
+
+def mixes_examples(module: nn.Module) -> bool:
+    """Whether a layer is known to normalise over the batch in its present mode."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    return module.training or not module.track_running_stats
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a layer has active dropout of its own."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+
+
+def _task(model: nn.Module) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    return next((task for end, task in TASKS.items() if name.endswith(end)), "plain")
+
+
+def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> Callable[[Batch], Tensor] | None:
+    if loss != "kl":
+        return None
+    source = model if reference is None else reference
+    skeleton = make_skeleton(source)
+    if reference is None:
+        for module in skeleton.modules():
+            if hasattr(module, "_disable_adapters"):
+                module._disable_adapters = True
+    values = {name: p.detach() for name, p in source.named_parameters()}
+    task = _task(source)
+
+    def logits(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return output_logits(call_model(skeleton, values, batch, task))
+
+    return logits
+
+
+def _layout(model: nn.Module) -> Layout:
+    """Return the layout of a module's parameters, from the classes of its layers and its config."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
+    for module in model.modules():
+        weight, bias = (getattr(module, key, None) for key in ("weight", "bias"))
+        name = names.get(id(weight)) if isinstance(weight, nn.Parameter) else None
+        partner = names.get(id(bias)) if isinstance(bias, nn.Parameter) else None
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.in_proj_weight, nn.Parameter):
+            found[names[id(module.in_proj_weight)]] = {
+                "family": "linear",
+                "bias": names.get(id(module.in_proj_bias)),
+            }
+        if name is None or found[name]:
+            continue
+        if isinstance(module, nn.Linear):
+            found[name] = {"family": "linear", "bias": partner}
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            found[name] = {"family": "linear", "bias": partner, "transposed": True}
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            found[name] = {"family": "conv", "bias": partner, "groups": module.groups}
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            found[name] = {"family": "embedding"}
+        elif "Norm" in type(module).__name__:
+            found[name] = {"family": "norm"}
+    config = getattr(model, "config", None)
+    layouts = {}
+    for name, p in model.named_parameters():
+        heads = heads_of(config, block_name(_unadapted(name))) if p.ndim == 2 else None
+        layouts[name] = ParamLayout(tuple(p.shape), p.dtype, p.device, heads=heads, **found[name])
+    return Layout(layouts)
+
+
+def _unadapted(name: str) -> str:
+    """Return a PEFT parameter's name as its base model has it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, task: str) -> Any:
+    """Run a skeleton on a batch with given parameter values."""
+    if not isinstance(batch, Mapping):
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        return torch.func.functional_call(skeleton, dict(values), (inputs,))
+    kwargs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    if task == "causal":
+        kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        config = getattr(skeleton, "config", None)
+        if config is not None and masks_plainly(config):
+            dtype = next(p.dtype for p in values.values() if p.is_floating_point())
+            kwargs["attention_mask"] = ready_mask(mask, task == "causal", dtype)
+    return torch.func.functional_call(skeleton, dict(values), (), kwargs)
+
+
+def ready_mask(mask: Int[Tensor, "n s"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "n 1 s s"]:
+    """Return a padding mask as an additive 4-D one: under `vmap`, transformers cannot build it itself."""
+    s = mask.shape[1]
+    visible = mask.bool()[:, None, None, :].expand(-1, 1, s, s)
+    if causal:
+        visible = visible & torch.ones(s, s, dtype=torch.bool, device=mask.device).tril()
+    blocked = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
+    return blocked.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def output_logits(output: Any) -> Tensor:
+    """Return the logits of a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__} without logits; pass loss=your own (output, batch) -> [n]"
+        )
+    return logits
+
+
+class ModuleLoss:
+    """A pure loss function made from a module.
+
+    Attributes:
+        layout: the layout of all its parameters.
+        reduction: `"sum"` or `"mean"`.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        frozen: Params,
+        layout: Layout,
+        loss: str | ExampleLoss,
+        reduction: str,
+        label_smoothing: float,
+        reference: Callable[[Batch], Tensor] | None,
+        task: str,
+    ) -> None:
+        """Close over everything but the parameters to differentiate."""
+        self._skeleton, self._frozen, self._reference, self._task = skeleton, frozen, reference, task
+        self._loss, self._smoothing = loss, label_smoothing
+        self.layout, self.reduction = layout, reduction
+
+    def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
+        """Return one loss per example."""
+        if callable(self._loss):
+            losses = self._loss(self.outputs(params, batch), batch)
+        else:
+            position_losses, labelled = self.positions(params, batch)
+            losses = reduce_positions(position_losses, labelled, self.reduction)
+        weight = batch.get("weight") if isinstance(batch, Mapping) else None
+        return losses if weight is None else losses * weight.to(losses)
+
+    def outputs(self, params: Params, batch: Batch) -> Any:
+        """Return the model's output."""
+        return call_model(self._skeleton, {**self._frozen, **params}, batch, self._task)
+
+    def positions(self, params: Params, batch: Batch) -> tuple[Float[Tensor, "n t"], Bool[Tensor, "n t"]]:
+        """Return the loss of every position, and which are labelled.
+
+        Positions index `input_ids`; a token's loss sits at the token it predicts.
+
+        Raises:
+            ValueError: if the loss is a function of the user's, which knows no positions.
+        """
+        if callable(self._loss):
+            raise ValueError(
+                "positions need loss='cross_entropy', 'kl' or 'log_odds'; this loss is a function of yours"
+            )
+        logits = output_logits(self.outputs(params, batch))
+        labels = self.labels(batch)
+        reference = None if self._reference is None else self._reference(batch)
+        if self._task == "causal":
+            logits, reference = logits[:, :-1], None if reference is None else reference[:, :-1]
+        elif logits.ndim == 2:
+            logits, labels = logits[:, None], labels[:, None]
+            reference = None if reference is None else reference[:, None]
+        if logits.ndim != 3 or labels.ndim != 2 or labels.is_floating_point():
+            raise ValueError(
+                f"logits {list(logits.shape)} and labels {list(labels.shape)} of {labels.dtype} are no classification "
+                "of positions; pass loss=your own (output, batch) -> [n]"
+            )
+        aligned = labels[:, 1:] if self._task == "causal" else labels
+        labelled = aligned != IGNORED
+        if self._loss == "kl":
+            assert reference is not None
+            losses = kl_divergence(logits, reference, labelled)
+        elif self._loss == "log_odds":
+            losses = log_odds(logits, aligned)
+        else:
+            losses = cross_entropy(logits, aligned, self._smoothing)
+        if self._task == "causal":
+            losses, labelled = (torch.nn.functional.pad(x, (1, 0)) for x in (losses, labelled))
+        return losses, labelled
+
+    def labels(self, batch: Batch) -> Int[Tensor, "n *t"]:
+        """Return a batch's labels; a causal LM's default to its unpadded tokens.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if not isinstance(batch, Mapping):
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                raise ValueError("the batch has no labels: pass (x, y), or a dictionary with 'labels'")
+            return batch[1]
+        if "labels" in batch:
+            return batch["labels"]
+        if self._task != "causal":
+            raise ValueError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}")
+        mask = batch.get("attention_mask")
+        return batch["input_ids"] if mask is None else torch.where(mask.bool(), batch["input_ids"], IGNORED)
+
+    def reduce(self, losses: Float[Tensor, "n t"], labelled: Bool[Tensor, "n t"], batch: Batch) -> Float[Tensor, " n"]:
+        """Reduce position losses to the example's loss, weights included."""
+        total = reduce_positions(losses, labelled, self.reduction)
+        weight = batch.get("weight") if isinstance(batch, Mapping) else None
+        return total if weight is None else total * widen(weight).to(total)

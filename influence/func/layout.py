@@ -1,0 +1,115 @@
+"""The layout of a model's parameters: what each of them is, and which way round it is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """How the heads of an attention weight tile one of its axes.
+
+    Attributes:
+        count: number of heads (query heads, for a fused weight).
+        size: entries of the axis per head.
+        axis: `"out"` for query, key, value and fused weights, `"in"` for output projections.
+        fused: `None` for a weight of one kind; `"concatenated"` for `[all q | all k | all v]` (GPT-2),
+            `"interleaved"` for `[q k v]` per head (GPT-NeoX, BLOOM), `"grouped"` for the query heads of one group
+            followed by its key and its value (Falcon).
+        kv: number of key/value heads of a fused weight, where it is not `count`.
+    """
+
+    count: int
+    size: int
+    axis: str = "out"
+    fused: str | None = None
+    kv: int | None = None
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """What one parameter is.
+
+    Attributes:
+        shape: as the module stores it.
+        dtype: as the module stores it.
+        device: where it lives.
+        family: `linear`, `conv`, `embedding`, `norm` or `bare`.
+        transposed: whether a matrix is stored `[i, o]` (Hugging Face's `Conv1D`, or `x @ W`).
+        bias: name of the bias which belongs to this matrix.
+        groups: groups of a convolution.
+        heads: attention heads along one axis, where known.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    family: str = "bare"
+    transposed: bool = False
+    bias: str | None = None
+    groups: int = 1
+    heads: Heads | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter forms a matrix `[o, i]`."""
+        return len(self.shape) >= 2
+
+    @property
+    def oriented(self) -> tuple[int, ...]:
+        """Shape of the gradient as a block: `[o, i]`, output first, or `[d]`."""
+        if not self.is_matrix:
+            return (prod(self.shape),)
+        o, i = self.shape[0], prod(self.shape[1:])
+        return (i, o) if self.transposed else (o, i)
+
+    def orient(self, grad: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Turn a gradient `[n, *shape]` into its block form `[n, o, i]` or `[n, d]`."""
+        if not self.is_matrix:
+            return grad.reshape(grad.shape[0], prod(self.shape))
+        grad = grad.flatten(2)
+        return grad.mT if self.transposed else grad
+
+    def restore(self, block: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Undo `orient`."""
+        block = block.mT if self.transposed else block
+        return block.reshape(block.shape[0], *self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of every parameter, by name, in the order of `named_parameters()`."""
+
+    params: Mapping[str, ParamLayout] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> ParamLayout:
+        """Return the layout of one parameter."""
+        return self.params[name]
+
+    def restrict(self, names: Mapping[str, Tensor]) -> "Layout":
+        """Return the layout of the named parameters only; a bias which is not among them is no partner."""
+        unknown = [name for name in names if name not in self.params]
+        if unknown:
+            raise ValueError(
+                f"the layout knows nothing of {unknown[:5]}; params must be a subset of what functionalize returned"
+            )
+        kept = {}
+        for name in names:
+            param = self.params[name]
+            bias = param.bias if param.bias in names else None
+            kept[name] = ParamLayout(**{**param.__dict__, "bias": bias})
+        return Layout(kept)
+
+
+def bare_layout(params: Mapping[str, Tensor]) -> Layout:
+    """Return the layout of parameters of which nothing but their shapes is known."""
+    return Layout({name: ParamLayout(tuple(p.shape), p.dtype, p.device) for name, p in params.items()})
+
+
+def block_name(parameter: str) -> str:
+    """Return a block's name: its parameter's name without `.weight`."""
+    return parameter.removesuffix(".weight") if parameter != "weight" else parameter

@@ -1,0 +1,232 @@
+r"""Scales: what the optimizer would have done to a gradient, and unit norm."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.func.layout import Layout
+from influence.func.transform import Block, Folded, Part, Step, Transform, flat, with_rows, with_sides
+from influence.types import Rows
+
+
+class Factored(NamedTuple):
+    """Adafactor's second moment of a matrix: means over the last axis (`row`) and over the others (`col`), as stored."""
+
+    row: Float[Tensor, " rows"]
+    col: Float[Tensor, " cols"]
+
+
+class Moments(NamedTuple):
+    """Second moments of an optimizer, by parameter name, in the parameter's own shape (Adam) or factored (Adafactor).
+
+    Vectors, biases among them, always have a plain moment.
+    """
+
+    second: Mapping[str, Tensor | Factored]
+
+    def to_adafactor(self) -> "Moments":
+        """Return every matrix's moment factored: row and column means, the best rank-one fit in generalised KL."""
+        return Moments({name: factor(v) for name, v in self.second.items()})
+
+    def to_adam(self) -> "Moments":
+        """Return every moment in its parameter's shape, a factored one as `row col^T / mean(row)`."""
+        return Moments({name: unfactor(v) for name, v in self.second.items()})
+
+
+def factor(v: Tensor | Factored) -> Tensor | Factored:
+    """Return a matrix's moment as row and column means; vectors and factored moments as they are."""
+    if isinstance(v, Factored) or v.ndim < 2:
+        return v
+    matrix = v.flatten(1)
+    return Factored(matrix.mean(1), matrix.mean(0))
+
+
+def unfactor(v: Tensor | Factored) -> Tensor:
+    """Return a moment in full; an all-zero one stays zero."""
+    if not isinstance(v, Factored):
+        return v
+    mean = v.row.mean()
+    return torch.outer(v.row, v.col) / torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
+    r"""Divide elementwise by Adam's denominator, `g / (√v + ε)`.
+
+    Not separable: the block's full gradient is formed, scaled, and taken through the rest of the chain at once, one
+    block at a time.
+
+    Args:
+        moments: second moments; factored ones are expanded.
+        eps: `ε`, outside the root.
+
+    Returns:
+        The transform.
+
+    Example:
+        >>> import torch
+        >>> from influence import Moments, scale_by_adam
+        >>> from influence.func.layout import bare_layout
+        >>> w = torch.tensor([[1.0, 2.0]])
+        >>> scale_by_adam(Moments({"w": w**2}), eps=0.0).apply({"w": w[None]}, bare_layout({"w": w}))["w"]
+        tensor([[[1., 1.]]])
+    """
+
+    def extend(folded: Folded) -> Folded:
+        _covers("scale_by_adam", folded, moments)
+        blocks = []
+        for block in folded.blocks:
+            total = None
+            for part in block.parts:
+                v = unfactor(moments.second[part.source])
+                scale = 1 / (v.double().sqrt() + eps)
+                piece = _place(scale, part, folded.layout)
+                total = piece if total is None else total + piece
+            assert total is not None
+            dtype = folded.layout[block.parts[0].source]
+            scale = total.to(dtype.device, dtype.dtype)
+            blocks.append(replace(block, linear=(*block.linear, _Scale(scale))))
+        return replace(folded, blocks=tuple(blocks))
+
+    return Transform((Step("scale_by_adam", {"moments": moments, "eps": eps}, extend, _refuses("scale_by_adam")),))
+
+
+def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
+    r"""Divide by Adafactor's rank-one denominator; separable, so it folds into the probe.
+
+    $$G_{ij} \leftarrow G_{ij} \sqrt{\bar r}\; r_i^{-1/2} k_j^{-1/2}, \qquad r = \text{row} + ε,\; k = \text{col} + ε$$
+
+    and `g / √(v + ε)` for vectors, biases among them. A head takes its slice of the scale of the whole matrix.
+
+    Args:
+        moments: second moments; full ones are factored.
+        eps: `ε`, added to the moments.
+
+    Returns:
+        The transform.
+
+    Example:
+        >>> import torch
+        >>> from influence import Moments, scale_by_adafactor
+        >>> from influence.func.layout import bare_layout
+        >>> v = torch.tensor([[4.0, 1.0], [2.0, 0.5], [1.0, 1.0]])
+        >>> scale_by_adafactor(Moments({"w": v})).apply({"w": torch.ones(1, 3, 2)}, bare_layout({"w": v}))["w"]
+        tensor([[[0.5210, 0.8718],
+                 [0.7368, 1.2329],
+                 [0.8238, 1.3784]]])
+    """
+
+    def extend(folded: Folded) -> Folded:
+        _covers("scale_by_adafactor", folded, moments)
+        factored = moments.to_adafactor().second
+
+        def sides(block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
+            left, right = _scales(factored[part.source], eps, folded.layout[part.source].transposed)
+            target = None if part.right is None else torch.ones(part.right.size, dtype=torch.float64)
+            placed_left = torch.zeros(part.left.size, dtype=torch.float64)
+            placed_left[part.left.before : part.left.size - part.left.after] = left[part.left.start : part.left.stop]
+            if right is not None and part.right is not None and target is not None:
+                inner = slice(part.right.before, part.right.size - part.right.after)
+                target[inner] = right[part.right.start : part.right.stop]
+            return placed_left, target
+
+        return with_sides(folded, sides)
+
+    return Transform(
+        (Step("scale_by_adafactor", {"moments": moments, "eps": eps}, extend, _refuses("scale_by_adafactor")),)
+    )
+
+
+def _scales(v: Tensor | Factored, eps: float, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of the output and the input axis, in block orientation."""
+    if not isinstance(v, Factored):
+        return (v.double().flatten().cpu() + eps).rsqrt(), None
+    row, col = v.row.double().cpu() + eps, v.col.double().cpu() + eps
+    left, right = row.mean().sqrt() * row.rsqrt(), col.rsqrt()
+    return (right, left) if transposed else (left, right)
+
+
+def unit_norm(eps: float = 1e-12) -> Transform:
+    r"""Divide each example's row by its norm over all blocks together, `g / max(‖g‖, ε)`.
+
+    Norms are taken in at least float32; a zero row stays zero.
+
+    Args:
+        eps: smallest norm that is divided by.
+
+    Returns:
+        The transform.
+
+    Example:
+        >>> import torch
+        >>> from influence import unit_norm
+        >>> from influence.func.layout import bare_layout
+        >>> rows = {"a": torch.tensor([[3.0]]), "b": torch.tensor([[4.0]])}
+        >>> unit_norm().apply(rows, bare_layout({name: row[0] for name, row in rows.items()}))
+        {'a': tensor([[0.6000]]), 'b': tensor([[0.8000]])}
+    """
+
+    def normalise(rows: Rows) -> Rows:
+        wide = flat(rows)
+        largest = wide.abs().amax(1, keepdim=True)
+        safe = torch.where(largest > 0, largest, torch.ones_like(largest))
+        norm = (safe * (wide / safe).norm(dim=1, keepdim=True)).clamp_min(eps)
+        return {
+            name: (row.to(norm) / norm.reshape(-1, *[1] * (row.ndim - 1))).to(row.dtype) for name, row in rows.items()
+        }
+
+    return Transform((Step("unit_norm", {"eps": eps}, lambda folded: with_rows(folded, normalise), {}),))
+
+
+class _Scale:
+    """An elementwise scale of a block's rows."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Scale them."""
+        return rows * self.scale
+
+
+def _place(scale: Tensor, part: Part, layout: Layout) -> Tensor:
+    """Return a parameter's elementwise scale where its gradient lies in the block."""
+    oriented = layout[part.source].orient(scale[None].cpu())[0]
+    if part.right is None:
+        return part.left.apply(oriented)
+    matrix = oriented[:, None] if oriented.ndim == 1 else oriented
+    return part.left.apply(part.right.apply(matrix).mT).mT
+
+
+def _covers(verb: str, folded: Folded, moments: Moments) -> None:
+    needed = list(dict.fromkeys(part.source for block in folded.blocks for part in block.parts))
+    missing = [name for name in needed if name not in moments.second]
+    if missing:
+        raise ValueError(
+            f"{verb}: no second moment for {len(missing)} of {len(needed)} parameters: {', '.join(missing[:5])}. "
+            "Add them to the moments, or leave these parameters out of the targets"
+        )
+    for name in needed:
+        v, expected = moments.second[name], folded.layout[name].shape
+        if isinstance(v, Factored):
+            got = (v.row.shape[0], v.col.shape[0])
+            whole = (expected[0], int(torch.Size(expected[1:]).numel()))
+            if got != whole:
+                raise ValueError(f"{verb}: moment of {name!r} has row and column lengths {got}; expected {whole}")
+        elif tuple(v.shape) != expected:
+            raise ValueError(
+                f"{verb}: moment of {name!r} has shape {list(v.shape)}; the parameter has {list(expected)}"
+            )
+
+
+def _refuses(verb: str) -> dict[str, str]:
+    projected = "projected rows are not indexed by parameters any more"
+    return {
+        "project": projected,
+        "unit_norm": "an optimizer scales gradients, not unit vectors",
+        "scale_by_adam": "one gradient is scaled once",
+        "scale_by_adafactor": "one gradient is scaled once",
+    }

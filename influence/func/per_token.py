@@ -1,0 +1,143 @@
+r"""Per-token gradients, in both notions.
+
+* `"use"`: the row of position `t` is what the parameters' use at position `t` contributes, `g_t ⊗ x_t` for a linear
+  map. It contains, through attention, the influence of later tokens' losses.
+* `"loss"`: the row of position `t` is the gradient of that position's own loss.
+
+Either way an example's token rows sum to its row.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from influence.func.batched import batched_rows, cotangent_rows, tapped_losses
+from influence.func.batches import batch_size
+from influence.func.plan import EngineError, Plan, make_plan
+from influence.func.transform import Transform
+from influence.types import Batch, LossFn, Params, Rows
+
+
+class TokenRows(NamedTuple):
+    """Rows of tokens, ragged.
+
+    Attributes:
+        rows: `{block: [total, …]}`, the tokens of example 0, then those of example 1, and so on.
+        offsets: `[n + 1]`; example i's tokens are `offsets[i]:offsets[i + 1]`.
+        positions: each row's position in its example's `input_ids`.
+    """
+
+    rows: Rows
+    offsets: Int[Tensor, " n_plus_1"]
+    positions: Int[Tensor, " total"]
+
+    def example(self, i: int) -> Rows:
+        """Return the token rows of one example."""
+        begin, end = (int(self.offsets[j]) for j in (i, i + 1))
+        return {name: row[begin:end] for name, row in self.rows.items()}
+
+
+def per_token_grads(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    position: str = "use",
+    transform: Transform | None = None,
+) -> TokenRows:
+    """Compute a gradient for every token of every example.
+
+    Args:
+        loss_fn: a loss function; `position="loss"` needs one that `functionalize` made.
+        params: the parameters to differentiate. With `position="use"` every one must be used position by position.
+        batch: a batch; `attention_mask` says which positions are real, by default all.
+        position: `"use"` (where the parameter was used) or `"loss"` (whose loss it is; positions without a label
+            have no row).
+        transform: what is wanted of each token's gradient.
+
+    Returns:
+        The token rows.
+
+    Raises:
+        ValueError: if positions cannot be told apart.
+
+    Example:
+        >>> import torch
+        >>> from influence import per_token_grads
+        >>> def loss_fn(params, batch):
+        ...     return (batch @ params["w"]).square().sum((1, 2)) / 2
+        >>> tokens = per_token_grads(loss_fn, {"w": torch.eye(2)}, torch.ones(1, 3, 2))
+        >>> tokens.rows["w"].shape, tokens.offsets
+        (torch.Size([3, 2, 2]), tensor([0, 3]))
+    """
+    if position not in ("use", "loss"):
+        raise ValueError(f"position must be 'use' or 'loss'; got {position!r}")
+    plan = make_plan(loss_fn, params, batch, transform, "auto")
+    if plan.batched is None:
+        raise EngineError(
+            f"per-token gradients need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
+        )
+    rows, kept = _at_use(plan, loss_fn, params, batch) if position == "use" else _at_loss(plan, loss_fn, params, batch)
+    chosen = {name: row[kept] for name, row in rows.items()}
+    offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    return TokenRows(plan.folded.finish_rows(chosen), offsets, kept.nonzero()[:, 1])
+
+
+def _at_use(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Bool[Tensor, "n s"]]:
+    assert plan.batched is not None
+    kept = real_positions(batch)
+    try:
+        rows, _ = batched_rows(plan.batched, loss_fn, params, batch, keep=kept.shape[1])
+    except ValueError as error:
+        raise ValueError(f"position='use': {error}. Leave such parameters out with targets or exclude") from error
+    return rows, kept
+
+
+def real_positions(batch: Batch) -> Bool[Tensor, "n s"]:
+    """Return which positions of a batch are tokens: its attention mask, or all.
+
+    Raises:
+        ValueError: if the batch has no position axis.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None:
+        return mask.bool()
+    first: Any = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    first = first[0] if isinstance(first, tuple | list) else first
+    if not isinstance(first, Tensor) or first.ndim < 2:
+        raise ValueError("the batch has no axis of positions: expected input_ids [n, s], or a first tensor [n, s, …]")
+    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+
+
+def _at_loss(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Bool[Tensor, "n t"]]:
+    positions: Any = getattr(loss_fn, "positions", None)
+    reduce: Any = getattr(loss_fn, "reduce", None)
+    if positions is None or reduce is None:
+        raise ValueError(
+            "position='loss' needs loss_fn.positions(params, batch) -> (losses [n, t], mask [n, t]), as functionalize makes"
+        )
+    assert plan.batched is not None
+    found: dict[str, list[Tensor]] = {}
+    with torch.enable_grad():
+        masks: list[Tensor] = []
+
+        def losses_of(probes: Params, batch: Batch) -> Tensor:
+            losses, labelled = positions(probes, batch)
+            masks.append(labelled)
+            return losses
+
+        losses, run = tapped_losses(plan.batched, losses_of, params, batch)
+        (labelled,) = masks
+        leaf = losses.detach().requires_grad_()
+        (weights,) = torch.autograd.grad(reduce(leaf, labelled, batch).sum(), leaf)
+        for t in range(losses.shape[1]):
+            cotangent = torch.zeros_like(losses)
+            cotangent[:, t] = weights[:, t]
+            for name, row in cotangent_rows(losses, cotangent, run.zeros, retain=True).items():
+                found.setdefault(name, []).append(row)
+    n = batch_size(batch)
+    assert labelled.shape[0] == n
+    return {name: torch.stack(rows, dim=1) for name, rows in found.items()}, labelled

@@ -1,0 +1,445 @@
+"""The plan: which engine, which rule at each use, what it costs; decided once, printed on request."""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from influence.func.axes import Axis
+from influence.func.batched import BatchedPlan, batched_rows, make_feeds
+from influence.func.batches import batch_size, sample
+from influence.func.factors import positions
+from influence.func.layout import Layout, ParamLayout
+from influence.func.probe import Probe, UseKey, op_name, tensors_of
+from influence.func.rules import (
+    ELEMENTWISE,
+    EMBEDDING_NAMES,
+    MULTIPLICATIONS,
+    NORM_NAMES,
+    CONV_NAMES,
+    MathAttention,
+    Route,
+    base_name,
+    linear_arguments,
+    matrix_source,
+)
+from influence.func.trace import CannotTrace, RefuseRandom, Trace, Use, check_losses, check_unmixed, trace
+from influence.func.transform import Folded, Transform
+from influence.types import Batch, LossFn, Params, Rows
+
+ENGINES = ("auto", "batched", "vmap", "loop")
+
+GUARD_TOLERANCE = {torch.float64: (1e-5, 1e-6), torch.float32: (1e-3, 1e-3)}
+"""Largest relative error that the guard lets pass, and the share of the whole gradient below which a block's error is
+measured against that share instead; half precision: (0.1, 0.01). Honest float32 models read 1e-7, wrong plans 0.1."""
+
+
+class EngineError(ValueError):
+    """An engine cannot serve a function; the message names the engine, the reason and the way out."""
+
+
+class BlockCost(NamedTuple):
+    """A line of the plan: one block."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: tuple[int, ...]
+    rule: str
+    folded: bool
+    flops: int
+    bytes: int
+
+
+class Plan(NamedTuple):
+    """What will be executed, decided once.
+
+    Attributes:
+        engine: `batched`, `vmap` or `loop`.
+        folded: the transform bound to the layout.
+        batched: what the batched engine executes, if it is the one.
+        costs: a line per block.
+        notes: why this engine, and what the transform's author should know.
+        guard: the largest relative error of `Σ c_n row_n = ∇ Σ c_n ℓ_n` on the first batch, if it was checked.
+    """
+
+    engine: str
+    folded: Folded
+    batched: BatchedPlan | None
+    costs: tuple[BlockCost, ...]
+    notes: tuple[str, ...]
+    guard: float | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The parameters' layout."""
+        return self.folded.layout
+
+    def __str__(self) -> str:
+        """Return the plan as a table."""
+        head = f"engine: {self.engine}" + (
+            "" if self.guard is None else f" (checked: Σ c·row = ∇ Σ c·ℓ to {self.guard:.1e})"
+        )
+        width = max([5, *(len(cost.name) for cost in self.costs)])
+        lines = [
+            head,
+            f"{'block':{width}}  {'shape':>14}  {'row':>14}  {'route':24} {'folded':6} {'FLOPs':>9} {'bytes':>9}",
+        ]
+        for cost in self.costs:
+            shape, row = ("×".join(map(str, s)) or "1" for s in (cost.shape, cost.row))
+            folded = "yes" if cost.folded else "no"
+            lines.append(
+                f"{cost.name:{width}}  {shape:>14}  {row:>14}  {cost.rule[:24]:24} {folded:6} "
+                f"{human(cost.flops):>9} {human(cost.bytes):>9}"
+            )
+        flops, size = (sum(getattr(cost, field) for cost in self.costs) for field in ("flops", "bytes"))
+        lines.append(
+            f"per example: {human(flops)} FLOPs on top of forward and input-backward, {human(size)} bytes of rows"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def human(number: float) -> str:
+    """Return a number with a decimal prefix."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(number) < 1000:
+            return f"{number:.0f}{prefix}" if not prefix else f"{number:.3g}{prefix}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def make_plan(
+    loss_fn: LossFn, params: Params, batch: Batch, transform: Transform | None = None, engine: str = "auto"
+) -> Plan:
+    """Decide how per-example gradients of a function are computed, and check it on a batch.
+
+    Args:
+        loss_fn: `(params, batch) -> losses[n]`.
+        params: the parameters to differentiate.
+        batch: a first batch, of the kind that will come.
+        transform: what is wanted of the gradients.
+        engine: `auto`, `batched`, `vmap` or `loop`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        EngineError: if the engine that was asked for cannot serve.
+        ValueError: if the function is not a pure function of one loss per example.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    check_params(params)
+    batch_size(batch)
+    transform = transform or Transform()
+    known: Layout | None = getattr(loss_fn, "layout", None)
+    traced, reason = _try_trace(loss_fn, params, batch, needed=engine in ("auto", "batched") or known is None)
+    if traced is None and engine == "batched":
+        raise EngineError(f"engine='batched' cannot serve this function: {reason}. Use engine='auto', 'vmap' or 'loop'")
+    layout = known.restrict(params) if known is not None else traced_layout(params, traced)
+    folded = transform.bind(layout)
+    notes = list(folded.warnings)
+    if engine in ("auto", "batched"):
+        try:
+            if traced is None:
+                raise EngineError(reason or "no trace")
+            return _batched_plan(loss_fn, params, batch, folded, traced, notes)
+        except (EngineError, CannotTrace) as error:
+            if engine == "batched":
+                raise EngineError(
+                    f"engine='batched' cannot serve this function: {error}. Use engine='auto', 'vmap' or 'loop'"
+                ) from error
+            notes.append(f"not batched: {error}")
+    chosen = engine if engine in ("vmap", "loop") else "vmap"
+    if chosen == "vmap":
+        problem = vmap_problem(loss_fn, params, batch)
+        if problem and engine == "vmap":
+            raise EngineError(f"engine='vmap' cannot serve this function: {problem}. Use engine='auto' or 'loop'")
+        if problem:
+            notes.append(f"not vmap: {problem}")
+            chosen = "loop"
+    costs = tuple(
+        BlockCost(b.name, b.original, b.shape, f"whole {chosen}", False, 0, _bytes(folded, b.parts[0].source, b.shape))
+        for b in folded.blocks
+    )
+    return Plan(chosen, folded, None, costs, tuple(notes))
+
+
+def check_params(params: Params) -> None:
+    """Refuse parameters which are no dictionary of floating-point tensors.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    if not isinstance(params, dict) or not params:
+        raise ValueError("params must be a dictionary {name: tensor} with at least one entry, as functionalize returns")
+    for name, p in params.items():
+        if not isinstance(p, Tensor) or not p.is_floating_point():
+            kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
+            raise ValueError(f"parameter {name!r} must be a floating-point tensor to have a gradient; got {kind}")
+
+
+def _try_trace(loss_fn: LossFn, params: Params, batch: Batch, needed: bool) -> tuple[Trace | None, str | None]:
+    if not needed:
+        with torch.no_grad(), RefuseRandom():
+            few, more = (loss_fn(params, sample(batch, k)) for k in (2, 3))
+        check_losses(few, 2)
+        check_losses(more, 3)
+        check_unmixed(few, more)
+        return None, None
+    try:
+        return trace(loss_fn, params, batch), None
+    except CannotTrace as error:
+        return None, str(error)
+
+
+def traced_layout(params: Params, traced: Trace | None) -> Layout:
+    """Return the layout of a hand-written function's parameters, from how they are used."""
+    found = {name: {"family": "bare"} for name in params}
+    for key, use in () if traced is None else traced.uses.items():
+        rule = _structural_rule(key, use)
+        if rule == "linear":
+            _, weight, bias, stored_in_out = linear_arguments(use.call)
+            source = matrix_source(weight)
+            assert source is not None
+            name, flipped = source
+            if found[name]["family"] == "bare":
+                found[name] = {"family": "linear", "transposed": stored_in_out != flipped, "bias": base_name(bias)}
+        elif rule == "conv":
+            named = use.call.arguments(CONV_NAMES, {"groups": 1})
+            name = base_name(named["weight"])
+            found[name] = {"family": "conv", "groups": named["groups"], "bias": base_name(named["bias"])}
+        elif rule in ("embedding", "norm"):
+            for name in key.params:
+                found[name] = {"family": rule}
+    kept = {}
+    for name, p in params.items():
+        given: dict[str, Any] = found[name]
+        kept[name] = ParamLayout(tuple(p.shape), p.dtype, p.device, **given)
+    return Layout(kept)
+
+
+def _structural_rule(key: UseKey, use: Use) -> str | None:
+    """Return the rule that an operation's name and arguments allow."""
+    op, call = key.op, use.call
+    axes_known = all(use.outputs) and len(use.outputs) == 1
+    if not axes_known:
+        return None
+    (out_axis,) = use.outputs
+    assert out_axis is not None
+    if op in ("linear", "addmm", "matmul", "__matmul__", "mm"):
+        x, weight, bias, _ = linear_arguments(call)
+        axis = _input_axis(use, x)
+        plain_bias = bias is None or base_name(bias) is not None or not isinstance(bias, Probe)
+        extra = op == "addmm" and len(call.leaves) != 3
+        fits = axis is not None and axis.dim < x.ndim - 1 and matrix_source(weight) is not None
+        return "linear" if fits and plain_bias and not extra and not isinstance(x, Probe) else None
+    if op in ("conv1d", "conv2d", "conv3d"):
+        named = call.arguments(CONV_NAMES)
+        axis = _input_axis(use, named["input"])
+        bias_fits = (
+            named["bias"] is None or base_name(named["bias"]) is not None or not isinstance(named["bias"], Probe)
+        )
+        fits = base_name(named["weight"]) is not None and axis == Axis(0) and bias_fits
+        return "conv" if fits and named["input"].ndim == named["weight"].value.ndim else None
+    if op == "embedding" and call.func is torch.nn.functional.embedding:
+        named = call.arguments(EMBEDDING_NAMES)
+        simple = not (named["max_norm"] or named["scale_grad_by_freq"])
+        known = _input_axis(use, named["input"]) is not None and base_name(named["weight"]) is not None
+        return "embedding" if simple and known else None
+    if op in NORM_NAMES:
+        named = call.arguments(NORM_NAMES[op])
+        leaves = [named.get("weight"), named.get("bias")]
+        bases = all(base_name(leaf) is not None for leaf in leaves if leaf is not None)
+        normalised = 1 if op == "group_norm" else len(named["normalized_shape"])
+        last = 1 if op == "group_norm" else named["input"].ndim - normalised
+        return "norm" if bases and out_axis.dim < last and not (op == "group_norm" and out_axis.flat) else None
+    if op in ELEMENTWISE:
+        return "elementwise" if _elementwise_fits(use, op, out_axis) else None
+    return None
+
+
+def _elementwise_fits(use: Use, op: str, out_axis: Axis) -> bool:
+    call = use.call
+    if len(call.probes) != 1 or len(call.data) > 1 or (op in MULTIPLICATIONS and len(call.data) != 1):
+        return False
+    if any(isinstance(leaf, float) for leaf in call.leaves):
+        return False
+    value = call.leaves[call.probes[0]].value
+    out = tensors_of(call.run())[0]
+    aligned = out_axis.dim - (out.ndim - value.ndim)
+    return aligned < 0 or value.shape[aligned] == 1
+
+
+def _input_axis(use: Use, leaf: Any) -> Axis | None:
+    for place, axis in use.inputs.items():
+        if use.call.leaves[place] is leaf:
+            return axis
+    return None
+
+
+def choose_route(key: UseKey, use: Use) -> Route:
+    """Choose the rule of one use.
+
+    Raises:
+        CannotTrace: if no rule can serve it.
+    """
+    rule = _structural_rule(key, use)
+    if rule is None:
+        if not all(use.outputs):
+            raise CannotTrace(f"{key} mixes examples, or its result has no example axis")
+        rule = "per-op vmap" if _slices_agree(use) else "masked"
+    return Route(rule, use.inputs, use.outputs)
+
+
+def _slices_agree(use: Use) -> bool:
+    """Whether an operation on one example's slices gives that example's slice, and `vmap` can run it."""
+    call = use.call
+    places = [i for i in call.data if use.inputs[i] is not None]
+    if not places:
+        return False
+    inputs = [_known(use.inputs[i]).split(call.leaves[i], 3) for i in places]
+    expected = [_known(axis).split(t, 3) for t, axis in zip(tensors_of(call.run()), use.outputs, strict=True)]
+
+    def one(xs: list[Tensor]) -> list[Tensor]:
+        return tensors_of(call.run(dict(zip(places, xs, strict=True))))
+
+    try:
+        with torch.no_grad(), MathAttention():
+            got = torch.func.vmap(one)(inputs)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-30))
+        for a, b in zip(got, expected, strict=True)
+    )
+
+
+def _known(axis: Axis | None) -> Axis:
+    assert axis is not None
+    return axis
+
+
+def _batched_plan(
+    loss_fn: LossFn, params: Params, batch: Batch, folded: Folded, traced: Trace, notes: list[str]
+) -> Plan:
+    routes = {key: choose_route(key, use) for key, use in traced.uses.items()}
+    plan = BatchedPlan(folded, routes, traced.alone, make_feeds(folded))
+    costs = _costs(folded, traced, routes)
+    try:
+        error, where = guard(plan, loss_fn, params, batch)
+    except (RuntimeError, NotImplementedError) as problem:
+        raise EngineError(f"it fails on the first batch: {str(problem).splitlines()[0]}") from problem
+    limit = GUARD_TOLERANCE.get(next(iter(params.values())).dtype, (0.1, 0.01))[0]
+    if not error <= limit:
+        raise EngineError(f"the check Σ c·row = ∇ Σ c·ℓ fails at {where!r}: relative error {error:.2g}")
+    unused = sorted(set(params) - {name for key in (*routes, *traced.alone) for name in key.params})
+    if unused:
+        notes.append(f"{len(unused)} parameters are not used by the loss; their rows are zero: {', '.join(unused[:5])}")
+    return Plan("batched", folded, plan, costs, tuple(notes), error)
+
+
+def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[float, str]:
+    r"""Check `Σ_n c_n row_n = ∇ Σ_n c_n ℓ_n` for random weights `c`, by one plain backward.
+
+    It catches a misplaced example axis, which an unweighted sum cannot see.
+
+    Returns:
+        The largest relative error and the block where it is.
+    """
+    n = batch_size(batch)
+    rows, _ = batched_rows(plan, loss_fn, params, batch)
+    first = next(iter(params.values()))
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        losses = loss_fn(leaves, batch)
+        if not losses.requires_grad:
+            return 0.0, ""
+        total = (losses * weights.to(losses)).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    plain = {
+        name: (torch.zeros_like(p) if g is None else g)[None]
+        for (name, p), g in zip(params.items(), found, strict=True)
+    }
+    expected = plan.folded.linear_rows(plain)
+    return compare_rows(
+        {name: torch.tensordot(weights.to(row), row, 1)[None] for name, row in rows.items()}, expected, first.dtype
+    )
+
+
+def compare_rows(got: Rows, expected: Rows, dtype: torch.dtype) -> tuple[float, str]:
+    """Return the largest relative error between two sets of rows, and where it is."""
+    floor = GUARD_TOLERANCE.get(dtype, (0.1, 0.01))[1]
+    finite = all(bool(torch.isfinite(row).all()) for row in expected.values())
+    whole = sum(float(row.double().square().sum()) for row in expected.values()) ** 0.5
+    worst, where = 0.0, ""
+    for name, row in expected.items():
+        scale = max(float(row.double().norm()), floor * whole)
+        error = float((got[name].double() - row.double()).norm())
+        relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+        if finite and not relative <= worst:
+            worst, where = relative, name
+    return worst, where
+
+
+def _costs(folded: Folded, traced: Trace, routes: dict[UseKey, Route]) -> tuple[BlockCost, ...]:
+    uses: dict[str, list[tuple[UseKey, Use]]] = {}
+    for key, use in traced.uses.items():
+        for name in key.params:
+            uses.setdefault(name, []).append((key, use))
+    costs = []
+    for block in folded.blocks:
+        rules, flops = [], 0
+        for part in block.parts:
+            for key, use in uses.get(part.source, ()):
+                rules.append(routes[key].rule)
+                flops += _flops(use, routes[key], part, folded.layout[part.source])
+        rule = " + ".join(dict.fromkeys(rules)) or "unused"
+        size = _bytes(folded, block.parts[0].source, block.shape)
+        costs.append(BlockCost(block.name, block.original, block.shape, rule, not block.linear, flops, size))
+    return tuple(costs)
+
+
+def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
+    """Return the cost of one use per example beyond forward and input-backward, by multiply-adds counted twice."""
+    if part.right is None or route.rule not in ("linear", "embedding", "conv") or not layout.is_matrix:
+        return 2 * prod(layout.shape)
+    out = tensors_of(use.call.run())[0]
+    (axis,) = use.outputs
+    count = positions(out, _known(axis), 3, None).shape[1] if route.rule != "conv" else out[0, 0].numel()
+    left, right = part.left, part.right
+    sides = sum(side.source * side.size for side in (left, right) if side.dense)
+    return 2 * count * (sides + left.size * right.size)
+
+
+def _bytes(folded: Folded, source: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * folded.layout[source].dtype.itemsize
+
+
+def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:
+    """Return why `vmap(grad)` cannot run a function, or `None`."""
+    from influence.func.engines import vmap_rows
+
+    try:
+        vmap_rows(loss_fn, params, sample(batch, 2))
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        return explain_vmap(str(error))
+    return None
+
+
+def explain_vmap(message: str) -> str:
+    """Translate torch.func's messages into what to do about them."""
+    first = message.strip().splitlines()[0] if message.strip() else "no message"
+    for upstream, meaning in VMAP_MESSAGES.items():
+        if upstream in message:
+            return f"{meaning} (torch: {first[:160]})"
+    return first[:240]
+
+
+VMAP_MESSAGES = {
+    "data-dependent control flow": "the model branches on the values of a tensor, which vmap cannot",
+    "randomness": "the function draws random numbers: dropout was left on",
+    "setup_context": "the model calls an old-style autograd.Function, which no torch.func transform can run",
+    "vmap: inplace arithmetic": "the model writes a batched value into an unbatched tensor in place",
+}

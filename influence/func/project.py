@@ -1,0 +1,338 @@
+r"""Random projection: sketches of each side of a block, or of everything at once.
+
+Matrices come from torch's CPU generator keyed by (block, side, seed), row after row: the same on every device and in
+every dtype, and nested, so the `p = 8` matrix is the first half of the `p = 16` one up to its scale. The scale is
+Johnson-Lindenstrauss's, `E[L^T L] = I`: inner products of projected rows are unbiased.
+"""
+
+import hashlib
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from influence.func.layout import Layout
+from influence.func.transform import Block, Folded, Part, Step, Transform, with_rows, with_sides
+from influence.types import Rows
+
+KINDS = ("rademacher", "normal", "sparse", "srht")
+NESTING = ("rademacher", "normal")
+CHUNK = 1 << 22
+"""Entries of a dense global sketch that are alive at once."""
+
+
+def project(
+    dim: int,
+    seed: int = 0,
+    kind: str | None = None,
+    target: str = "per_block",
+    *,
+    signs: int = 1,
+    reshape_to_square: bool = False,
+) -> Transform:
+    r"""Project every block to `[p, p]`, or all blocks together to one vector `[p]`.
+
+    Per block, `P_n = L G_n R^T` with `L [p, o]` and `R [p, i]`: separable, so it folds into the probe and costs
+    `2 s p (o + i + p)` FLOPs per example instead of `2 s o i`. A side with at most `dim` entries is kept exact. A
+    vector becomes `[min(p, d)]`. Globally, `P_n = Σ_blocks S_block vec(G_n)`, generated piece by piece.
+
+    $$\mathbb{E}\,\langle L G R^\top, L H R^\top \rangle = \langle G, H \rangle$$
+
+    Args:
+        dim: `p`.
+        seed: another seed gives independent matrices.
+        kind: `"rademacher"` (±1/√p), `"normal"`, `"sparse"` (`signs` non-zeros ±1/√signs per column: SJLT) or
+            `"srht"` (rows of a Hadamard matrix with random signs). Default: rademacher per block, sparse globally.
+        target: `"per_block"` or `"global"`.
+        signs: non-zeros per column of a sparse sketch.
+        reshape_to_square: project far-from-square blocks (LoRA's `[r, i]`) as the most square `[a, b]` with
+            `a·b = o·i`; forms the block's gradient.
+
+    Returns:
+        The transform.
+
+    Raises:
+        ValueError: if an option is out of range.
+
+    Example:
+        >>> from influence import project
+        >>> project(16).fingerprint == project(16, seed=1).fingerprint
+        False
+    """
+    if target not in ("per_block", "global"):
+        raise ValueError(f"project(target={target!r}): expected 'per_block' or 'global'")
+    kind = kind or ("sparse" if target == "global" else "rademacher")
+    if kind not in KINDS:
+        raise ValueError(f"project(kind={kind!r}): expected one of {', '.join(KINDS)}")
+    if dim < 1 or signs < 1 or (kind == "sparse" and signs > dim):
+        raise ValueError(f"project(dim={dim}, signs={signs}): dim must be at least 1, and signs from 1 to dim")
+    if reshape_to_square and target == "global":
+        raise ValueError("project(reshape_to_square=True) is for target='per_block': a global sketch has no sides")
+    settings: dict[str, Any] = {"dim": dim, "seed": seed, "kind": kind, "target": target}
+    settings |= {"signs": signs} if kind == "sparse" else {}
+    settings |= {"reshape_to_square": True} if reshape_to_square else {}
+
+    def extend(folded: Folded) -> Folded:
+        if "unit_norm" in folded.history:
+            note = "unit_norm comes before project: projected rows no longer have unit norm"
+            folded = replace(folded, warnings=(*folded.warnings, note))
+        if target == "global":
+            return _project_all(folded, dim, seed, kind, signs)
+        if reshape_to_square:
+            return _project_squares(folded, dim, seed, kind, signs)
+        drawn: dict[tuple[str, str, int], Tensor | None] = {}
+
+        def draw(name: str, side: str, size: int) -> Tensor | None:
+            key = (name, side, size)
+            if key not in drawn:
+                drawn[key] = None if size <= dim else sketch(name, side, dim, size, seed, kind, signs)
+            return drawn[key]
+
+        def sides(block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
+            left = draw(block.name, "left", block.shape[0])
+            return left, draw(block.name, "right", block.shape[1]) if len(block.shape) == 2 else None
+
+        return with_sides(folded, sides)
+
+    refuses = {"project": "rows are projected once; to read them at a smaller dim use down_project"}
+    return Transform((Step("project", settings, extend, refuses, needs=("as_blocks",)),))
+
+
+def key_of(*parts: object) -> int:
+    """Return a 63-bit key of anything that prints the same everywhere."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sketch(
+    name: str, side: str, p: int, size: int, seed: int = 0, kind: str = "rademacher", signs: int = 1
+) -> Float[Tensor, "p size"]:
+    """Return the sketch matrix of one side of a block, in float64 on the CPU.
+
+    Args:
+        name: the block.
+        side: `"left"` (output), `"right"` (input), or another name for another use.
+        p: rows.
+        size: columns.
+        seed: the seed.
+        kind: the kind of sketch.
+        signs: non-zeros per column of a sparse one.
+
+    Returns:
+        The matrix, JL-scaled.
+    """
+    generator = torch.Generator().manual_seed(key_of(name, side, seed, kind))
+    if kind == "rademacher":
+        rows = [torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) for _ in range(p)]
+        return (2.0 * torch.stack(rows).double() - 1) / math.sqrt(p)
+    if kind == "normal":
+        rows = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(p)]
+        return torch.stack(rows) / math.sqrt(p)
+    out = torch.zeros(p, size, dtype=torch.float64)
+    if kind == "sparse":
+        places, values = sparse_columns(p, size, generator, signs)
+        return out.scatter_(0, places.T, values.T)
+    rows_at, flips = hadamard_choice(p, size, generator)
+    columns = torch.arange(size)
+    bits = rows_at[:, None] & columns[None]
+    parity = torch.zeros_like(bits)
+    while bool(bits.any()):
+        parity ^= bits & 1
+        bits = bits >> 1
+    return (1.0 - 2.0 * parity) * flips[:size] / math.sqrt(p)
+
+
+def sparse_columns(
+    p: int, size: int, generator: torch.Generator, signs: int
+) -> tuple[Int[Tensor, "size signs"], Float[Tensor, "size signs"]]:
+    """Return the places and values of a sparse sketch's non-zeros: in each column exactly `signs`, all different."""
+    if signs == 1:
+        places = torch.randint(0, p, (size, 1), generator=generator)
+    else:
+        places = torch.rand(size, p, generator=generator).argsort(1)[:, :signs]
+    values = 2.0 * torch.randint(0, 2, (size, signs), generator=generator).double() - 1
+    return places, values / math.sqrt(signs)
+
+
+def hadamard_choice(p: int, size: int, generator: torch.Generator) -> tuple[Int[Tensor, " p"], Float[Tensor, " width"]]:
+    """Return which rows of a Hadamard matrix are sampled (with replacement beyond its width), and the random signs."""
+    width = 1 << max(size - 1, 1).bit_length()
+    flips = 2.0 * torch.randint(0, 2, (width,), generator=generator).double() - 1
+    order = [torch.randperm(width, generator=generator) for _ in range(-(-p // width))]
+    return torch.cat(order)[:p], flips
+
+
+def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+    """Return `x H`, unnormalised, for a power-of-two width, by butterflies."""
+    n, width = x.shape
+    step = 1
+    while step < width:
+        x = x.reshape(n, width // (2 * step), 2, step)
+        x = torch.stack((x[:, :, 0] + x[:, :, 1], x[:, :, 0] - x[:, :, 1]), 2)
+        step *= 2
+    return x.reshape(n, width)
+
+
+def _project_all(folded: Folded, dim: int, seed: int, kind: str, signs: int) -> Folded:
+    if folded.finish:
+        maps = {block.into: GlobalSketch(block.name, dim, seed, kind, signs) for block in folded.blocks}
+        return with_rows(folded, lambda rows: {GLOBAL: sum_rows({name: maps[name](row) for name, row in rows.items()})})
+    blocks = tuple(
+        replace(
+            block, shape=(dim,), into=GLOBAL, linear=(*block.linear, GlobalSketch(block.name, dim, seed, kind, signs))
+        )
+        for block in folded.blocks
+    )
+    return replace(folded, blocks=blocks)
+
+
+GLOBAL = "global"
+"""Name of the one row of a global projection."""
+
+
+def sum_rows(rows: Rows) -> Tensor:
+    """Return the sum of all blocks' rows."""
+    return torch.stack(list(rows.values())).sum(0)
+
+
+class GlobalSketch:
+    """One block's share of a global sketch, `[n, ...] -> [n, p]`; never holds a `p × parameters` matrix."""
+
+    def __init__(self, name: str, dim: int, seed: int, kind: str, signs: int) -> None:
+        """Hold the settings; what is drawn depends on them alone."""
+        self.name, self.dim, self.seed, self.kind, self.signs = name, dim, seed, kind, signs
+
+    def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n p"]:
+        """Return the sketch of the block's gradient."""
+        flat = rows.flatten(1)
+        size, p = flat.shape[1], self.dim
+        generator = torch.Generator().manual_seed(key_of(self.name, "global", self.seed, self.kind))
+        if self.kind == "sparse":
+            places, values = sparse_columns(p, size, generator, self.signs)
+            out = flat.new_zeros(flat.shape[0], p)
+            for k in range(self.signs):
+                out = out.index_add(1, places[:, k].to(flat.device), flat * values[:, k].to(flat))
+            return out
+        if self.kind == "srht":
+            rows_at, flips = hadamard_choice(p, size, generator)
+            wide = torch.nn.functional.pad(flat, (0, flips.shape[0] - size)) * flips.to(flat)
+            return hadamard(wide)[:, rows_at.to(flat.device)] / math.sqrt(p)
+        out = flat.new_zeros(flat.shape[0], p)
+        width = max(CHUNK // p, 1)
+        for piece, begin in enumerate(range(0, size, width)):
+            columns = flat[:, begin : begin + width]
+            matrix = sketch(f"{self.name}/{piece}", "global", p, columns.shape[1], self.seed, self.kind)
+            out = out + columns @ matrix.to(flat).mT
+        return out
+
+
+def _project_squares(folded: Folded, dim: int, seed: int, kind: str, signs: int) -> Folded:
+    def view(block: Block) -> Block:
+        if len(block.shape) != 2:
+            return block
+        a, b = most_square(block.shape[0] * block.shape[1])
+        sides = tuple(
+            None if size <= dim else sketch(block.name, side, dim, size, seed, kind, signs)
+            for side, size in (("left", a), ("right", b))
+        )
+        shape = (min(a, dim), min(b, dim))
+        return replace(block, shape=shape, linear=(*block.linear, _Square(a, b, *sides)))
+
+    if folded.finish:
+        raise ValueError("project(reshape_to_square=True) cannot follow unit_norm: put unit_norm last")
+    matrices = replace(folded, blocks=tuple(view(block) for block in folded.blocks))
+    vectors = project(dim, seed, kind, signs=signs).steps[0].extend(folded)
+    chosen = tuple(
+        new if len(old.shape) == 2 else vector
+        for old, new, vector in zip(folded.blocks, matrices.blocks, vectors.blocks, strict=True)
+    )
+    return replace(folded, blocks=chosen)
+
+
+class _Square:
+    """A block's gradient viewed as `[a, b]`, each side projected."""
+
+    def __init__(self, a: int, b: int, left: Tensor | None, right: Tensor | None) -> None:
+        self.a, self.b, self.left, self.right = a, b, left, right
+
+    def __call__(self, rows: Shaped[Tensor, "n o i"]) -> Shaped[Tensor, "n p q"]:
+        """Return the projected view."""
+        square = rows.reshape(rows.shape[0], self.a, self.b)
+        square = square if self.right is None else square @ self.right.to(rows).mT
+        return square if self.left is None else self.left.to(rows) @ square
+
+
+def most_square(size: int) -> tuple[int, int]:
+    """Return `(a, b)` with `a·b = size`, `a ≤ b`, `a` as large as possible."""
+    a = next(a for a in range(math.isqrt(size), 0, -1) if size % a == 0)
+    return a, size // a
+
+
+def down_project(rows: Rows, dim: int, *, stored: Transform, layout: Layout) -> Rows:
+    r"""Read projected rows at a smaller dim: the corner of each row, rescaled, `(p/p') P[:p', :p']`.
+
+    The result equals `project(dim)` with the stored seed and kind, so accuracy-against-p curves need one collection.
+
+    Args:
+        rows: rows collected under `stored`.
+        dim: the smaller dim.
+        stored: the transform the rows were collected under; nothing but `unit_norm` may follow its projection.
+        layout: the layout they were collected from.
+
+    Returns:
+        The rows at the smaller dim; a `unit_norm` at the end is applied anew.
+
+    Raises:
+        ValueError: if the sketch does not nest.
+
+    Example:
+        >>> import torch
+        >>> from influence import as_blocks, chain, down_project, project
+        >>> from influence.func.layout import bare_layout
+        >>> grads = {"w": torch.randn(2, 9, 9)}
+        >>> layout = bare_layout({"w": grads["w"][0]})
+        >>> wide, narrow = (chain(as_blocks(), project(p)) for p in (8, 4))
+        >>> small = down_project(wide.apply(grads, layout), 4, stored=wide, layout=layout)
+        >>> torch.allclose(small["w"], narrow.apply(grads, layout)["w"], atol=1e-6)
+        True
+    """
+    names = [step.name for step in stored.steps]
+    if "project" not in names:
+        raise ValueError(f"down_project: these rows were not projected; they were collected under {stored}")
+    at = names.index("project")
+    settings = stored.steps[at].settings
+    p, kind = settings["dim"], settings["kind"]
+    rest = Transform(stored.steps[at + 1 :])
+    if kind not in NESTING or settings.get("reshape_to_square") or settings["target"] == "global":
+        raise ValueError(
+            f"down_project: {stored.steps[at]} does not nest; only {' and '.join(NESTING)} sketches per block do. "
+            "Collect again at the smaller dim"
+        )
+    if dim > p:
+        raise ValueError(f"down_project: the rows are stored at dim {p}, which cannot be read at the larger {dim}")
+    if [step.name for step in rest.steps] not in ([], ["unit_norm"]):
+        raise ValueError(f"down_project: {rest} follows the projection and cannot be redone at another dim")
+    if rest.steps:
+        raise ValueError(
+            "down_project: rows were divided by their norm at the stored dim, which is lost; store them without "
+            "unit_norm and apply it on reading"
+        )
+    blocks = Transform(stored.steps[:at]).bind(layout).blocks
+    found: Rows = {}
+    for block in blocks:
+        row = rows[block.into]
+        for axis, (size, side) in enumerate(zip(block.shape, ("left", "right"), strict=False)):
+            row = _shrink(row.movedim(axis + 1, -1), size, side, block.name, p, dim, settings).movedim(-1, axis + 1)
+        found[block.into] = row
+    return found
+
+
+def _shrink(row: Tensor, size: int, side: str, name: str, p: int, dim: int, settings: Any) -> Tensor:
+    if size <= dim:
+        return row
+    if size <= p:
+        return row @ sketch(name, side, dim, size, settings["seed"], settings["kind"]).to(row).mT
+    return row[..., :dim] * math.sqrt(p / dim)

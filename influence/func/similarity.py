@@ -1,0 +1,181 @@
+r"""Similarity of rows, and exact inner products of gradients that were never formed.
+
+For a linear map `G_n = Σ_s δ_{ns} x_{ns}^T`, so `⟨G_n, G_m⟩ = Σ_{s,s'} ⟨δ_{ns}, δ_{ms'}⟩ ⟨x_{ns}, x_{ms'}⟩`: cheaper
+than forming `G` where `s² (o + i) < s · o · i` (a *ghost* product; Goodfellow 2015).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence.func.batched import Captured, capture
+from influence.func.plan import EngineError, make_plan
+from influence.func.transform import flat
+from influence.types import Batch, LossFn, Params, Rows
+
+
+def dot(a: Rows, b: Rows) -> Float[Tensor, "n m"]:
+    """Return inner products of rows, summed over blocks, in at least float32.
+
+    Args:
+        a: rows `[n, …]`.
+        b: rows `[m, …]` of the same blocks.
+
+    Returns:
+        The products.
+
+    Raises:
+        ValueError: if the blocks differ.
+
+    Example:
+        >>> import torch
+        >>> dot({"w": torch.eye(2)}, {"w": torch.tensor([[1.0, 2.0]])})
+        tensor([[1.],
+                [2.]])
+    """
+    shapes = [{name: tuple(row.shape[1:]) for name, row in rows.items()} for rows in (a, b)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:4]
+        raise ValueError(f"rows of different blocks have no inner product; they differ in {differing}")
+    return flat(a) @ flat({name: b[name] for name in a}).mT
+
+
+def cosine(a: Rows, b: Rows, eps: float = 1e-12) -> Float[Tensor, "n m"]:
+    """Return cosines of rows over all blocks together; a zero row has cosine 0.
+
+    Args:
+        a: rows `[n, …]`.
+        b: rows `[m, …]` of the same blocks.
+        eps: smallest norm that is divided by.
+
+    Returns:
+        The cosines.
+
+    Example:
+        >>> import torch
+        >>> cosine({"w": torch.eye(2)}, {"w": torch.tensor([[3.0, 4.0]])})
+        tensor([[0.6000],
+                [0.8000]])
+    """
+    norms = [flat(rows).norm(dim=1).clamp_min(eps) for rows in (a, b)]
+    return dot(a, b) / norms[0][:, None] / norms[1][None]
+
+
+class Nearest(NamedTuple):
+    """The nearest rows of each query, best first."""
+
+    values: Float[Tensor, "q k"]
+    indices: Int[Tensor, "q k"]
+
+
+def nearest(queries: Rows, rows: Rows, k: int = 5, *, metric: str = "dot") -> Nearest:
+    """Return the `k` rows with the largest similarity to each query.
+
+    Args:
+        queries: rows `[q, …]`.
+        rows: rows `[n, …]`.
+        k: how many.
+        metric: `"dot"` or `"cosine"`.
+
+    Returns:
+        Values and indices.
+
+    Raises:
+        ValueError: if `k` is not between 1 and the number of rows, or the metric is unknown.
+
+    Example:
+        >>> import torch
+        >>> nearest({"w": torch.tensor([[1.0, 0.0]])}, {"w": torch.tensor([[0.0, 1.0], [2.0, 0.0]])}, k=1).indices
+        tensor([[1]])
+    """
+    if metric not in ("dot", "cosine"):
+        raise ValueError(f"metric must be 'dot' or 'cosine'; got {metric!r}")
+    n = next(iter(rows.values())).shape[0]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the number of rows, {n}; got {k}")
+    scores = (dot if metric == "dot" else cosine)(queries, rows)
+    return Nearest(*scores.topk(k, dim=1))
+
+
+def squared_norms(loss_fn: LossFn, params: Params, batch: Batch) -> Float[Tensor, " n"]:
+    r"""Return `‖g_n‖²` of every example's gradient, exact, forming no gradient where a ghost product is cheaper.
+
+    Args:
+        loss_fn: the loss function.
+        params: the parameters.
+        batch: the batch.
+
+    Returns:
+        The squared norms.
+
+    Example:
+        >>> import torch
+        >>> squared_norms(lambda p, x: (x @ p["w"]).sum((1, 2)), {"w": torch.eye(2)}, torch.ones(1, 3, 2))
+        tensor([36.])
+    """
+    captured = _captured(loss_fn, params, batch)
+    total: Tensor | None = None
+    for left, right in captured.factors.values():
+        s, o, i = left.shape[1], left.shape[2], right.shape[2]
+        if s * (o + i) < o * i:
+            part = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+        else:
+            part = (left.mT @ right).square().sum((1, 2))
+        total = part if total is None else total + part
+    for row in captured.rows.values():
+        part = row.flatten(1).square().sum(1)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def products(loss_fn: LossFn, params: Params, batch: Batch, other: Batch | None = None) -> Float[Tensor, "n m"]:
+    r"""Return `⟨g_n, g_m⟩` for the examples of two batches, exact, by ghost products where they are cheaper.
+
+    Args:
+        loss_fn: the loss function.
+        params: the parameters.
+        batch: a batch of `n` examples.
+        other: a batch of `m` examples; default the same.
+
+    Returns:
+        The products.
+
+    Example:
+        >>> import torch
+        >>> products(lambda p, x: (x @ p["w"]).sum((1, 2)), {"w": torch.eye(2)}, torch.ones(1, 3, 2))
+        tensor([[36.]])
+    """
+    a = _captured(loss_fn, params, batch)
+    b = a if other is None else _captured(loss_fn, params, other)
+    total: Tensor | None = None
+    for name, (left, right) in a.factors.items():
+        part = _product((left, right), b.factors[name])
+        total = part if total is None else total + part
+    for name, row in a.rows.items():
+        part = row.flatten(1) @ b.rows[name].flatten(1).mT
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Float[Tensor, "n m"]:
+    (n, s, o), (m, t, i) = a[0].shape, b[1].shape
+    ghost = n * m * s * t * (o + i)
+    formed = (n * s + m * t) * o * i + n * m * o * i
+    if ghost < formed:
+        lefts, rights = (torch.einsum("nsd,mtd->nmst", x, y) for x, y in zip(a, b, strict=True))
+        return (lefts * rights).sum((2, 3))
+    rows = [(left.mT @ right).flatten(1) for left, right in (a, b)]
+    return rows[0] @ rows[1].mT
+
+
+def _captured(loss_fn: LossFn, params: Params, batch: Batch) -> Captured:
+    plan = make_plan(loss_fn, params, batch)
+    if plan.batched is None:
+        raise EngineError(
+            f"ghost products need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
+        )
+    return capture(plan.batched, loss_fn, params, batch)

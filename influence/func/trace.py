@@ -1,0 +1,215 @@
+"""The trace: how a loss function uses its parameters, and where the examples are at each use.
+
+The function runs on two and on three examples of the first batch. Whatever changes its size between the two runs is
+the example axis; a merged axis `n · s` is told from `s · n` by its values. An operation which meets no examples keeps
+its result a probe, and the trace is taken again until nothing new is learnt.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from influence.func.axes import Axis, MixedAxes, Signature, find_axis, signature
+from influence.func.batches import sample
+from influence.func.probe import Call, UseKey, derive, op_name, probe, tensors_of
+from influence.types import Batch, LossFn, Params
+
+LOSS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How far a loss may move, relative to the largest, when other examples join the batch; half precision: 0.1."""
+
+
+class CannotTrace(ValueError):
+    """The loss function cannot be run by the batched engine; the message says why."""
+
+
+class Use(NamedTuple):
+    """One planned use of parameters.
+
+    Attributes:
+        call: the operation as it was seen at three examples.
+        inputs: example axis of each tensor argument that is not a probe, by its place among the leaves.
+        outputs: example axis of each tensor result.
+    """
+
+    call: Call
+    inputs: dict[int, Axis | None]
+    outputs: tuple[Axis | None, ...]
+
+    @property
+    def knows_examples(self) -> bool:
+        """Whether any argument or result has an example axis."""
+        return any(self.outputs) or any(self.inputs.values())
+
+
+class Trace(NamedTuple):
+    """What the trace found: the uses where examples meet parameters, and the operations on parameters alone."""
+
+    uses: dict[UseKey, Use]
+    alone: frozenset[UseKey]
+
+
+class Event(NamedTuple):
+    """One operation seen in one run."""
+
+    key: UseKey
+    call: Call
+    alone: bool
+    inputs: dict[int, Signature]
+    outputs: list[Signature]
+
+
+class Keys:
+    """Counts uses within one run, so that each has a name which is the same in the next run."""
+
+    def __init__(self) -> None:
+        """Start counting."""
+        self.seen: Counter[tuple[str, tuple[str, ...]]] = Counter()
+
+    def __call__(self, call: Call) -> UseKey:
+        """Return the next key of a call."""
+        pair = (op_name(call.func), call.params)
+        self.seen[pair] += 1
+        return UseKey(*pair, self.seen[pair] - 1)
+
+
+def writes(op: str) -> bool:
+    """Whether an operation writes to its argument."""
+    inplace = op.endswith("_") and not op.endswith("__")
+    return inplace or op.startswith(("__set__", "__setitem__")) or (op.startswith("__i") and op != "__invert__")
+
+
+def _run(loss_fn: LossFn, params: Params, batch: Batch, n: int, known: dict[UseKey, bool]) -> tuple[list[Event], Any]:
+    events: list[Event] = []
+    keys = Keys()
+
+    def watch(call: Call) -> Any:
+        out = call.run()
+        if not tensors_of(out):
+            return out
+        key = keys(call)
+        if writes(key.op):
+            raise CannotTrace(f"{key} writes to its argument")
+        alone = known.get(key, not call.data)
+        inputs = {i: signature(call.leaves[i], n) for i in call.data}
+        events.append(Event(key, call, alone, inputs, [signature(t, n) for t in tensors_of(out)]))
+        return derive(call, out, watch) if alone else out
+
+    with torch.no_grad(), RefuseRandom():
+        probes = {name: probe(p, name, (name,), watch) for name, p in params.items()}
+        losses = loss_fn(probes, batch)  # type: ignore[arg-type]
+    return events, losses
+
+
+def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
+    """Find every use of every parameter, and the example axis at each.
+
+    Args:
+        loss_fn: `(params, batch) -> losses[n]`.
+        params: the parameters to differentiate.
+        batch: the first batch.
+
+    Returns:
+        The uses by key.
+
+    Raises:
+        CannotTrace: if the batched engine cannot serve this function.
+        ValueError: if the function is random, mixes examples, or does not return one loss per example.
+    """
+    known: dict[UseKey, bool] = {}
+    small, large = sample(batch, 2), sample(batch, 3)
+    for _ in range(50):
+        two, losses_two = _run(loss_fn, params, small, 2, known)
+        three, losses_three = _run(loss_fn, params, large, 3, known)
+        check_losses(losses_two, 2)
+        check_losses(losses_three, 3)
+        check_unmixed(losses_two, losses_three)
+        if [e.key for e in two] != [e.key for e in three]:
+            raise CannotTrace("the operations on parameters depend on the batch")
+        learnt = {}
+        uses = {}
+        for a, b in zip(two, three, strict=True):
+            use = Use(b.call, _axes(a, b), _output_axes(a, b))
+            if not a.alone:
+                uses[a.key] = use
+            if use.knows_examples == a.alone and a.key not in known:
+                learnt[a.key] = not use.knows_examples
+        if not learnt:
+            return Trace(uses, frozenset(e.key for e in three if e.alone))
+        known |= learnt
+    raise CannotTrace("the loss function derives more than 50 tensors from its parameters alone")
+
+
+def _axes(a: Event, b: Event) -> dict[int, Axis | None]:
+    try:
+        return {i: find_axis(a.inputs[i], b.inputs[i]) for i in a.inputs}
+    except MixedAxes as error:
+        raise CannotTrace(f"an argument of {a.key} has no single example axis: {error}") from None
+
+
+def _output_axes(a: Event, b: Event) -> tuple[Axis | None, ...]:
+    try:
+        return tuple(find_axis(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+    except MixedAxes as error:
+        raise CannotTrace(f"the result of {a.key} has no single example axis: {error}") from None
+
+
+def check_losses(losses: Any, n: int) -> None:
+    """Refuse what is not one loss per example.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not isinstance(losses, Tensor):
+        raise ValueError(f"loss_fn must return a tensor of one loss per example, [{n}]; got {type(losses).__name__}")
+    if tuple(losses.shape) != (n,):
+        hint = "return the losses before their mean or sum" if losses.ndim == 0 else "sum each example's own losses"
+        raise ValueError(f"loss_fn must return one loss per example, shape [{n}]; got {list(losses.shape)}: {hint}")
+    if not losses.is_floating_point():
+        raise ValueError(f"loss_fn must return floating-point losses; got {losses.dtype}")
+
+
+def check_unmixed(few: Tensor, more: Tensor) -> None:
+    """Refuse a function whose losses move when other examples join the batch.
+
+    Raises:
+        ValueError: naming the loss that moved.
+    """
+    a, b = few.detach().double(), more.detach().double()[: few.shape[0]]
+    scale = b.abs().max().clamp_min(1e-6)
+    moved = ((a - b).abs() / scale).nan_to_num(0.0)
+    if moved.max() > LOSS_TOLERANCE.get(few.dtype, 0.1):
+        i = int(moved.argmax())
+        raise ValueError(
+            f"example {i}'s loss changes from {a[i].item():.6g} to {b[i].item():.6g} when another example joins the "
+            "batch: a per-example gradient does not exist. Something mixes examples (BatchNorm in train mode, a mean "
+            "over the batch, in-batch negatives) or is random; use mode='eval', or sum each example's own loss"
+        )
+
+
+class RefuseRandom(TorchDispatchMode):
+    """Refuses every operation that draws from a global generator, before it draws."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let pure operations pass."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
+            raise ValueError(
+                f"the loss function draws random numbers ({func}): dropout was left on, or it samples. "
+                "Use functionalize(model, mode='eval'), "
+                "or pass the noise in the batch"
+            )
+        return func(*args, **kwargs)
+
+
+def draws(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a seeded operation really draws: attention kernels do only where their dropout is not zero."""
+    schema = func._schema.arguments  # type: ignore[attr-defined]
+    for i, argument in enumerate(schema):
+        if argument.name in ("dropout_p", "p", "dropout"):
+            value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(value)
+    return True

@@ -1,0 +1,404 @@
+r"""Transforms: pure maps of rows, which compose, fold into the probe, and carry a fingerprint.
+
+A transform is a description: a tuple of steps. Bound to a `Layout` it becomes a `Folded`: for each block the part of
+the chain that is separable, `L G_n R^T` (these fold into the probe and never see a full gradient), then linear maps
+of the block's own gradient (`linear`), then maps of whole rows (`finish`).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from influence.func.layout import Layout, bare_layout, block_name
+from influence.func.sides import Side, identity
+from influence.types import Rows
+
+LinearMap: TypeAlias = Callable[[Tensor], Tensor]
+RowMap: TypeAlias = Callable[[Rows], Rows]
+
+
+class Part(NamedTuple):
+    """What one source (a parameter, or a stored row) contributes to a block: `left G right^T`.
+
+    Attributes:
+        source: name of the parameter.
+        left: map of the output axis.
+        right: map of the input axis; for a vector in a matrix block, of an axis of length one; `None` in a vector block.
+    """
+
+    source: str
+    left: Side
+    right: Side | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a folded transform.
+
+    Attributes:
+        name: the block's name.
+        parts: the sources which are summed into it.
+        linear: linear maps of the block's gradient `[n, *shape]`, applied one after the other.
+        shape: shape of a row of this block, after `linear`.
+        into: name of the row it is added to; several blocks may share one (`target="global"`).
+        original: shape before any step changed it (`[o, i]` or `[d]`).
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    shape: tuple[int, ...]
+    into: str
+    original: tuple[int, ...]
+    linear: tuple[LinearMap, ...] = ()
+
+    @property
+    def separable_shape(self) -> tuple[int, ...]:
+        """Shape after the sides, before `linear`."""
+        first = self.parts[0]
+        return (first.left.size,) if first.right is None else (first.left.size, first.right.size)
+
+    def finish_linear(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Apply the linear maps to rows `[n, *separable_shape]`."""
+        for step in self.linear:
+            rows = step(rows)
+        return rows
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A transform bound to a layout.
+
+    Attributes:
+        layout: the parameters' layout.
+        blocks: every block, in order.
+        raw: whether the blocks still are plain parameters, keyed by their names and in their own shape.
+        finish: maps of whole rows, after everything linear.
+        history: names of the steps so far.
+        warnings: what `explain` should say.
+    """
+
+    layout: Layout
+    blocks: tuple[Block, ...]
+    raw: bool = True
+    finish: tuple[RowMap, ...] = ()
+    history: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each row before `finish`."""
+        return {block.into: block.shape for block in self.blocks}
+
+    def linear_rows(self, grads: Mapping[str, Tensor]) -> Rows:
+        """Apply the linear part to parameter gradients `{source: [n, *shape]}`, unfolded: the definition."""
+        rows: Rows = {}
+        oriented = {name: self.layout[name].orient(grad) for name, grad in grads.items()}
+        for block in self.blocks:
+            total = None
+            for part in block.parts:
+                piece = apply_part(part, oriented[part.source])
+                total = piece if total is None else total + piece
+            assert total is not None
+            total = block.finish_linear(total)
+            rows[block.into] = rows[block.into] + total if block.into in rows else total
+        return rows
+
+    def finish_rows(self, rows: Rows) -> Rows:
+        """Apply what follows the linear part; raw rows go back to their parameters' shapes."""
+        for step in self.finish:
+            rows = step(rows)
+        if self.raw:
+            rows = {name: self.layout[name].restore(row) for name, row in rows.items()}
+        return rows
+
+    def rows(self, grads: Mapping[str, Tensor]) -> Rows:
+        """Apply everything to parameter gradients `{source: [n, *shape]}`."""
+        return self.finish_rows(self.linear_rows(grads))
+
+
+def apply_part(part: Part, grad: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+    """Return `left G right^T` for an oriented gradient `[n, o, i]` or `[n, d]`."""
+    if part.right is None:
+        return part.left.apply(grad)
+    matrix = grad[..., None] if grad.ndim == 2 else grad
+    return part.left.apply(part.right.apply(matrix).mT).mT
+
+
+def start(layout: Layout) -> Folded:
+    """Return the identity: every parameter a block of its own, under its own name."""
+    blocks = []
+    for name, param in layout.params.items():
+        shape = param.oriented
+        sides = (identity(shape[0]), identity(shape[1]) if len(shape) == 2 else None)
+        blocks.append(Block(name, (Part(name, *sides),), shape, name, shape))
+    return Folded(layout, tuple(blocks))
+
+
+class Step(NamedTuple):
+    """One transform of a chain.
+
+    Attributes:
+        name: its verb, as in the code.
+        settings: everything that changes a number; tensors are hashed into the fingerprint.
+        extend: how it extends a folded transform.
+        changes_basis: whether a row is no longer indexed by parameters after it.
+        needs: names of steps, one of which must come before.
+        refuses: names of steps that must not come before, each with the reason.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    extend: Callable[[Folded], Folded]
+    refuses: Mapping[str, str]
+    needs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the step as it was written."""
+        shown = ", ".join(f"{key}={describe(value)}" for key, value in self.settings.items())
+        return f"{self.name}({shown})"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A pure map of rows: a tuple of steps, applied from left to right.
+
+    Example:
+        >>> import torch
+        >>> from influence import as_blocks, chain, unit_norm
+        >>> from influence.func.layout import bare_layout
+        >>> rows = {"w": torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])}
+        >>> chain(as_blocks(), unit_norm()).apply(rows, layout=bare_layout({"w": rows["w"][0]}))["w"]
+        tensor([[[0.6000, 0.0000],
+                 [0.0000, 0.8000]]])
+    """
+
+    steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse an order that makes no sense.
+
+        Raises:
+            ValueError: if a step follows one that it cannot follow, or lacks one that it needs.
+        """
+        for position, step in enumerate(self.steps):
+            for earlier in self.steps[:position]:
+                if earlier.name in step.refuses:
+                    raise ValueError(
+                        f"{step} cannot follow {earlier}: {step.refuses[earlier.name]}; "
+                        f"write chain(…, {step.name}(…), {earlier.name}(…), …) or leave one out"
+                    )
+
+    def __repr__(self) -> str:
+        """Return the chain as it was written."""
+        return repr(self.steps[0]) if len(self.steps) == 1 else f"chain({', '.join(map(repr, self.steps))})"
+
+    def bind(self, layout: Layout) -> Folded:
+        """Bind the description to a layout.
+
+        Args:
+            layout: the parameters' layout.
+
+        Returns:
+            The folded transform.
+
+        Raises:
+            ValueError: if a step needs another before it.
+        """
+        return placed(self.extend(start(layout)))
+
+    def extend(self, folded: Folded) -> Folded:
+        """Extend a folded transform by these steps."""
+        for step in self.steps:
+            if step.needs and not set(step.needs) & set(folded.history):
+                raise ValueError(
+                    f"{step} needs blocks: put {' or '.join(f'{need}()' for need in step.needs)} before it, "
+                    f"as in chain({step.needs[0]}(), {step.name}(…))"
+                )
+            folded = replace(step.extend(folded), history=(*folded.history, step.name))
+        return folded
+
+    def apply(self, rows: Rows, layout: Layout) -> Rows:
+        """Apply the transform to rows already at hand: the same numbers as folded into a probe.
+
+        Args:
+            rows: gradients by parameter name `[n, *shape]`, or blocks `[n, o, i]` made by `as_blocks`.
+            layout: `loss_fn.layout`, or the plan's.
+
+        Returns:
+            The transformed rows.
+
+        """
+        if all(name in layout.params and tuple(row.shape[1:]) == layout[name].shape for name, row in rows.items()):
+            return self.bind(layout.restrict(rows)).rows(rows)
+        grads = unblock(rows, layout)
+        if grads is not None:
+            merged = any(layout[name].bias in grads for name in grads)
+            return placed(self.extend(_blocks(layout.restrict(grads), merged))).rows(grads)
+        inner = bare_layout({name: row[0] for name, row in rows.items()})
+        return placed(self.extend(replace(start(inner), raw=False, history=("as_blocks",)))).rows(rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every setting that changes a number, the same in every process and on every machine."""
+        described = [
+            [step.name, {key: canonical(value) for key, value in step.settings.items()}] for step in self.steps
+        ]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def placed(folded: Folded) -> Folded:
+    """Return a folded transform with every side on its parameter's device and in its dtype."""
+
+    def move(part: Part) -> Part:
+        where = folded.layout[part.source]
+        right = None if part.right is None else part.right.to(where.device, where.dtype)
+        return Part(part.source, part.left.to(where.device, where.dtype), right)
+
+    return replace(folded, blocks=tuple(replace(b, parts=tuple(map(move, b.parts))) for b in folded.blocks))
+
+
+def _blocks(layout: Layout, bias: bool) -> Folded:
+    from influence.func.blocks import as_blocks
+
+    return as_blocks(bias=bias).bind(layout)
+
+
+def unblock(rows: Rows, layout: Layout) -> Rows | None:
+    """Return parameter gradients from rows that are whole blocks; `None` where they are not (heads, projections)."""
+    owners = {block_name(name): name for name in layout.params}
+    grads: Rows = {}
+    for key, row in rows.items():
+        name = key if key in layout.params else owners.get(key)
+        if name is None:
+            return None
+        param, shape = layout[name], tuple(row.shape[1:])
+        if shape == param.oriented:
+            grads[name] = param.restore(row)
+        elif param.bias and len(shape) == 2 and shape == (param.oriented[0], param.oriented[1] + 1):
+            grads[name] = param.restore(row[..., :-1])
+            grads[param.bias] = row[..., -1]
+        else:
+            return None
+    return grads
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Compose transforms, applied from left to right.
+
+    Composition is associative: `chain(chain(a, b), c)`, `chain(a, chain(b, c))` and `chain(a, b, c)` are equal.
+
+    Args:
+        *transforms: transforms.
+
+    Returns:
+        Their composition.
+
+    Example:
+        >>> from influence import as_blocks, chain, project, unit_norm
+        >>> chain(as_blocks(), project(16), unit_norm())
+        chain(as_blocks(bias=False), project(dim=16, seed=0, kind='rademacher', target='per_block'), unit_norm(eps=1e-12))
+    """
+    return Transform(tuple(step for transform in transforms for step in transform.steps))
+
+
+def with_sides(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> Folded:
+    """Extend every block by a separable map `L G R^T`, given per block and part as matrices or diagonals.
+
+    Where something that does not separate came before, the map is applied to the rows instead: same numbers.
+    """
+    if folded.finish:
+        return with_rows(folded, _side_rows(folded, sides))
+    return replace(folded, blocks=tuple(_block_with_sides(block, sides) for block in folded.blocks))
+
+
+def _block_with_sides(block: Block, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> Block:
+    if not block.linear:
+        parts = tuple(_extend_part(part, *sides(block, part)) for part in block.parts)
+        extended = replace(block, parts=parts)
+        return replace(extended, shape=extended.separable_shape)
+    left, right = sides(block, block.parts[0])
+    shape = tuple(
+        size if side is None or side.ndim == 1 else side.shape[0]
+        for size, side in zip(block.shape, (left, right), strict=False)
+    )
+    return replace(block, shape=shape, linear=(*block.linear, _SideMap(left, right)))
+
+
+def _extend_part(part: Part, left: Tensor | None, right: Tensor | None) -> Part:
+    def extend(side: Side, by: Tensor | None) -> Side:
+        if by is None:
+            return side
+        return side.then_diagonal(by) if by.ndim == 1 else side.then_matrix(by)
+
+    return Part(part.source, extend(part.left, left), None if part.right is None else extend(part.right, right))
+
+
+class _SideMap(NamedTuple):
+    """A separable map applied to rows `[n, o, i]` or `[n, d]` at hand."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
+        """Apply it."""
+        if rows.ndim == 2:
+            return _apply_last(rows, self.left)
+        return _apply_last(_apply_last(rows, self.right).mT, self.left).mT
+
+
+def _apply_last(rows: Tensor, side: Tensor | None) -> Tensor:
+    if side is None:
+        return rows
+    side = side.to(rows)
+    return rows * side if side.ndim == 1 else rows @ side.mT
+
+
+def _side_rows(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> RowMap:
+    maps = {block.into: _SideMap(*sides(block, block.parts[0])) for block in folded.blocks}
+    return lambda rows: {name: maps[name](row) for name, row in rows.items()}
+
+
+def with_rows(folded: Folded, row_map: RowMap) -> Folded:
+    """Extend by a map of whole rows."""
+    return replace(folded, finish=(*folded.finish, row_map))
+
+
+def canonical(value: Any) -> Any:
+    """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+        return {"tensor": digest, "shape": list(value.shape), "dtype": str(value.dtype)}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in sorted(value.items(), key=lambda item: str(item[0]))}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {type(value).__name__: canonical(value._asdict())}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, float):
+        return value.hex()
+    return value
+
+
+def describe(value: Any) -> str:
+    """Return a setting as `repr` should show it: tensors by shape, long mappings by length."""
+    if isinstance(value, Tensor):
+        return f"<{'×'.join(map(str, value.shape))}>"
+    if isinstance(value, Mapping) and len(value) > 3:
+        return f"<{len(value)} entries>"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return f"<{type(value).__name__}>"
+    return repr(value)
+
+
+def flat(rows: Rows) -> Float[Tensor, "n d"]:
+    """Return all blocks of rows side by side, `[n, d]`, in at least float32."""
+    parts = [row.flatten(1) for row in rows.values()]
+    out = torch.cat(parts, dim=1)
+    return out if out.dtype == torch.float64 else out.float()
