@@ -25,6 +25,6 @@ class LossFn(Protocol):
     Example i's loss depends on example i alone.
     """
 
-    def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
+    def __call__(self, params: Params, batch: Batch, /) -> Float[Tensor, " n"]:
         """Return the losses `[n]` of the batch's examples."""
         ...

@@ -72,3 +72,9 @@ def find_axis(two: Signature, three: Signature) -> Axis | None:
     outer = (large[:a] - small).abs().sum()
     inner = (large.view(k, 3)[:, :2] - small.view(k, 2)).abs().sum()
     return Axis(dim, flat=True, inner=bool(inner < outer))
+
+
+def known_axis(axis: Axis | None) -> Axis:
+    """Return an axis that the plan has established."""
+    assert axis is not None
+    return axis

@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.batches import batch_size
-from influence.func.probe import Call, UseKey, derive, probe, tensors_of
 from influence.func.axes import Axis
+from influence.func.batches import batch_size
+from influence.func.contributions import Backward, Feed, Route, Scene
 from influence.func.factors import positions
-from influence.func.rules import RULES, Backward, Feed, Route, Scene, linear_input, linear_names
+from influence.func.probe import Call, UseKey, derive, probe, tensors_of
+from influence.func.rules import RULES, linear_input, linear_names
 from influence.func.trace import CannotTrace, Keys, check_losses
-from influence.func.transform import Block, Folded, Part
+from influence.func.transform import Block, Folded
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -49,7 +50,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backward: Any, results: int, saved: int, *tensors: Tensor) -> Any:
         """Return the results as they are; `tensors` holds them, then what to remember, then the zeros."""
-        ctx.rule, ctx.counts = backward, (results, saved, len(tensors))
+        ctx.rule, ctx.saved_count = backward, saved
         ctx.save_for_backward(*tensors[results : results + saved])
         out = tuple(t.detach() for t in tensors[:results])
         return out if results > 1 else out[0]
@@ -57,7 +58,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gs: Tensor) -> Any:
         """Pass the gradient on, and return the contributions as the zeros' gradients."""
-        results, saved, total = ctx.counts
+        saved = ctx.saved_count
         found = ctx.rule(ctx.saved_tensors, gs)
         kept = (None,) * saved
         return (None, None, None, *gs, *kept, *found)
@@ -79,7 +80,9 @@ def rides(block: Block) -> bool:
     a, b = (part.left for part in block.parts)
     if a.selects and b.selects:
         return (a.start, a.stop, a.before, a.after) == (b.start, b.stop, b.before, b.after)
-    return a.dense and b.dense and a.start == b.start and torch.equal(a.matrix, b.matrix)
+    if a.matrix is None or b.matrix is None or a.start != b.start or a.matrix.shape != b.matrix.shape:
+        return False
+    return torch.equal(a.matrix, b.matrix)
 
 
 def batched_rows(
@@ -105,7 +108,7 @@ def batched_rows(
 
 def tapped_losses(
     plan: BatchedPlan,
-    loss_fn: LossFn,
+    loss_fn: Callable[[Params, Batch], Any],
     params: Params,
     batch: Batch,
     watcher: "Callable[[BatchedPlan, Scene, Rows], Runner] | None" = None,
@@ -124,7 +127,9 @@ def tapped_losses(
     for block in plan.folded.blocks:
         like = values[block.parts[0].source]
         if block.into not in zeros:
-            zeros[block.into] = like.new_zeros(()).expand(*lead, *block.shape).requires_grad_()
+            shared = block.into != block.name
+            dtype = torch.promote_types(like.dtype, torch.float32) if shared else like.dtype
+            zeros[block.into] = like.new_zeros((), dtype=dtype).expand(*lead, *block.shape).requires_grad_()
     run = (watcher or Runner)(plan, scene, zeros)
     probes = {name: probe(p, name, (name,), run) for name, p in values.items()}
     return loss_fn(probes, batch), run  # type: ignore[arg-type]

@@ -9,14 +9,14 @@ from influence.func.layout import Heads, block_name
 from influence.func.sides import identity
 from influence.func.transform import Block, Folded, Part, Step, Transform
 
-AFTER_BLOCKS = {
-    name: "blocks are made from parameters, so they come first"
-    for name in ("as_blocks", "split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm")
-}
-AFTER_HEADS = {
-    name: "heads are slices of untouched blocks"
-    for name in ("split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm")
-}
+AFTER_BLOCKS = dict.fromkeys(
+    ("as_blocks", "split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm"),
+    "blocks are made from parameters, so they come first",
+)
+AFTER_HEADS = dict.fromkeys(
+    ("split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm"),
+    "heads are slices of untouched blocks",
+)
 
 
 def as_blocks(bias: bool = False) -> Transform:
@@ -75,8 +75,8 @@ def split_heads(heads: Mapping[str, Heads] | None = None) -> Transform:
 
     Example:
         >>> from influence import Heads, split_heads
-        >>> split_heads({"*.c_attn": Heads(12, 64, fused="concatenated"), "*.attn.c_proj": Heads(12, 64, axis="in")})
-        split_heads(heads={'*.c_attn': <Heads>, '*.attn.c_proj': <Heads>})
+        >>> split_heads({"*.q_proj": Heads(12, 64)})
+        split_heads(heads={'*.q_proj': Heads(count=12, size=64, axis='out', fused=None, kv=None)})
     """
 
     def extend(folded: Folded) -> Folded:
@@ -93,9 +93,9 @@ def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Head
     names = [block.name for block in folded.blocks]
     if heads is None:
         known = {
-            block.name: found
+            block.name: spec
             for block in folded.blocks
-            if (found := folded.layout[block.parts[0].source].heads) is not None
+            if (spec := folded.layout[block.parts[0].source].heads) is not None
         }
         if not known:
             raise ValueError(
@@ -104,7 +104,7 @@ def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Head
                 "split_heads({'*.q_proj': Heads(count, size)})"
             )
         return known
-    found = {}
+    found: dict[str, Heads] = {}
     for pattern, spec in heads.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:

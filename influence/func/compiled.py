@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot, make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from influence.types import Batch, Params, Rows
@@ -57,7 +58,7 @@ class Compiled:
             return list(self.step(*tree_unflatten(filled, spec)).values())
 
         try:
-            graph = torch.compile(make_fx(flat)(tensors), backend=self.backend, fullgraph=True, dynamic=False)
+            graph = torch.compile(record(flat, tensors), backend=self.backend, fullgraph=True, dynamic=False)
             with torch.no_grad():
                 got = graph(tensors)
         except Exception as error:
@@ -66,13 +67,59 @@ class Compiled:
             return None
         for (name, row), compiled in zip(eager.items(), got, strict=True):
             scale = float(row.double().norm())
-            error = float((compiled.double() - row.double()).norm())
+            distance = float((compiled.double() - row.double()).norm())
             limit = COMPILE_TOLERANCE.get(row.dtype, 0.1)
-            if not error <= limit * scale + 1e-30:
+            if not distance <= limit * scale + 1e-30:
                 warnings.warn(
                     f"the compiled step differs from the eager one at {name!r} (relative error "
-                    f"{error / max(scale, 1e-30):.2g}, limit {limit:g}): running eagerly",
+                    f"{distance / max(scale, 1e-30):.2g}, limit {limit:g}): running eagerly",
                     stacklevel=4,
                 )
                 return None
         return graph
+
+
+def record(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> torch.fx.GraphModule:
+    """Record a function, backward passes included, as one graph of tensor operations.
+
+    Args:
+        function: a pure function of a list of tensors.
+        tensors: its inputs; the graph holds for their shapes.
+
+    Returns:
+        The graph.
+    """
+
+    def settled(tensors: list[Tensor]) -> list[Tensor]:
+        with SettleConstants():
+            return function(tensors)
+
+    return make_fx(settled)(tensors)
+
+
+class SettleConstants(TorchDispatchMode):
+    """Lets a recorded function branch on a value which no input moves (positions made by `arange`), and on no other."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer a question about a constant; refuse one about an input."""
+        proxies = get_proxy_mode()
+        if func is not torch.ops.aten._local_scalar_dense.default or proxies is None:
+            return func(*args, **(kwargs or {}))
+        slot = get_proxy_slot(args[0], proxies.tracer, None)
+        if slot is not None and depends_on_input(slot.proxy.node):
+            raise RuntimeError("the model branches on the values of its inputs, which a compiled graph cannot")
+        with disable_proxy_modes_tracing():
+            return func(*args, **(kwargs or {}))
+
+
+def depends_on_input(node: torch.fx.Node) -> bool:
+    """Whether a recorded value depends on any input of the graph."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        if current.op == "placeholder":
+            return True
+        fresh = [parent for parent in current.all_input_nodes if parent not in seen]
+        seen.update(fresh)
+        waiting.extend(fresh)
+    return False

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from influence.func.attention import MathAttention
 from influence.func.batches import batch_size, split_leaves, take
-from influence.func.rules import MathAttention
 from influence.types import Batch, LossFn, Params, Rows
 
 

@@ -52,7 +52,8 @@ def positions(x: Float[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> 
     parts = axis.split(x, n)
     if keep is None:
         return parts.flatten(1, -2)
-    return parts.movedim(position_dim(parts[..., 0], keep), 1).flatten(2, -2)
+    moved = parts.movedim(position_dim(parts[..., 0], keep), 1)
+    return moved.reshape(n, keep, -1, moved.shape[-1])
 
 
 def position_dim(parts: Shaped[Tensor, "n ..."], keep: int) -> int:

@@ -36,7 +36,7 @@ class Total(NamedTuple):
     """A sum and how many examples are in it."""
 
     sums: Rows
-    count: int
+    number: int
 
 
 def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[str, Sink]) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def _add(a: Rows, b: Rows) -> Rows:
 
 
 def _update_total(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
-    return Total(_add(state.sums, {name: wide(row).sum(0) for name, row in rows.items()}), state.count + len(index))
+    return Total(_add(state.sums, {name: wide(row).sum(0) for name, row in rows.items()}), state.number + len(index))
 
 
 def _merge_total(a: Total, b: Total) -> Total:
-    return Total(_add(a.sums, b.sums), a.count + b.count)
+    return Total(_add(a.sums, b.sums), a.number + b.number)
 
 
 def total() -> Sink:
@@ -99,7 +99,7 @@ def mean() -> Sink:
     """Return a sink that averages rows: `{block: [...]}`, in at least float32."""
 
     def finalize(state: Total) -> Rows:
-        return {name: value / state.count for name, value in state.sums.items()}
+        return {name: value / state.number for name, value in state.sums.items()}
 
     return Sink(lambda: Total({}, 0), _update_total, _merge_total, finalize)
 
@@ -109,10 +109,10 @@ def gram() -> Sink:
 
     def update(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
         products = {name: _outer(wide(row.flatten(1))) for name, row in rows.items()}
-        return Total(_add(state.sums, products), state.count + len(index))
+        return Total(_add(state.sums, products), state.number + len(index))
 
     def finalize(state: Total) -> Rows:
-        return {name: value / state.count for name, value in state.sums.items()}
+        return {name: value / state.number for name, value in state.sums.items()}
 
     return Sink(lambda: Total({}, 0), update, _merge_total, finalize)
 
@@ -124,7 +124,7 @@ def _outer(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
 class Pieces(NamedTuple):
     """Results of batches, with the rows of the dataset they belong to."""
 
-    index: tuple[Tensor, ...]
+    indices: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
 
@@ -143,14 +143,14 @@ def score(queries: Rows) -> Sink:
         if set(rows) != set(queries):
             raise ValueError(f"queries have blocks {sorted(queries)[:3]}…; the rows have {sorted(rows)[:3]}…")
         scores = flat({name: rows[name] for name in queries}) @ wanted.to(next(iter(rows.values())).device).mT
-        return Pieces((*state.index, index), (*state.values, scores))
+        return Pieces((*state.indices, index), (*state.values, scores))
 
     def merge(a: Pieces, b: Pieces) -> Pieces:
-        return Pieces(a.index + b.index, a.values + b.values)
+        return Pieces(a.indices + b.indices, a.values + b.values)
 
     def finalize(state: Pieces) -> Tensor:
         if not state.values:
             return wanted.new_zeros(0, wanted.shape[0])
-        return torch.cat(state.values)[torch.cat(state.index).argsort(stable=True)]
+        return torch.cat(state.values)[torch.cat(state.indices).argsort(stable=True)]
 
     return Sink(lambda: Pieces((), ()), update, merge, finalize)

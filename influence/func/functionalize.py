@@ -27,7 +27,7 @@ TASKS = {
     "ForMaskedLM": "position",
     "ForTokenClassification": "position",
 }
-"""Ends of Hugging Face's class names, and where their labels sit: at the next token, at the example, at the position."""
+"""Ends of Hugging Face's class names, and where their labels sit: at the next token, the example, the position."""
 
 
 def functionalize(
@@ -167,7 +167,7 @@ def drops(module: nn.Module) -> bool:
 
 
 def _task(model: nn.Module) -> str:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     name = type(base).__name__
     return next((task for end, task in TASKS.items() if name.endswith(end)), "plain")
 
@@ -180,7 +180,7 @@ def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> Call
     if reference is None:
         for module in skeleton.modules():
             if hasattr(module, "_disable_adapters"):
-                module._disable_adapters = True
+                vars(module)["_disable_adapters"] = True
     values = {name: p.detach() for name, p in source.named_parameters()}
     task = _task(source)
 

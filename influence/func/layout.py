@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+CPU = torch.device("cpu")
 
-class Heads(NamedTuple):
+
+@dataclass(frozen=True)
+class Heads:
     """How the heads of an attention weight tile one of its axes.
 
     Attributes:
@@ -47,7 +49,7 @@ class ParamLayout:
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     family: str = "bare"
     transposed: bool = False
     bias: str | None = None

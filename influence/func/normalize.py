@@ -14,7 +14,7 @@ from influence.types import Rows
 
 
 class Factored(NamedTuple):
-    """Adafactor's second moment of a matrix: means over the last axis (`row`) and over the others (`col`), as stored."""
+    """Adafactor's second moment of a matrix as stored: means over the last axis (`row`) and over the first (`col`)."""
 
     row: Float[Tensor, " rows"]
     col: Float[Tensor, " cols"]

@@ -117,7 +117,8 @@ def _at_loss(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple
     reduce: Any = getattr(loss_fn, "reduce", None)
     if positions is None or reduce is None:
         raise ValueError(
-            "position='loss' needs loss_fn.positions(params, batch) -> (losses [n, t], mask [n, t]), as functionalize makes"
+            "position='loss' needs loss_fn.positions(params, batch) -> (losses [n, t], mask [n, t]) "
+            "and loss_fn.reduce, as functionalize makes them"
         )
     assert plan.batched is not None
     found: dict[str, list[Tensor]] = {}

@@ -6,29 +6,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from influence.func.axes import Axis
+from influence.func.axes import known_axis
 from influence.func.batched import BatchedPlan, batched_rows, make_feeds
 from influence.func.batches import batch_size, sample
+from influence.func.contributions import Route
+from influence.func.engines import vmap_rows
 from influence.func.factors import positions
 from influence.func.layout import Layout, ParamLayout
-from influence.func.probe import Probe, UseKey, op_name, tensors_of
-from influence.func.rules import (
-    ELEMENTWISE,
-    EMBEDDING_NAMES,
-    MULTIPLICATIONS,
-    NORM_NAMES,
-    CONV_NAMES,
-    MathAttention,
-    Route,
-    base_name,
-    linear_arguments,
-    matrix_source,
-)
+from influence.func.probe import UseKey, tensors_of
+from influence.func.routes import choose_route, traced_layout
 from influence.func.trace import CannotTrace, RefuseRandom, Trace, Use, check_losses, check_unmixed, trace
 from influence.func.transform import Folded, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
 ENGINES = ("auto", "batched", "vmap", "loop")
+
 
 GUARD_TOLERANCE = {torch.float64: (1e-5, 1e-6), torch.float32: (1e-3, 1e-3)}
 """Largest relative error that the guard lets pass, and the share of the whole gradient below which a block's error is
@@ -193,133 +185,6 @@ def _try_trace(loss_fn: LossFn, params: Params, batch: Batch, needed: bool) -> t
         return None, str(error)
 
 
-def traced_layout(params: Params, traced: Trace | None) -> Layout:
-    """Return the layout of a hand-written function's parameters, from how they are used."""
-    found = {name: {"family": "bare"} for name in params}
-    for key, use in () if traced is None else traced.uses.items():
-        rule = _structural_rule(key, use)
-        if rule == "linear":
-            _, weight, bias, stored_in_out = linear_arguments(use.call)
-            source = matrix_source(weight)
-            assert source is not None
-            name, flipped = source
-            if found[name]["family"] == "bare":
-                found[name] = {"family": "linear", "transposed": stored_in_out != flipped, "bias": base_name(bias)}
-        elif rule == "conv":
-            named = use.call.arguments(CONV_NAMES, {"groups": 1})
-            name = base_name(named["weight"])
-            found[name] = {"family": "conv", "groups": named["groups"], "bias": base_name(named["bias"])}
-        elif rule in ("embedding", "norm"):
-            for name in key.params:
-                found[name] = {"family": rule}
-    kept = {}
-    for name, p in params.items():
-        given: dict[str, Any] = found[name]
-        kept[name] = ParamLayout(tuple(p.shape), p.dtype, p.device, **given)
-    return Layout(kept)
-
-
-def _structural_rule(key: UseKey, use: Use) -> str | None:
-    """Return the rule that an operation's name and arguments allow."""
-    op, call = key.op, use.call
-    axes_known = all(use.outputs) and len(use.outputs) == 1
-    if not axes_known:
-        return None
-    (out_axis,) = use.outputs
-    assert out_axis is not None
-    if op in ("linear", "addmm", "matmul", "__matmul__", "mm"):
-        x, weight, bias, _ = linear_arguments(call)
-        axis = _input_axis(use, x)
-        plain_bias = bias is None or base_name(bias) is not None or not isinstance(bias, Probe)
-        extra = op == "addmm" and len(call.leaves) != 3
-        fits = axis is not None and axis.dim < x.ndim - 1 and matrix_source(weight) is not None
-        return "linear" if fits and plain_bias and not extra and not isinstance(x, Probe) else None
-    if op in ("conv1d", "conv2d", "conv3d"):
-        named = call.arguments(CONV_NAMES)
-        axis = _input_axis(use, named["input"])
-        bias_fits = (
-            named["bias"] is None or base_name(named["bias"]) is not None or not isinstance(named["bias"], Probe)
-        )
-        fits = base_name(named["weight"]) is not None and axis == Axis(0) and bias_fits
-        return "conv" if fits and named["input"].ndim == named["weight"].value.ndim else None
-    if op == "embedding" and call.func is torch.nn.functional.embedding:
-        named = call.arguments(EMBEDDING_NAMES)
-        simple = not (named["max_norm"] or named["scale_grad_by_freq"])
-        known = _input_axis(use, named["input"]) is not None and base_name(named["weight"]) is not None
-        return "embedding" if simple and known else None
-    if op in NORM_NAMES:
-        named = call.arguments(NORM_NAMES[op])
-        leaves = [named.get("weight"), named.get("bias")]
-        bases = all(base_name(leaf) is not None for leaf in leaves if leaf is not None)
-        normalised = 1 if op == "group_norm" else len(named["normalized_shape"])
-        last = 1 if op == "group_norm" else named["input"].ndim - normalised
-        return "norm" if bases and out_axis.dim < last and not (op == "group_norm" and out_axis.flat) else None
-    if op in ELEMENTWISE:
-        return "elementwise" if _elementwise_fits(use, op, out_axis) else None
-    return None
-
-
-def _elementwise_fits(use: Use, op: str, out_axis: Axis) -> bool:
-    call = use.call
-    if len(call.probes) != 1 or len(call.data) > 1 or (op in MULTIPLICATIONS and len(call.data) != 1):
-        return False
-    if any(isinstance(leaf, float) for leaf in call.leaves):
-        return False
-    value = call.leaves[call.probes[0]].value
-    out = tensors_of(call.run())[0]
-    aligned = out_axis.dim - (out.ndim - value.ndim)
-    return aligned < 0 or value.shape[aligned] == 1
-
-
-def _input_axis(use: Use, leaf: Any) -> Axis | None:
-    for place, axis in use.inputs.items():
-        if use.call.leaves[place] is leaf:
-            return axis
-    return None
-
-
-def choose_route(key: UseKey, use: Use) -> Route:
-    """Choose the rule of one use.
-
-    Raises:
-        CannotTrace: if no rule can serve it.
-    """
-    rule = _structural_rule(key, use)
-    if rule is None:
-        if not all(use.outputs):
-            raise CannotTrace(f"{key} mixes examples, or its result has no example axis")
-        rule = "per-op vmap" if _slices_agree(use) else "masked"
-    return Route(rule, use.inputs, use.outputs)
-
-
-def _slices_agree(use: Use) -> bool:
-    """Whether an operation on one example's slices gives that example's slice, and `vmap` can run it."""
-    call = use.call
-    places = [i for i in call.data if use.inputs[i] is not None]
-    if not places:
-        return False
-    inputs = [_known(use.inputs[i]).split(call.leaves[i], 3) for i in places]
-    expected = [_known(axis).split(t, 3) for t, axis in zip(tensors_of(call.run()), use.outputs, strict=True)]
-
-    def one(xs: list[Tensor]) -> list[Tensor]:
-        return tensors_of(call.run(dict(zip(places, xs, strict=True))))
-
-    try:
-        with torch.no_grad(), MathAttention():
-            got = torch.func.vmap(one)(inputs)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max() + 1e-30))
-        for a, b in zip(got, expected, strict=True)
-    )
-
-
-def _known(axis: Axis | None) -> Axis:
-    assert axis is not None
-    return axis
-
-
 def _batched_plan(
     loss_fn: LossFn, params: Params, batch: Batch, folded: Folded, traced: Trace, notes: list[str]
 ) -> Plan:
@@ -407,7 +272,7 @@ def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
         return 2 * prod(layout.shape)
     out = tensors_of(use.call.run())[0]
     (axis,) = use.outputs
-    count = positions(out, _known(axis), 3, None).shape[1] if route.rule != "conv" else out[0, 0].numel()
+    count = positions(out, known_axis(axis), 3, None).shape[1] if route.rule != "conv" else out[0, 0].numel()
     left, right = part.left, part.right
     sides = sum(side.source * side.size for side in (left, right) if side.dense)
     return 2 * count * (sides + left.size * right.size)
@@ -419,8 +284,6 @@ def _bytes(folded: Folded, source: str, shape: tuple[int, ...]) -> int:
 
 def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:
     """Return why `vmap(grad)` cannot run a function, or `None`."""
-    from influence.func.engines import vmap_rows
-
     try:
         vmap_rows(loss_fn, params, sample(batch, 2))
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:

@@ -199,32 +199,49 @@ def sum_rows(rows: Rows) -> Tensor:
 
 
 class GlobalSketch:
-    """One block's share of a global sketch, `[n, ...] -> [n, p]`; never holds a `p × parameters` matrix."""
+    """One block's share of a global sketch, `[n, ...] -> [n, p]`, in at least float32.
+
+    It never holds a `p × parameters` matrix: dense kinds are drawn piece by piece at every call; the sparse kind keeps
+    five bytes per parameter and sign (where, and which sign), the Hadamard kind one.
+    """
 
     def __init__(self, name: str, dim: int, seed: int, kind: str, signs: int) -> None:
         """Hold the settings; what is drawn depends on them alone."""
         self.name, self.dim, self.seed, self.kind, self.signs = name, dim, seed, kind, signs
+        self.drawn: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n p"]:
         """Return the sketch of the block's gradient."""
         flat = rows.flatten(1)
-        size, p = flat.shape[1], self.dim
-        generator = torch.Generator().manual_seed(key_of(self.name, "global", self.seed, self.kind))
-        if self.kind == "sparse":
-            places, values = sparse_columns(p, size, generator, self.signs)
-            out = flat.new_zeros(flat.shape[0], p)
-            for k in range(self.signs):
-                out = out.index_add(1, places[:, k].to(flat.device), flat * values[:, k].to(flat))
-            return out
+        flat = flat if flat.dtype == torch.float64 else flat.float()
+        if self.kind in NESTING:
+            return self._dense(flat)
+        places, values = self._draw(flat.shape[1], flat.device)
         if self.kind == "srht":
-            rows_at, flips = hadamard_choice(p, size, generator)
-            wide = torch.nn.functional.pad(flat, (0, flips.shape[0] - size)) * flips.to(flat)
-            return hadamard(wide)[:, rows_at.to(flat.device)] / math.sqrt(p)
-        out = flat.new_zeros(flat.shape[0], p)
-        width = max(CHUNK // p, 1)
-        for piece, begin in enumerate(range(0, size, width)):
+            wide = torch.nn.functional.pad(flat, (0, values.shape[0] - flat.shape[1])) * values
+            return hadamard(wide)[:, places] / math.sqrt(self.dim)
+        out = flat.new_zeros(flat.shape[0], self.dim)
+        for k in range(self.signs):
+            out = out.index_add(1, places[k], flat * values[k])
+        return out / math.sqrt(self.signs)
+
+    def _draw(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.drawn is None or self.drawn[0].device != device:
+            generator = torch.Generator().manual_seed(key_of(self.name, "global", self.seed, self.kind))
+            if self.kind == "srht":
+                places, values = hadamard_choice(self.dim, size, generator)
+            else:
+                places, values = (x.mT.contiguous() for x in sparse_columns(self.dim, size, generator, self.signs))
+            self.drawn = (places.to(device, torch.int32), values.sign().to(device, torch.int8))
+        return self.drawn
+
+    def _dense(self, flat: Float[Tensor, "n d"]) -> Float[Tensor, "n p"]:
+        out = flat.new_zeros(flat.shape[0], self.dim)
+        width = max(CHUNK // self.dim, 1)
+        for piece, begin in enumerate(range(0, flat.shape[1], width)):
             columns = flat[:, begin : begin + width]
-            matrix = sketch(f"{self.name}/{piece}", "global", p, columns.shape[1], self.seed, self.kind)
+            name = f"{self.name}/{piece}"
+            matrix = sketch(name, "global", self.dim, columns.shape[1], self.seed, self.kind)
             out = out + columns @ matrix.to(flat).mT
         return out
 

@@ -15,83 +15,34 @@ remembers and a pure function of that and `g`.
 | masked | anything else whose result shows them | its `vjp`, one example's gradient at a time |
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from influence.func.any_op import masked, one_op_vmap
 from influence.func.axes import Axis
-from influence.func.factors import (
-    Factor,
-    OneHot,
-    Patches,
-    Plain,
-    outer,
-    position_dim,
-    positions,
+from influence.func.contributions import (
+    EMBEDDING_NAMES,
+    Backward,
+    Pieces,
+    Route,
+    Rule,
+    Saved,
+    Scene,
+    add_pieces,
+    base_name,
+    dense_pieces,
+    one_hot,
+    outer_rule,
+    pull_back,
+    reduce_to,
+    right_side,
+    vector_pieces,
 )
-from influence.func.layout import ParamLayout
-from influence.func.probe import Call, Expr, Probe, evaluate, op_name, tensors_of
-from influence.func.sides import Side
-from influence.func.transform import Block, Part, apply_part
-
-Saved: TypeAlias = list[Tensor]
-Pieces: TypeAlias = dict[int, Tensor]
-
-
-class Feed(NamedTuple):
-    """One block that a parameter feeds.
-
-    Attributes:
-        slot: number of the block.
-        part: the sides its gradient goes through.
-        block: the block.
-        fused: whether a bias may ride on the weight of the same block (same left side, a matrix on the right).
-    """
-
-    slot: int
-    part: Part
-    block: Block
-    fused: bool = False
-
-
-class Scene(NamedTuple):
-    """What every rule knows of the run.
-
-    Attributes:
-        n: number of examples.
-        keep: number of token positions to keep apart, or `None`.
-        params: layout of each parameter.
-        feeds: the blocks each parameter feeds.
-        values: plain values of the parameters.
-    """
-
-    n: int
-    keep: int | None
-    params: dict[str, ParamLayout]
-    feeds: dict[str, list[Feed]]
-    values: dict[str, Tensor]
-
-
-class Route(NamedTuple):
-    """How one use is served: decided in the plan.
-
-    Attributes:
-        rule: name of the rule.
-        inputs: example axis of each plain tensor argument, by place.
-        outputs: example axis of each tensor result.
-    """
-
-    rule: str
-    inputs: dict[int, Axis | None]
-    outputs: tuple[Axis | None, ...]
-
-
-Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Pieces]
-Rule: TypeAlias = Callable[[Call, Route, Scene], tuple[Saved, Backward]]
+from influence.func.factors import Patches, Plain, positions
+from influence.func.probe import Call, Expr, Probe, op_name
 
 
 def matrix_source(leaf: Any) -> tuple[str, bool] | None:
@@ -107,97 +58,6 @@ def matrix_source(leaf: Any) -> tuple[str, bool] | None:
             return None
         source, flipped = inner.source, not flipped
     return source, flipped
-
-
-def base_name(leaf: Any) -> str | None:
-    """Return a leaf's parameter if it is one as it stands."""
-    return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
-
-
-def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene) -> Pieces:
-    """Feed the gradient of a vector: `v [n, d]`, or `[n, s, d]` with positions kept."""
-    pieces: Pieces = {}
-    for feed in scene.feeds.get(name, ()):
-        left = feed.part.left.apply(v)
-        pieces[feed.slot] = left if feed.part.right is None else left[..., None] * column(feed.part, left)
-    return pieces
-
-
-def column(part: Part, like: Tensor) -> Float[Tensor, " q"]:
-    """Return where a vector goes in its matrix block: the right side of an axis of length one."""
-    assert part.right is not None
-    return part.right.apply(torch.ones(1, dtype=like.dtype, device=like.device))
-
-
-def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
-    """Feed a gradient at hand, `[n, *shape]`, or `[n, s, *shape]` with positions kept."""
-    layout = scene.params[name]
-    flat = grad.flatten(0, 1) if scene.keep is not None else grad
-    oriented = layout.orient(flat)
-    pieces = {feed.slot: apply_part(feed.part, oriented) for feed in scene.feeds.get(name, ())}
-    if scene.keep is None:
-        return pieces
-    return {slot: piece.unflatten(0, grad.shape[:2]) for slot, piece in pieces.items()}
-
-
-def add_pieces(*many: Pieces) -> Pieces:
-    """Add contributions block by block."""
-    total: Pieces = {}
-    for pieces in many:
-        for slot, piece in pieces.items():
-            total[slot] = total[slot] + piece if slot in total else piece
-    return total
-
-
-def outer_rule(
-    name: str, factor: Factor, axis: int, scene: Scene, bias: str | None = None
-) -> tuple[Saved, Callable[[Sequence[Tensor], Tensor], Pieces]]:
-    """Serve a gradient of outer products, one factor of which is known now and the other is the output gradient.
-
-    Args:
-        name: the parameter.
-        factor: the factor known now.
-        axis: which axis of the stored parameter it belongs to.
-        scene: the run.
-        bias: a bias of the same use, added where it can ride along.
-
-    Returns:
-        What to remember, and the contribution once the other factor `g [n, s, d]` is here.
-    """
-    feeds = scene.feeds.get(name, [])
-    known_is_left = (axis == 0) != scene.params[name].transposed
-    bias_feeds = {feed.slot: feed for feed in scene.feeds.get(bias, ())} if bias else {}
-    riding = {f.slot for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
-    saved: Saved = []
-    reads: list[int] = []
-    raw: int | None = None
-    for feed in feeds:
-        side = feed.part.left if known_is_left else _right(feed)
-        if side.dense:
-            seen = factor.through(side)
-            saved.append(seen + column(bias_feeds[feed.slot].part, seen) if feed.slot in riding else seen)
-            reads.append(len(saved) - 1)
-        else:
-            if raw is None:
-                saved.append(factor.memory)
-                raw = len(saved) - 1
-            reads.append(raw)
-
-    late = factor.forget()
-
-    def backward(saved: Sequence[Tensor], g: Tensor) -> Pieces:
-        pieces: Pieces = {}
-        for feed, read in zip(feeds, reads, strict=True):
-            known, other = (feed.part.left, _right(feed)) if known_is_left else (_right(feed), feed.part.left)
-            g_side = other.apply(g)
-            piece = outer(saved[read], g_side) if known.dense else late.meet(known, saved[read], g_side)
-            pieces[feed.slot] = piece if known_is_left else piece.mT
-        if bias is not None:
-            rest = vector_pieces(bias, g.sum(-2), scene)
-            pieces = add_pieces(pieces, {slot: piece for slot, piece in rest.items() if slot not in riding})
-        return pieces
-
-    return saved, backward
 
 
 def linear(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
@@ -240,7 +100,8 @@ def linear_input(call: Call, route: Route) -> tuple[Tensor, Axis, bool]:
     """Return the input of a linear map, its example axis, and whether it belongs to the stored weight's first axis."""
     x, weight, _, stored_in_out = linear_arguments(call)
     source, axis = matrix_source(weight), route.inputs[_place(call, x)]
-    assert source is not None and axis is not None
+    assert source is not None
+    assert axis is not None
     return x, axis, stored_in_out != source[1]
 
 
@@ -279,7 +140,7 @@ def conv(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
         per_group = g.reshape(n, groups, o // groups, length)
         found: Pieces = {}
         for feed, patches in zip(feeds, saved, strict=True):
-            right = _right(feed)
+            right = right_side(feed)
             by_group = (patches if right.dense else right.apply(late._replace(x=patches).unfold())).reshape(
                 n, groups, length, -1
             )
@@ -287,15 +148,7 @@ def conv(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
             found[feed.slot] = feed.part.left.apply(full.mT).mT
         return add_pieces(found, pieces)
 
-    return [factor.through(_right(feed)) if _right(feed).dense else x for feed in feeds], grouped
-
-
-def _right(feed: Feed) -> Side:
-    assert feed.part.right is not None
-    return feed.part.right
-
-
-EMBEDDING_NAMES = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    return [factor.through(right_side(feed)) if right_side(feed).dense else x for feed in feeds], grouped
 
 
 def embedding(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
@@ -305,7 +158,8 @@ def embedding(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     assert name is not None
     axis = route.inputs[_place(call, ids)]
     (out_axis,) = route.outputs
-    assert axis is not None and out_axis is not None
+    assert axis is not None
+    assert out_axis is not None
     arranged = positions(ids[..., None], axis, scene.n, scene.keep)[..., 0]
     factor = one_hot(arranged, named["padding_idx"], scene.values[name].shape[0])
     saved, backward = outer_rule(name, factor, 0, scene)
@@ -314,13 +168,6 @@ def embedding(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
         return backward(saved, positions(gs[0], out_axis, scene.n, scene.keep))
 
     return saved, whole
-
-
-def one_hot(ids: Tensor, padding_idx: int | None, size: int) -> OneHot:
-    """Return tokens as one-hot factors; the padding token, negative or -1 for none in torch's kernels, is left out."""
-    if padding_idx is None or padding_idx == -1:
-        return OneHot(ids, size, None)
-    return OneHot(ids, size, ids != padding_idx % size)
 
 
 def norm(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
@@ -360,23 +207,6 @@ NORM_NAMES = {
 }
 
 
-def reduce_to(parts: Float[Tensor, "n ..."], shape: tuple[int, ...], keep: int | None) -> Float[Tensor, "n ..."]:
-    """Sum `[n, *broadcast shape]` to `[n, *shape]`, the transpose of broadcasting; or `[n, keep, *shape]`."""
-    if keep is None:
-        lead = parts.ndim - 1 - len(shape)
-        parts = parts.flatten(1, lead).sum(1) if lead else parts
-        wide = [dim + 1 for dim, size in enumerate(shape) if size == 1 and parts.shape[dim + 1] != 1]
-        return parts.sum(wide, keepdim=True) if wide else parts
-    at = position_dim(parts, keep)
-    aligned = len(shape) - (parts.ndim - at)
-    if aligned < 0 or shape[aligned] == 1:
-        spread = parts.movedim(at, 1).unsqueeze(at + 1)
-    else:
-        eye = torch.eye(keep, dtype=parts.dtype, device=parts.device)
-        spread = parts[:, None] * eye.reshape(keep, *(keep if dim == at else 1 for dim in range(1, parts.ndim)))
-    return reduce_to(spread.flatten(0, 1), shape, None).unflatten(0, (parts.shape[0], keep))
-
-
 def elementwise(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     """`add`, `sub`, `mul` of a parameter and data, and `expand`: the transpose of broadcasting."""
     (place,) = call.probes
@@ -385,7 +215,8 @@ def elementwise(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward
     assert axis is not None
     others = [call.leaves[i] for i in call.data]
     product = op in MULTIPLICATIONS
-    negative = op in ("sub", "subtract", "__sub__") and place == 1 or op in ("rsub", "__rsub__") and place == 0
+    subtracted = {"sub": 1, "subtract": 1, "__sub__": 1, "rsub": 0, "__rsub__": 0}
+    negative = place == subtracted.get(op)
     saved: Saved = [others[0]] if product else []
 
     def whole(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
@@ -397,161 +228,12 @@ def elementwise(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward
 
 
 ADDITIONS = {"add", "__add__", "__radd__", "sub", "subtract", "__sub__", "__rsub__", "rsub"}
+
+
 MULTIPLICATIONS = {"mul", "multiply", "__mul__", "__rmul__"}
+
+
 ELEMENTWISE = ADDITIONS | MULTIPLICATIONS | {"expand", "expand_as"}
-
-
-def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
-    """Feed the gradient of what a probe stands for, `[n, *value shape]`, back to the parameters it came from."""
-    source = leaf.source
-    if isinstance(source, str):
-        return dense_pieces(source, grad, scene)
-    if op_name(source.func) == "embedding" and scene.keep is None:
-        named = Call(source.func, list(source.leaves), source.spec).arguments(EMBEDDING_NAMES)
-        name = base_name(named["weight"])
-        if name is not None and not (named["max_norm"] or named["scale_grad_by_freq"]):
-            ids = named["input"].reshape(1, -1).expand(grad.shape[0], -1)
-            factor = one_hot(ids, named["padding_idx"], scene.values[name].shape[0])
-            saved, backward = outer_rule(name, factor, 0, scene)
-            return backward(saved, grad.reshape(grad.shape[0], ids.shape[1], -1))
-    base = {name: scene.values[name] for name in leaf.names}
-    _, pull = torch.func.vjp(lambda params: evaluate(source, params), base)
-    flat = grad if scene.keep is None else grad.flatten(0, 1)
-    found = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(flat)
-    if scene.keep is not None:
-        found = {name: value.unflatten(0, grad.shape[:2]) for name, value in found.items()}
-    return add_pieces(*(dense_pieces(name, value, scene) for name, value in found.items()))
-
-
-def _leaf_gradients(call: Call, scene: Scene, grads: Sequence[Tensor]) -> Pieces:
-    return add_pieces(*(pull_back(call.leaves[i], grad, scene) for i, grad in zip(call.probes, grads, strict=True)))
-
-
-def _per_position(serve: Callable[[Sequence[Tensor]], list[Tensor]], route: Route, scene: Scene) -> Any:
-    """Run a rule that knows no positions once per position, everything else of the output gradient masked."""
-
-    def run(gs: Sequence[Tensor]) -> list[Tensor]:
-        if scene.keep is None:
-            return serve(gs)
-        found = []
-        for t in range(scene.keep):
-            masked = []
-            for g, axis in zip(gs, route.outputs, strict=True):
-                assert axis is not None
-                at = [d for d in range(g.ndim) if d != axis.dim and g.shape[d] == scene.keep]
-                if not at:
-                    raise ValueError(f"no axis of {scene.keep} token positions in a result of shape {list(g.shape)}")
-                mask = torch.zeros(scene.keep, dtype=g.dtype, device=g.device)
-                mask[t] = 1
-                masked.append(g * mask.reshape([-1 if d == at[0] else 1 for d in range(g.ndim)]))
-            found.append(serve(masked))
-        return [torch.stack(column, dim=1) for column in zip(*found, strict=True)]
-
-    return run
-
-
-def one_op_vmap(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
-    """Any operation: `vmap` of its own `vjp`, each example with a batch of one."""
-    batched = [i for i in call.data if route.inputs[i] is not None]
-
-    def serve(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
-        inputs = [_axis(route.inputs[i]).split(x, scene.n) for i, x in zip(batched, saved, strict=True)]
-        return _leaf_gradients(call, scene, _per_position(lambda g: one(inputs, g), route, scene)(gs))
-
-    def one(inputs: list[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
-        cotangents = [_axis(axis).split(g, scene.n) for g, axis in zip(gs, route.outputs, strict=True)]
-        values = [call.leaves[i].value for i in call.probes]
-
-        def single(xs: list[Tensor], cotangent: list[Tensor]) -> tuple[Tensor, ...]:
-            def function(*params: Tensor) -> tuple[Tensor, ...]:
-                replaced = dict(zip(batched, xs, strict=True)) | dict(zip(call.probes, params, strict=True))
-                return tuple(tensors_of(call.run(replaced)))
-
-            return torch.func.vjp(function, *values)[1](tuple(cotangent))
-
-        with MathAttention():
-            return list(torch.func.vmap(single)(inputs, cotangents))
-
-    return [call.leaves[i] for i in batched], serve
-
-
-def masked(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
-    """Any operation at all: its own `vjp`, with one example's output gradient at a time."""
-    data = call.data
-
-    def serve(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
-        values = [call.leaves[i].value for i in call.probes]
-
-        def function(*params: Tensor) -> tuple[Tensor, ...]:
-            replaced = dict(zip(data, saved, strict=True)) | dict(zip(call.probes, params, strict=True))
-            return tuple(tensors_of(call.run(replaced)))
-
-        _, pull = torch.func.vjp(function, *values)
-
-        def one(gs: Sequence[Tensor]) -> list[Tensor]:
-            found = []
-            for i in range(scene.n):
-                cotangents = []
-                for g, axis in zip(gs, route.outputs, strict=True):
-                    chosen = torch.zeros_like(_axis(axis).split(g, scene.n))
-                    chosen[i] = _axis(axis).split(g, scene.n)[i]
-                    cotangents.append(join(chosen, _axis(axis), g.shape))
-                found.append(pull(tuple(cotangents)))
-            return [torch.stack(column) for column in zip(*found, strict=True)]
-
-        return _leaf_gradients(call, scene, _per_position(one, route, scene)(gs))
-
-    return [call.leaves[i] for i in data], serve
-
-
-def _axis(axis: Axis | None) -> Axis:
-    assert axis is not None
-    return axis
-
-
-def join(parts: Float[Tensor, "n ..."], axis: Axis, shape: torch.Size) -> Float[Tensor, "..."]:
-    """Undo `Axis.split`."""
-    if not axis.flat:
-        return parts.squeeze(axis.dim + 1).movedim(0, axis.dim)
-    return parts.movedim(0, axis.dim + 1 if axis.inner else axis.dim).reshape(shape)
-
-
-class MathAttention(torch.overrides.TorchFunctionMode):
-    """Computes attention by plain operations: the fused kernels have no batching rule for `vmap`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace scaled dot-product attention, let all else pass."""
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        named = dict(zip(names, args, strict=False)) | kwargs
-        return attention(**named)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Scaled dot-product attention, `softmax(q k^T · scale + mask) v`, as plain operations."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
-    if attn_mask is not None:
-        blocked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
-    weights = scores.softmax(-1)
-    return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
 
 
 RULES: dict[str, Rule] = {

@@ -5,8 +5,6 @@ the chain that is separable, `L G_n R^T` (these fold into the probe and never se
 of the block's own gradient (`linear`), then maps of whole rows (`finish`).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -15,6 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from influence.func.fingerprint import describe, fingerprint
 from influence.func.layout import Layout, bare_layout, block_name
 from influence.func.sides import Side, identity
 from influence.types import Rows
@@ -29,7 +28,8 @@ class Part(NamedTuple):
     Attributes:
         source: name of the parameter.
         left: map of the output axis.
-        right: map of the input axis; for a vector in a matrix block, of an axis of length one; `None` in a vector block.
+        right: map of the input axis; for a vector in a matrix block, of an axis of length one; `None` in a vector
+            block.
     """
 
     source: str
@@ -171,7 +171,8 @@ class Transform:
     Example:
         >>> import torch
         >>> from influence import as_blocks, chain, unit_norm
-        >>> from influence.func.layout import bare_layout
+        >>> from influence.func.fingerprint import describe, fingerprint
+    from influence.func.layout import bare_layout
         >>> rows = {"w": torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])}
         >>> chain(as_blocks(), unit_norm()).apply(rows, layout=bare_layout({"w": rows["w"][0]}))["w"]
         tensor([[[0.6000, 0.0000],
@@ -246,10 +247,7 @@ class Transform:
     @property
     def fingerprint(self) -> str:
         """A hash of every setting that changes a number, the same in every process and on every machine."""
-        described = [
-            [step.name, {key: canonical(value) for key, value in step.settings.items()}] for step in self.steps
-        ]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        return fingerprint([[step.name, step.settings] for step in self.steps])
 
 
 def placed(folded: Folded) -> Folded:
@@ -300,9 +298,9 @@ def chain(*transforms: Transform) -> Transform:
         Their composition.
 
     Example:
-        >>> from influence import as_blocks, chain, project, unit_norm
-        >>> chain(as_blocks(), project(16), unit_norm())
-        chain(as_blocks(bias=False), project(dim=16, seed=0, kind='rademacher', target='per_block'), unit_norm(eps=1e-12))
+        >>> from influence import as_blocks, chain, unit_norm
+        >>> chain(as_blocks(bias=True), unit_norm())
+        chain(as_blocks(bias=True), unit_norm(eps=1e-12))
     """
     return Transform(tuple(step for transform in transforms for step in transform.steps))
 
@@ -339,7 +337,8 @@ def _extend_part(part: Part, left: Tensor | None, right: Tensor | None) -> Part:
     return Part(part.source, extend(part.left, left), None if part.right is None else extend(part.right, right))
 
 
-class _SideMap(NamedTuple):
+@dataclass(frozen=True)
+class _SideMap:
     """A separable map applied to rows `[n, o, i]` or `[n, d]` at hand."""
 
     left: Tensor | None
@@ -367,34 +366,6 @@ def _side_rows(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | Non
 def with_rows(folded: Folded, row_map: RowMap) -> Folded:
     """Extend by a map of whole rows."""
     return replace(folded, finish=(*folded.finish, row_map))
-
-
-def canonical(value: Any) -> Any:
-    """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
-        return {"tensor": digest, "shape": list(value.shape), "dtype": str(value.dtype)}
-    if isinstance(value, Mapping):
-        return {str(key): canonical(item) for key, item in sorted(value.items(), key=lambda item: str(item[0]))}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {type(value).__name__: canonical(value._asdict())}
-    if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
-    if isinstance(value, float):
-        return value.hex()
-    return value
-
-
-def describe(value: Any) -> str:
-    """Return a setting as `repr` should show it: tensors by shape, long mappings by length."""
-    if isinstance(value, Tensor):
-        return f"<{'×'.join(map(str, value.shape))}>"
-    if isinstance(value, Mapping) and len(value) > 3:
-        return f"<{len(value)} entries>"
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return f"<{type(value).__name__}>"
-    return repr(value)
 
 
 def flat(rows: Rows) -> Float[Tensor, "n d"]:

@@ -1,0 +1,220 @@
+"""Contributions: what one use of a parameter adds to its per-example gradient, seen through each block's sides."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.func.axes import Axis
+from influence.func.factors import Factor, OneHot, outer, position_dim
+from influence.func.layout import ParamLayout
+from influence.func.probe import Call, Probe, evaluate, op_name
+from influence.func.sides import Side
+from influence.func.transform import Block, Part, apply_part
+
+Saved: TypeAlias = list[Tensor]
+
+
+Pieces: TypeAlias = dict[int, Tensor]
+
+
+class Feed(NamedTuple):
+    """One block that a parameter feeds.
+
+    Attributes:
+        slot: number of the block.
+        part: the sides its gradient goes through.
+        block: the block.
+        fused: whether a bias may ride on the weight of the same block (same left side, a matrix on the right).
+    """
+
+    slot: int
+    part: Part
+    block: Block
+    fused: bool = False
+
+
+class Scene(NamedTuple):
+    """What every rule knows of the run.
+
+    Attributes:
+        n: number of examples.
+        keep: number of token positions to keep apart, or `None`.
+        params: layout of each parameter.
+        feeds: the blocks each parameter feeds.
+        values: plain values of the parameters.
+    """
+
+    n: int
+    keep: int | None
+    params: dict[str, ParamLayout]
+    feeds: dict[str, list[Feed]]
+    values: dict[str, Tensor]
+
+
+class Route(NamedTuple):
+    """How one use is served: decided in the plan.
+
+    Attributes:
+        rule: name of the rule.
+        inputs: example axis of each plain tensor argument, by place.
+        outputs: example axis of each tensor result.
+    """
+
+    rule: str
+    inputs: dict[int, Axis | None]
+    outputs: tuple[Axis | None, ...]
+
+
+Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Pieces]
+
+
+Rule: TypeAlias = Callable[[Call, Route, Scene], tuple[Saved, Backward]]
+
+
+def base_name(leaf: Any) -> str | None:
+    """Return a leaf's parameter if it is one as it stands."""
+    return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
+
+
+def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene) -> Pieces:
+    """Feed the gradient of a vector: `v [n, d]`, or `[n, s, d]` with positions kept."""
+    pieces: Pieces = {}
+    for feed in scene.feeds.get(name, ()):
+        left = feed.part.left.apply(v)
+        pieces[feed.slot] = left if feed.part.right is None else left[..., None] * column(feed.part, left)
+    return pieces
+
+
+def column(part: Part, like: Tensor) -> Float[Tensor, " q"]:
+    """Return where a vector goes in its matrix block: the right side of an axis of length one."""
+    assert part.right is not None
+    return part.right.apply(torch.ones(1, dtype=like.dtype, device=like.device))
+
+
+def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
+    """Feed a gradient at hand, `[n, *shape]`, or `[n, s, *shape]` with positions kept."""
+    layout = scene.params[name]
+    flat = grad.flatten(0, 1) if scene.keep is not None else grad
+    oriented = layout.orient(flat)
+    pieces = {feed.slot: apply_part(feed.part, oriented) for feed in scene.feeds.get(name, ())}
+    if scene.keep is None:
+        return pieces
+    return {slot: piece.unflatten(0, grad.shape[:2]) for slot, piece in pieces.items()}
+
+
+def add_pieces(*many: Pieces) -> Pieces:
+    """Add contributions block by block."""
+    total: Pieces = {}
+    for pieces in many:
+        for slot, piece in pieces.items():
+            total[slot] = total[slot] + piece if slot in total else piece
+    return total
+
+
+def outer_rule(
+    name: str, factor: Factor, axis: int, scene: Scene, bias: str | None = None
+) -> tuple[Saved, Callable[[Sequence[Tensor], Tensor], Pieces]]:
+    """Serve a gradient of outer products, one factor of which is known now and the other is the output gradient.
+
+    Args:
+        name: the parameter.
+        factor: the factor known now.
+        axis: which axis of the stored parameter it belongs to.
+        scene: the run.
+        bias: a bias of the same use, added where it can ride along.
+
+    Returns:
+        What to remember, and the contribution once the other factor `g [n, s, d]` is here.
+    """
+    feeds = scene.feeds.get(name, [])
+    known_is_left = (axis == 0) != scene.params[name].transposed
+    bias_feeds = {feed.slot: feed for feed in scene.feeds.get(bias, ())} if bias else {}
+    riding = {f.slot for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
+    saved: Saved = []
+    reads: list[int] = []
+    raw: int | None = None
+    for feed in feeds:
+        side = feed.part.left if known_is_left else right_side(feed)
+        if side.dense:
+            seen = factor.through(side)
+            saved.append(seen + column(bias_feeds[feed.slot].part, seen) if feed.slot in riding else seen)
+            reads.append(len(saved) - 1)
+        else:
+            if raw is None:
+                saved.append(factor.memory)
+                raw = len(saved) - 1
+            reads.append(raw)
+
+    late = factor.forget()
+
+    def backward(saved: Sequence[Tensor], g: Tensor) -> Pieces:
+        pieces: Pieces = {}
+        for feed, read in zip(feeds, reads, strict=True):
+            known, other = (feed.part.left, right_side(feed)) if known_is_left else (right_side(feed), feed.part.left)
+            g_side = other.apply(g)
+            piece = outer(saved[read], g_side) if known.dense else late.meet(known, saved[read], g_side)
+            pieces[feed.slot] = piece if known_is_left else piece.mT
+        if bias is not None:
+            rest = vector_pieces(bias, g.sum(-2), scene)
+            pieces = add_pieces(pieces, {slot: piece for slot, piece in rest.items() if slot not in riding})
+        return pieces
+
+    return saved, backward
+
+
+def right_side(feed: Feed) -> Side:
+    """Return the input side of a matrix block."""
+    assert feed.part.right is not None
+    return feed.part.right
+
+
+EMBEDDING_NAMES = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+def one_hot(ids: Tensor, padding_idx: int | None, size: int) -> OneHot:
+    """Return tokens as one-hot factors; the padding token, negative or -1 for none in torch's kernels, is left out."""
+    if padding_idx is None or padding_idx == -1:
+        return OneHot(ids, size, None)
+    return OneHot(ids, size, ids != padding_idx % size)
+
+
+def reduce_to(parts: Float[Tensor, "n ..."], shape: tuple[int, ...], keep: int | None) -> Float[Tensor, "n ..."]:
+    """Sum `[n, *broadcast shape]` to `[n, *shape]`, the transpose of broadcasting; or `[n, keep, *shape]`."""
+    if keep is None:
+        lead = parts.ndim - 1 - len(shape)
+        parts = parts.flatten(1, lead).sum(1) if lead else parts
+        wide = [dim + 1 for dim, size in enumerate(shape) if size == 1 and parts.shape[dim + 1] != 1]
+        return parts.sum(wide, keepdim=True) if wide else parts
+    at = position_dim(parts, keep)
+    aligned = len(shape) - (parts.ndim - at)
+    if aligned < 0 or shape[aligned] == 1:
+        spread = parts.movedim(at, 1).unsqueeze(at + 1)
+    else:
+        eye = torch.eye(keep, dtype=parts.dtype, device=parts.device)
+        spread = parts[:, None] * eye.reshape(keep, *(keep if dim == at else 1 for dim in range(1, parts.ndim)))
+    return reduce_to(spread.flatten(0, 1), shape, None).unflatten(0, (parts.shape[0], keep))
+
+
+def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
+    """Feed the gradient of what a probe stands for, `[n, *value shape]`, back to the parameters it came from."""
+    source = leaf.source
+    if isinstance(source, str):
+        return dense_pieces(source, grad, scene)
+    if op_name(source.func) == "embedding" and scene.keep is None:
+        named = Call(source.func, list(source.leaves), source.spec).arguments(EMBEDDING_NAMES)
+        name = base_name(named["weight"])
+        if name is not None and not (named["max_norm"] or named["scale_grad_by_freq"]):
+            ids = named["input"].reshape(1, -1).expand(grad.shape[0], -1)
+            factor = one_hot(ids, named["padding_idx"], scene.values[name].shape[0])
+            saved, backward = outer_rule(name, factor, 0, scene)
+            return backward(saved, grad.reshape(grad.shape[0], ids.shape[1], -1))
+    base = {name: scene.values[name] for name in leaf.names}
+    pull = torch.func.vjp(lambda params: evaluate(source, params), base)[1]
+    flat = grad if scene.keep is None else grad.flatten(0, 1)
+    found = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(flat)
+    if scene.keep is not None:
+        found = {name: value.unflatten(0, grad.shape[:2]) for name, value in found.items()}
+    return add_pieces(*(dense_pieces(name, value, scene) for name, value in found.items()))

@@ -1,0 +1,45 @@
+"""Fingerprints: a hash of settings that is the same in every process and on every machine."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(value: Any) -> str:
+    """Return the SHA-256 of a setting in its canonical form."""
+    return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
+
+
+def canonical(value: Any) -> Any:
+    """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+        return {"tensor": digest, "shape": list(value.shape), "dtype": str(value.dtype)}
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in sorted(value.items(), key=lambda item: str(item[0]))}
+    if is_dataclass(value):
+        return {type(value).__name__: canonical(vars(value))}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {type(value).__name__: canonical(value._asdict())}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, float):
+        return value.hex()
+    return value
+
+
+def describe(value: Any) -> str:
+    """Return a setting as `repr` should show it: tensors by shape, long mappings by length."""
+    if isinstance(value, Tensor):
+        return f"<{'×'.join(map(str, value.shape))}>"
+    if isinstance(value, Mapping) and len(value) > 3:
+        return f"<{len(value)} entries>"
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return f"<{type(value).__name__}>"
+    return repr(value)
