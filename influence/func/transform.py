@@ -171,8 +171,7 @@ class Transform:
     Example:
         >>> import torch
         >>> from influence import as_blocks, chain, unit_norm
-        >>> from influence.func.fingerprint import describe, fingerprint
-    from influence.func.layout import bare_layout
+        >>> from influence.func.layout import bare_layout
         >>> rows = {"w": torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])}
         >>> chain(as_blocks(), unit_norm()).apply(rows, layout=bare_layout({"w": rows["w"][0]}))["w"]
         tensor([[[0.6000, 0.0000],
