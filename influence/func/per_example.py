@@ -9,7 +9,7 @@ from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
 from influence.func.engines import loop_rows, vmap_rows
 from influence.func.plan import EngineError, Plan, explain_vmap, make_plan
-from influence.func.transform import Transform
+from influence.func.transform import CollectedRows, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -58,10 +58,15 @@ def per_example_grads(
         tensor([[1., 0.],
                 [0., 2.]])
     """
-    if check:
-        check_independence(loss_fn, params, batch)
     planned = per_example_grads_fn(
-        loss_fn, params, batch, transform=transform, engine=engine, chunk_size=chunk_size, nonfinite=nonfinite
+        loss_fn,
+        params,
+        batch,
+        transform=transform,
+        engine=engine,
+        chunk_size=chunk_size,
+        check=check,
+        nonfinite=nonfinite,
     )
     return planned(params, batch)
 
@@ -75,6 +80,7 @@ def per_example_grads_fn(
     engine: str = "auto",
     compile: bool = False,
     chunk_size: int | None = None,
+    check: bool = False,
     nonfinite: str = "error",
 ) -> "PlannedRows":
     """Plan per-example gradients once, for use in a loop.
@@ -88,6 +94,7 @@ def per_example_grads_fn(
         compile: compile the whole step, once per batch shape; what it returns is compared with the eager step on the
             first batch of each shape, and the eager step is kept, with a warning, where they differ.
         chunk_size: examples computed at a time.
+        check: verify on the first batch that no example's loss moves when another example is exchanged.
         nonfinite: `"error"` or `"zero"`.
 
     Returns:
@@ -98,6 +105,8 @@ def per_example_grads_fn(
     """
     if nonfinite not in ("error", "zero"):
         raise ValueError(f"nonfinite must be 'error' or 'zero'; got {nonfinite!r}")
+    if check:
+        check_independence(loss_fn, params, batch)
     plan = make_plan(loss_fn, params, batch, transform, engine)
     step = eager_step(loss_fn, plan)
     if compile and plan.engine == "loop":
@@ -148,7 +157,8 @@ class PlannedRows:
         pieces = []
         for chunk in chunks(batch, self._chunk_size):
             pieces.append(finite_rows(self._step(params, chunk), chunk, self._nonfinite))
-        return pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        rows = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        return CollectedRows(rows, self.plan.transform, self.plan.layout)
 
     def __repr__(self) -> str:
         """Return the plan."""

@@ -48,7 +48,8 @@ class Plan(NamedTuple):
 
     Attributes:
         engine: `batched`, `vmap` or `loop`.
-        folded: the transform bound to the layout.
+        transform: what is wanted of the gradients.
+        folded: the same, bound to the layout.
         batched: what the batched engine executes, if it is the one.
         costs: a line per block.
         notes: why this engine, and what the transform's author should know.
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     """
 
     engine: str
+    transform: Transform
     folded: Folded
     batched: BatchedPlan | None
     costs: tuple[BlockCost, ...]
@@ -135,7 +137,7 @@ def make_plan(
         try:
             if traced is None:
                 raise EngineError(reason or "no trace")
-            return _batched_plan(loss_fn, params, batch, folded, traced, notes)
+            return _batched_plan(loss_fn, params, batch, transform, folded, traced, notes)
         except (EngineError, CannotTrace) as error:
             if engine == "batched":
                 raise EngineError(
@@ -154,7 +156,7 @@ def make_plan(
         BlockCost(b.name, b.original, b.shape, f"whole {chosen}", False, 0, _bytes(folded, b.parts[0].source, b.shape))
         for b in folded.blocks
     )
-    return Plan(chosen, folded, None, costs, tuple(notes))
+    return Plan(chosen, transform, folded, None, costs, tuple(notes))
 
 
 def check_params(params: Params) -> None:
@@ -186,7 +188,13 @@ def _try_trace(loss_fn: LossFn, params: Params, batch: Batch, needed: bool) -> t
 
 
 def _batched_plan(
-    loss_fn: LossFn, params: Params, batch: Batch, folded: Folded, traced: Trace, notes: list[str]
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    transform: Transform,
+    folded: Folded,
+    traced: Trace,
+    notes: list[str],
 ) -> Plan:
     routes = {key: choose_route(key, use) for key, use in traced.uses.items()}
     plan = BatchedPlan(folded, routes, traced.alone, make_feeds(folded))
@@ -201,7 +209,7 @@ def _batched_plan(
     unused = sorted(set(params) - {name for key in (*routes, *traced.alone) for name in key.params})
     if unused:
         notes.append(f"{len(unused)} parameters are not used by the loss; their rows are zero: {', '.join(unused[:5])}")
-    return Plan("batched", folded, plan, costs, tuple(notes), error)
+    return Plan("batched", transform, folded, plan, costs, tuple(notes), error)
 
 
 def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[float, str]:

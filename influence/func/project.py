@@ -288,41 +288,46 @@ def most_square(size: int) -> tuple[int, int]:
     return a, size // a
 
 
-def down_project(rows: Rows, dim: int, *, stored: Transform, layout: Layout) -> Rows:
+def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layout: Layout | None = None) -> Rows:
     r"""Read projected rows at a smaller dim: the corner of each row, rescaled, `(p/p') P[:p', :p']`.
 
     The result equals `project(dim)` with the stored seed and kind, so accuracy-against-p curves need one collection.
 
     Args:
-        rows: rows collected under `stored`.
+        rows: projected rows; those of `per_example_grads` know their own transform and layout.
         dim: the smaller dim.
-        stored: the transform the rows were collected under; nothing but `unit_norm` may follow its projection.
-        layout: the layout they were collected from.
+        stored: the transform the rows were collected under, where they do not know it.
+        layout: the layout they were collected from, likewise.
 
     Returns:
-        The rows at the smaller dim; a `unit_norm` at the end is applied anew.
+        The rows at the smaller dim.
 
     Raises:
-        ValueError: if the sketch does not nest.
+        ValueError: if the sketch does not nest, or something followed it.
 
     Example:
         >>> import torch
-        >>> from influence import as_blocks, chain, down_project, project
-        >>> from influence.func.layout import bare_layout
-        >>> grads = {"w": torch.randn(2, 9, 9)}
-        >>> layout = bare_layout({"w": grads["w"][0]})
-        >>> wide, narrow = (chain(as_blocks(), project(p)) for p in (8, 4))
-        >>> small = down_project(wide.apply(grads, layout), 4, stored=wide, layout=layout)
-        >>> torch.allclose(small["w"], narrow.apply(grads, layout)["w"], atol=1e-6)
+        >>> from influence import as_blocks, chain, down_project, per_example_grads, project
+        >>> def loss_fn(params, x):
+        ...     return (x @ params["w"]).square().sum(-1)
+        >>> w, x = {"w": torch.randn(9, 9)}, torch.randn(2, 9)
+        >>> wide, narrow = (per_example_grads(loss_fn, w, x, transform=chain(as_blocks(), project(p))) for p in (8, 4))
+        >>> torch.allclose(down_project(wide, 4)["w"], narrow["w"], rtol=1e-4)
         True
     """
+    stored = stored or getattr(rows, "transform", None)
+    layout = layout or getattr(rows, "layout", None)
+    if stored is None or layout is None:
+        raise ValueError(
+            "down_project: these rows do not know how they were made; pass stored=the transform they were collected "
+            "under and layout=loss_fn.layout"
+        )
     names = [step.name for step in stored.steps]
     if "project" not in names:
         raise ValueError(f"down_project: these rows were not projected; they were collected under {stored}")
     at = names.index("project")
     settings = stored.steps[at].settings
     p, kind = settings["dim"], settings["kind"]
-    rest = Transform(stored.steps[at + 1 :])
     if kind not in NESTING or settings.get("reshape_to_square") or settings["target"] == "global":
         raise ValueError(
             f"down_project: {stored.steps[at]} does not nest; only {' and '.join(NESTING)} sketches per block do. "
@@ -330,20 +335,23 @@ def down_project(rows: Rows, dim: int, *, stored: Transform, layout: Layout) -> 
         )
     if dim > p:
         raise ValueError(f"down_project: the rows are stored at dim {p}, which cannot be read at the larger {dim}")
-    if [step.name for step in rest.steps] not in ([], ["unit_norm"]):
-        raise ValueError(f"down_project: {rest} follows the projection and cannot be redone at another dim")
-    if rest.steps:
+    if names[at + 1 :]:
         raise ValueError(
-            "down_project: rows were divided by their norm at the stored dim, which is lost; store them without "
-            "unit_norm and apply it on reading"
+            f"down_project: {', '.join(names[at + 1 :])} followed the projection and cannot be undone; "
+            "store the rows without it and apply it on reading"
         )
-    blocks = Transform(stored.steps[:at]).bind(layout).blocks
+    blocks = {block.into: block for block in Transform(stored.steps[:at]).bind(layout).blocks}
     found: Rows = {}
-    for block in blocks:
-        row = rows[block.into]
+    for name in rows:
+        if name not in blocks:
+            raise ValueError(f"down_project: {name!r} is no block of this layout; its blocks are {list(blocks)[:5]}")
+        block, row = blocks[name], rows[name]
+        expected = tuple(min(size, p) for size in block.shape)
+        if tuple(row.shape[1:]) != expected:
+            raise ValueError(f"down_project: row {name!r} is {list(row.shape[1:])}; stored at dim {p} it is {expected}")
         for axis, (size, side) in enumerate(zip(block.shape, ("left", "right"), strict=False)):
             row = _shrink(row.movedim(axis + 1, -1), size, side, block.name, p, dim, settings).movedim(-1, axis + 1)
-        found[block.into] = row
+        found[name] = row
     return found
 
 

@@ -249,6 +249,20 @@ class Transform:
         return fingerprint([[step.name, step.settings] for step in self.steps])
 
 
+class CollectedRows(dict[str, Tensor]):
+    """Rows which remember how they were made.
+
+    Attributes:
+        transform: the transform they were collected under.
+        layout: the layout of the parameters they come from.
+    """
+
+    def __init__(self, rows: Rows, transform: Transform, layout: Layout) -> None:
+        """Hold rows and their provenance."""
+        super().__init__(rows)
+        self.transform, self.layout = transform, layout
+
+
 def placed(folded: Folded) -> Folded:
     """Return a folded transform with every side on its parameter's device and in its dtype."""
 
