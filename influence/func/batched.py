@@ -139,7 +139,10 @@ def cotangent_rows(out: Tensor, cotangent: Tensor | None, zeros: Rows, retain: b
     """Pull a cotangent of the losses back to the zeros; none means all ones."""
     weight = torch.ones_like(out) if cotangent is None else cotangent
     if not out.requires_grad:
-        return {name: torch.zeros_like(zero) for name, zero in zeros.items()}
+        raise ValueError(
+            "no use of a parameter reaches the losses of this batch: they are used where a probe cannot see it "
+            "(inside vmap or an autograd.Function), or gradients are off (torch.inference_mode)"
+        )
     found = torch.autograd.grad(out, list(zeros.values()), weight, retain_graph=retain, allow_unused=True)
     return {
         name: zero.new_zeros(zero.shape) if row is None else row
@@ -164,7 +167,10 @@ class Runner:
         if key in self.plan.alone:
             return derive(call, out, self)
         if key not in self.plan.routes:
-            raise CannotTrace(f"{key} was not seen when the plan was made: the model takes another path on this batch")
+            raise CannotTrace(
+                f"{key} was not seen when the plan was made: the model takes another path on this batch. "
+                "Plan with such a batch, or use engine='loop'"
+            )
         return self.tap(call, out, self.plan.routes[key])
 
     def tap(self, call: Call, out: Any, route: Route) -> Any:

@@ -20,7 +20,7 @@ def batch_size(batch: Batch) -> int:
         The common length of that axis.
 
     Raises:
-        ValueError: if there is no tensor, or the tensors disagree.
+        ValueError: if there is no tensor, no example, or the tensors disagree.
     """
     leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0] if isinstance(leaf, Tensor)]
     if not leaves:
@@ -32,6 +32,8 @@ def batch_size(batch: Batch) -> int:
             f"every tensor of a batch has the example axis first, of one length; got {listed}. "
             "Close over what is the same for all examples instead of putting it in the batch"
         )
+    if not leaves[0][1].shape[0]:
+        raise ValueError("the batch holds no example: its tensors have length 0")
     return int(leaves[0][1].shape[0])
 
 

@@ -97,6 +97,7 @@ def column(part: Part, like: Tensor) -> Float[Tensor, " q"]:
 def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
     """Feed a gradient at hand, `[n, *shape]`, or `[n, s, *shape]` with positions kept."""
     layout = scene.params[name]
+    grad = grad.to(scene.values[name].dtype)
     flat = grad.flatten(0, 1) if scene.keep is not None else grad
     oriented = layout.orient(flat)
     pieces = {feed.slot: apply_part(feed.part, oriented) for feed in scene.feeds.get(name, ())}
@@ -150,7 +151,10 @@ def outer_rule(
 
     late = factor.forget()
 
+    dtype = scene.values[name].dtype
+
     def backward(saved: Sequence[Tensor], g: Tensor) -> Pieces:
+        g = g.to(dtype)
         pieces: Pieces = {}
         for feed, read in zip(feeds, reads, strict=True):
             known, other = (feed.part.left, right_side(feed)) if known_is_left else (right_side(feed), feed.part.left)

@@ -64,7 +64,7 @@ def linear(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     """`linear(x, W, b)`, `addmm(b, x, W)`, `x @ W`."""
     name, bias = linear_names(call)
     x, axis, x_is_first = linear_input(call, route)
-    factor = Plain(positions(x, axis, scene.n, scene.keep))
+    factor = Plain(positions(x.to(scene.values[name].dtype), axis, scene.n, scene.keep))
     saved, backward = outer_rule(name, factor, 0 if x_is_first else 1, scene, bias)
     (out_axis,) = route.outputs
     assert out_axis is not None
@@ -122,7 +122,7 @@ def conv(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     groups = settings["groups"]
     if scene.keep is not None:
         raise ValueError(f"{name}: a convolution has no token positions; leave it out with exclude=[...]")
-    factor = Patches(x, kernel, settings)
+    factor = Patches(x.to(scene.values[name].dtype), kernel, settings)
     late = factor.forget()
     feeds = scene.feeds.get(name, [])
     if groups == 1:
