@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.batches import batch_size
-from influence.func.transform import flat
+from influence.func.transform import flat, vectors
 from influence.types import Batch, Rows
 
 
@@ -108,7 +108,7 @@ def gram() -> Sink:
     """Return a sink for each block's mean Gram matrix `Σ_n g_n g_n^T / N` of flattened rows, in at least float32."""
 
     def update(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
-        products = {name: _outer(wide(row.flatten(1))) for name, row in rows.items()}
+        products = {name: _outer(wide(vectors(row))) for name, row in rows.items()}
         return Total(_add(state.sums, products), state.number + len(index))
 
     def finalize(state: Total) -> Rows:

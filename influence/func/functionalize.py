@@ -145,11 +145,23 @@ def select(names: Sequence[str], targets: str | Sequence[str] | None, exclude: s
 
 
 def make_skeleton(model: nn.Module, mode: str = "eval") -> nn.Module:
-    """Return a copy of a module without parameter storage, in a mode."""
+    """Return a copy of a module without parameter storage, in a mode.
+
+    Transformers' once-only reminder about padding looks at the tokens' values, which no transform or compiled graph
+    can: the copy does without it.
+    """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()
     }
-    return copy.deepcopy(model, memo).train(mode == "train")
+    skeleton = copy.deepcopy(model, memo).train(mode == "train")
+    for module in skeleton.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_reminder
+    return skeleton
+
+
+def _no_reminder(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Say nothing."""
 
 
 def mixes_examples(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
 from influence.func.engines import loop_rows, vmap_rows
 from influence.func.plan import EngineError, Plan, explain_vmap, make_plan
-from influence.func.transform import CollectedRows, Transform
+from influence.func.transform import CollectedRows, Transform, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -190,7 +190,7 @@ def finite_rows(rows: Rows, batch: Batch, policy: str) -> Rows:
         ValueError: naming the example, the block and the value.
     """
     sums = {
-        name: row.flatten(1).sum(1, dtype=torch.promote_types(row.dtype, torch.float32)) for name, row in rows.items()
+        name: vectors(row).sum(1, dtype=torch.promote_types(row.dtype, torch.float32)) for name, row in rows.items()
     }
     suspects = ~torch.isfinite(torch.stack([s.double() for s in sums.values()]).sum(0))
     if not suspects.any():
@@ -198,11 +198,11 @@ def finite_rows(rows: Rows, batch: Batch, policy: str) -> Rows:
     bad = torch.zeros_like(suspects)
     first: tuple[int, str, float] | None = None
     for name, row in rows.items():
-        broken = ~torch.isfinite(row.flatten(1)) & suspects[:, None]
+        broken = ~torch.isfinite(vectors(row)) & suspects[:, None]
         bad |= broken.any(1)
         if first is None and broken.any():
             i = int(broken.any(1).nonzero()[0])
-            first = (i, name, float(row.flatten(1)[i][broken[i]][0]))
+            first = (i, name, float(vectors(row)[i][broken[i]][0]))
     if first is None:
         return rows
     index = batch.get("index") if isinstance(batch, dict) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence.func.batched import Captured, capture
 from influence.func.plan import EngineError, make_plan
-from influence.func.transform import flat
+from influence.func.transform import flat, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -125,7 +125,7 @@ def squared_norms(loss_fn: LossFn, params: Params, batch: Batch) -> Float[Tensor
             part = (left.mT @ right).square().sum((1, 2))
         total = part if total is None else total + part
     for row in captured.rows.values():
-        part = row.flatten(1).square().sum(1)
+        part = vectors(row).square().sum(1)
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -155,7 +155,7 @@ def products(loss_fn: LossFn, params: Params, batch: Batch, other: Batch | None 
         part = _product((left, right), b.factors[name])
         total = part if total is None else total + part
     for name, row in a.rows.items():
-        part = row.flatten(1) @ b.rows[name].flatten(1).mT
+        part = vectors(row) @ vectors(b.rows[name]).mT
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -381,8 +381,13 @@ def with_rows(folded: Folded, row_map: RowMap) -> Folded:
     return replace(folded, finish=(*folded.finish, row_map))
 
 
+def vectors(row: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n d"]:
+    """Return rows of any shape as vectors."""
+    return row.unsqueeze(1).flatten(1)
+
+
 def flat(rows: Rows) -> Float[Tensor, "n d"]:
     """Return all blocks of rows side by side, `[n, d]`, in at least float32."""
-    parts = [row.flatten(1) for row in rows.values()]
+    parts = [vectors(row) for row in rows.values()]
     out = torch.cat(parts, dim=1)
     return out if out.dtype == torch.float64 else out.float()
