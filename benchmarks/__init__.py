@@ -1,1 +1,1 @@
-"""Benchmarks: every claim about speed or memory is one command here, run against the strongest baseline we can write."""
+"""Benchmarks: each claim about speed or memory is one command, run against the strongest baseline we can write."""

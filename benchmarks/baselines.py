@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 
 from benchmarks.models import Workload, twin
 
+# `{block: (L[p, o], R[q, i])}` and `{block: [n, p, q]}`.
 Matrices = Mapping[str, tuple[Tensor, Tensor]]
 Rows = dict[str, Tensor]
 
@@ -33,7 +34,7 @@ def floor(work: Workload) -> Callable[[], Tensor]:
     return step
 
 
-def hooks(work: Workload, matrices: Matrices) -> Callable[[], Rows]:
+def hooks(work: Workload, matrices: Matrices, pruned: bool = False) -> Callable[[], Rows]:
     """Forward and backward hooks used as well as they can be.
 
     The forward hook keeps `x Rᵀ` instead of `x`; the backward hook turns the output gradient into `L (∂ℓ/∂y)ᵀ x Rᵀ`.
@@ -41,16 +42,26 @@ def hooks(work: Workload, matrices: Matrices) -> Callable[[], Rows]:
     hook sits on the output *tensor*: `register_full_backward_hook` wraps inputs and outputs in an autograd function of
     its own and measured 1 % slower. The thin products run on two-dimensional, contiguous operands with the matrix
     transposed beforehand: 1.02 × floor against 1.05 with `F.linear(x, R)`.
+
+    Args:
+        work: The workload.
+        matrices: `L` and `R` per block.
+        pruned: Let the graph begin at the first hooked outputs: not even the inputs get a gradient, so this may run
+            below the floor.
     """
-    model, rows = twin(work.model), {}
+    model, rows, tips = twin(work.model), {}, []
     for name in work.blocks:
         left, right = matrices[name]
-        model.get_submodule(name).register_forward_hook(_collector(name, left, right, rows))
+        model.get_submodule(name).register_forward_hook(_collector(name, left, right, rows, tips))
 
     def step() -> Rows:
         rows.clear()
-        inputs = work.inputs().requires_grad_()
-        torch.autograd.grad(work.losses(model, inputs, work.labels).sum(), inputs)
+        tips.clear()
+        inputs = work.inputs()
+        if not pruned:
+            tips.append(inputs.requires_grad_())
+        loss = work.losses(model, inputs, work.labels).sum()
+        torch.autograd.grad(loss, tips)
         return dict(rows)
 
     return step
@@ -131,33 +142,39 @@ def worst_error(rows: Rows, expected: Rows) -> float:
     return max(float((rows[name] - row).norm() / row.norm()) for name, row in expected.items())
 
 
-def _collector(
-    name: str, left: Tensor, right: Tensor, rows: Rows
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """The forward hook of one block, which puts the backward hook on the module's output."""
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+
+
+def _collector(name: str, left: Tensor, right: Tensor, rows: Rows, tips: list[Tensor]) -> Hook:
+    """The forward hook of one block, which puts the backward hook on the module's output.
+
+    An output without a graph is made the beginning of one and added to `tips`.
+    """
     left_t, right_t = left.mT.contiguous(), right.mT.contiguous()
 
-    def linear(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0].detach()
+    def linear(module: nn.Linear, x: Tensor) -> Callable[[Tensor], None]:
         small = (x.reshape(-1, x.shape[-1]) @ right_t).view(len(x), -1, right_t.shape[1])
 
         def collect(g: Tensor) -> None:
             thin = (g.reshape(-1, g.shape[-1]) @ left_t).view(len(g), -1, left_t.shape[1])
             rows[name] = thin.mT @ small
 
-        output.register_hook(collect)
+        return collect
 
-    def conv2d(module: nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def conv2d(module: nn.Conv2d, x: Tensor) -> Callable[[Tensor], None]:
         # Row q of R, shaped as a kernel, makes one channel of `unfold(x) Rᵀ`: the image is never unfolded.
         kernels = right.view(len(right), module.in_channels, *module.kernel_size)
-        small = F.conv2d(args[0].detach(), kernels, None, module.stride, module.padding, module.dilation).flatten(2)
+        small = F.conv2d(x, kernels, None, module.stride, module.padding, module.dilation).flatten(2)
 
         def collect(g: Tensor) -> None:
             rows[name] = (left @ g.flatten(2)) @ small.mT
 
-        output.register_hook(collect)
+        return collect
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        (conv2d if isinstance(module, nn.Conv2d) else linear)(module, args, output)
+        if not output.requires_grad:
+            tips.append(output.requires_grad_())
+        rule = conv2d if isinstance(module, nn.Conv2d) else linear
+        output.register_hook(rule(module, args[0].detach()))
 
     return hook

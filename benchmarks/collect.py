@@ -102,6 +102,11 @@ def hooks(bench: Bench) -> Prepared:
     return Prepared(baselines.hooks(bench.work, bench.matrices), lambda: bench.rows)
 
 
+def hooks_pruned(bench: Bench) -> Prepared:
+    step = baselines.hooks(bench.work, bench.matrices, pruned=True)
+    return Prepared(step, lambda: bench.rows, note="no gradient of the inputs: below the floor's work")
+
+
 def batched(bench: Bench) -> Prepared:
     return Prepared(bench.ours(engine="batched"), lambda: bench.rows)
 
@@ -146,6 +151,7 @@ def bergson(bench: Bench) -> Prepared:
 VARIANTS: dict[str, Callable[[Bench], Prepared]] = {
     "floor": floor,
     "hooks": hooks,
+    "hooks_pruned": hooks_pruned,
     "batched": batched,
     "vmap": vmap,
     "compiled": compiled,
@@ -183,6 +189,7 @@ class Check(NamedTuple):
 
 def run(models: Sequence[str], *, rounds: int, threads: int, quick: bool, names: Sequence[str], memory: bool) -> dict:
     """Measure the variants of each model and return everything, raw times included, ready for JSON."""
+    measure.keep_heap()
     torch.set_num_threads(threads)
     clock = "cpu" if threads == 1 else "wall"
     report = {

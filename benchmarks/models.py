@@ -1,8 +1,8 @@
 """The models the benchmarks run on: random weights, fixed seeds, nothing to download.
 
 A `Workload` is a frozen model, one batch, the weights to attribute, and the two halves of the forward pass:
-`inputs()` (embeddings, or the images) and `losses(model, inputs, labels) -> [n]`. The split is what lets a baseline stop its
-backward pass at the inputs.
+`inputs()` (embeddings, or the images) and `losses(model, inputs, labels) -> [n]`. The split is what lets a baseline
+stop its backward pass at the inputs.
 """
 
 import copy

@@ -19,10 +19,10 @@ def importable(package: str) -> bool:
 def bergson(work: Workload, dim: int) -> tuple[Callable[[], dict[str, Tensor]], dict[str, tuple[Tensor, Tensor]]]:
     """Bergson's `InMemoryCollector`, one batch at a time as its `CollectorComputer` does it.
 
-    Timed: registering its hooks, its own forward and backward (`fwd_bwd_factory`), its hooks, and `process_batch`, which
-    copies the rows into its buffer in memory. Not timed, in its favour: tokenising, padding, progress bars, files, and
-    the generation of its projection matrices. As in its own set-up, all that requires a gradient is the embedding, and
-    the modules are those of `model.base_model`, without the head.
+    Timed: registering its hooks, its own forward and backward (`fwd_bwd_factory`), its hooks, and `process_batch`,
+    which copies the rows into its buffer in memory. Not timed, in its favour: tokenising, padding, progress bars,
+    files, and the generation of its projection matrices. As in its own set-up, all that requires a gradient is the
+    embedding, and the modules are those of `model.base_model`, without the head.
 
     Returns:
         A step that returns the rows of its buffer as `{block: [n, p, p]}`, and the matrices it drew.

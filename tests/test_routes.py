@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from influence import explain, functionalize, per_example_grads, per_example_grads_fn
-from influence.func import rules
-from tests.cases import CASES, Case, images, labels_nll, labelled_tokens, sequences
+from influence.func import batched, rules
+from influence.func.plan import Plan
+from tests.cases import CASES, Case, images, labelled_tokens, labels_nll, sequences
 from tests.oracles import error, per_example
-from tests.worst import ENGINES, function_of, measure, refused, truth_of
+from tests.worst import ENGINES, function_of, measure, model_of, truth_of
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -144,19 +145,218 @@ def plain_tokens(n: int, s: int, pads: str, generator: torch.Generator) -> dict[
 HAZARDS = [
     Case("functional", Functional, plain_tokens, labels_nll, "alpha, beta, keywords, slices, a negative padding_idx"),
     Case("stopped", Stopped, images(4), labels_nll, "gradient through detach and no_grad"),
-    Case("written", Written, sequences(6), labels_nll, "a probe written into a tensor loses its example axis"),
-    Case(
-        "scaled", Scaled, images(4), labels_nll, "a parameter inside an autograd.Function", refuses={"vmap": "always"}
-    ),
-    Case("checkpointed", Checkpointed, images(4), labels_nll, "uses counted twice", refuses={"vmap": "always"}),
-    Case("sandwiched", Sandwiched, sequences(6), labels_nll, "rows of the wrong example, with nothing to show for it"),
-    Case(
-        "attention",
-        Attention,
-        labelled_tokens,
-        labels_nll,
-        "queries without keys: NaN for zero",
-        pads="left",
-        strip=False,
-    ),
-]
+    Case("written", Written, sequences(6), labels_nll, "a parameter lost in the tensor it is written into",
+         refuses={"batched": "writes to its argument"}),
+    Case("scaled", Scaled, images(4), labels_nll, "a parameter inside an autograd.Function",
+         refuses={"batched": "cannot serve", "vmap": "old-style autograd.Function"}),
+    Case("sandwiched", Sandwiched, sequences(6), labels_nll, "rows of the wrong example, and nothing to show for it",
+         refuses={"batched": "check|example axis"}),
+    Case("attention", Attention, labelled_tokens, labels_nll, "queries without keys: NaN for zero", pads="left",
+         strip=False),
+]  # fmt: skip
+
+
+def name_of(value: Any) -> str | None:
+    return value.name if isinstance(value, Case) else None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", HAZARDS, ids=name_of)
+def test_hazards_are_right_or_refused(case: Case, engine: str) -> None:
+    for combo in case.combos():
+        if engine in case.refuses:
+            with pytest.raises(ValueError, match=f"engine='{engine}'.*({case.refuses[engine]})"):
+                measure(case, engine, combo)
+        else:
+            worst = measure(case, engine, combo)
+            assert worst.value <= case.tolerance, (combo, worst.name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_checkpointing_is_refused_by_its_name(engine: str) -> None:
+    """Recomputing in backward would read parameters that the pure call has already taken back."""
+    x, y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2])
+    loss_fn, params = functionalize(Checkpointed().eval(), loss="cross_entropy")
+    with pytest.raises((ValueError, RuntimeError), match="checkpoint"):
+        per_example_grads(loss_fn, params, (x, y), engine=engine)
+
+
+# The routes
+
+
+def plan_of(case: Case) -> Plan:
+    loss_fn, params = function_of(case, "sum")
+    return explain(loss_fn, params, case.batch(*case.sizes[0], bool(case.pads)))
+
+
+ROUTED_TOKENS = {"mixtral", "qwen2_moe"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_auto_takes_the_batched_engine_wherever_tokens_are_not_routed(case: Case) -> None:
+    plan = plan_of(case)
+    assert (plan.engine == "batched") == (case.name not in ROUTED_TOKENS), plan.notes
+    assert plan.engine in str(plan)
+    if plan.engine == "batched":
+        assert plan.guard is not None
+        assert plan.guard <= 1e-6  # float32 inside, whatever the dtype
+    else:
+        assert any("not batched" in note for note in plan.notes)
+        assert "not batched" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "route"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", "linear"),
+        ("gpt2", "transformer.wte.weight", "embedding + linear"),
+        ("gpt2", "transformer.wpe.weight", "elementwise"),
+        ("llama", "model.layers.1.self_attn.k_proj.weight", "linear"),
+        ("llama", "model.norm.weight", "elementwise"),
+        ("opt", "model.decoder.layers.0.fc1.bias", "linear"),
+        ("opt", "model.decoder.final_layer_norm.weight", "norm"),
+        ("conv2d", "2.weight", "conv"),
+        ("resnet_groupnorm", "1.norm.bias", "norm"),
+        ("conv_transpose", "0.weight", "per-op vmap"),
+        ("mha_sequence_first", "layer.self_attn.in_proj_weight", "per-op vmap"),
+        ("lstm", "lstm.weight_hh_l0", "masked"),
+        ("bare", "enter", "linear"),
+        ("bare", "mix", "per-op vmap"),
+        ("bare", "unused", "unused"),
+        ("mixer", "places.weight", "linear"),
+        ("falcon", "transformer.h.0.self_attention.query_key_value.weight", "linear"),
+        ("mamba", "backbone.layers.0.mixer.A_log", "elementwise"),
+    ],
+)
+def test_explain_names_the_route_of_each_parameter(name: str, block: str, route: str) -> None:
+    plan = plan_of(BY_NAME[name])
+    assert {cost.name: cost.rule for cost in plan.costs}[block] == route
+    (line,) = [line for line in str(plan).splitlines() if line.startswith(f"{block} ")]
+    assert route in line
+
+
+@pytest.mark.parametrize("wrong", ["exchanged", "scaled", "lost"])
+def test_guard_catches_a_rule_that_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows given to the wrong example have the right sum: only random weights tell."""
+    spoil = {
+        "exchanged": lambda piece: piece.flip(0),
+        "scaled": lambda piece: piece * 1.01,
+        "lost": torch.zeros_like,
+    }[wrong]
+    right = rules.linear
+
+    def linear(*args: Any) -> Any:
+        saved, backward = right(*args)
+        return saved, lambda saved, gs: {slot: spoil(piece) for slot, piece in backward(saved, gs).items()}
+
+    monkeypatch.setitem(batched.RULES, "linear", linear)
+    case = BY_NAME["mlp"]
+    assert plan_of(case).engine == "vmap"
+    assert "check" in str(plan_of(case))
+    assert measure(case, "auto", ("sum", False, 3, 5)).value <= case.tolerance
+    with pytest.raises(ValueError, match=r"engine='batched'.*check"):
+        measure(case, "batched", ("sum", False, 3, 5))
+
+
+# Some of the parameters
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("targets", ["*.bias", "*.c_attn.*", "transformer.wte.weight", "*ln_1.weight"])
+def test_some_parameters_have_the_rows_they_have_among_all(targets: str, engine: str) -> None:
+    """A bias without its weight, a weight without its bias, one use of two."""
+    case, combo = BY_NAME["gpt2"], ("mean", True, 3, 5)
+    loss_fn, params = functionalize(model_of(case), reduction="mean", targets=targets)
+    rows = per_example_grads(loss_fn, params, case.batch(3, 5, True), engine=engine)
+    truth = truth_of(case, combo).rows
+    assert 0 < len(rows) < len(truth)
+    assert error(rows, {name: truth[name] for name in rows}).value <= case.tolerance
+
+
+# Plans that meet another kind of batch
+
+
+class Routed(nn.Module):
+    """Positions sorted by what they hold: examples lie in no order, and in the right one by accident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.enter(x).flatten(0, 1)
+        order = (flat[:, 0] > 0).int().argsort(stable=True)
+        y = torch.empty_like(flat).index_copy(0, order, self.expert(flat[order]).tanh())
+        return self.head(y.view_as(x))
+
+
+def served(case: Case, first: Any, then: Any, truth: dict[str, Tensor]) -> None:
+    """The rows of a plan made on another batch are right, or it says that it was made for another path."""
+    loss_fn, params = function_of(case, "sum")
+    rows_of = per_example_grads_fn(loss_fn, params, first)
+    try:
+        rows = rows_of(params, then)
+    except ValueError as refusal:
+        assert "another path" in str(refusal)
+        return
+    worst = error(rows, truth)
+    assert worst.value <= case.tolerance, (rows_of.plan.engine, worst.name)
+
+
+def test_plan_made_where_routing_keeps_the_order_does_not_serve_where_it_does_not() -> None:
+    case = Case("routed", Routed, sequences(4), labels_nll, "a plan that was right by accident")
+    model = model_of(case)
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alike, labels = x[model.enter(x)[:, 0] > 0][:12].view(4, 3, 4), torch.arange(12).view(4, 3) % 3
+    mixed = (x[:12].view(4, 3, 4), labels)
+    served(case, (alike, labels), mixed, per_example(model, mixed, labels_nll("sum")).rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert_tokens", "mha_sequence_first", "t5", "opt", "mamba"])
+def test_plan_made_on_full_examples_serves_padded_ones(name: str) -> None:
+    """Without a mask models take other branches: a causal flag, no mask at all."""
+    case = BY_NAME[name]
+    served(case, case.batch(3, 5), case.batch(3, 5, True), truth_of(case, ("sum", True, 3, 5)).rows)
+
+
+@pytest.mark.parametrize("s", [1, 2])
+def test_plan_made_on_short_examples_serves_longer_ones(s: int) -> None:
+    """With one position ``[n · s, d]`` looks like ``[n, d]``."""
+    case = Case("labelled_gpt2", BY_NAME["gpt2"].build, labelled_tokens, labels_nll, "one position")
+    batch = case.batch(3, 5)
+    truth = per_example(model_of(case), batch, labels_nll("sum")).rows
+    served(case, {key: x[:, :s] for key, x in batch.items()}, batch, truth)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mlp", "mha_sequence_first", "conv2d", "t5"])
+def test_plan_made_on_one_example_serves_many(name: str) -> None:
+    case = BY_NAME[name]
+    batch = case.batch(4, 4)
+    first = {k: x[:1] for k, x in batch.items()} if isinstance(batch, dict) else tuple(x[:1] for x in batch)
+    served(case, first, batch, truth_of(case, ("sum", False, 4, 4)).rows)
+
+
+# Attention by plain operations
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "additive", "nothing to see"])
+def test_plain_attention_is_torchs(mask: str) -> None:
+    r"""``softmax(q k^T · scale + mask) v``, with grouped queries; a query without keys gives zero, not NaN."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 5, 3, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+    seen = torch.rand(2, 1, 5, 5, generator=generator) < 0.6
+    seen[..., 0] = True
+    settings: dict[str, Any] = {
+        "none": {"scale": 0.3},
+        "causal": {"is_causal": True},
+        "boolean": {"attn_mask": seen},
+        "additive": {"attn_mask": torch.randn(2, 1, 5, 5, generator=generator, dtype=torch.float64)},
+        "nothing to see": {"attn_mask": seen & (torch.arange(5) != 2)[:, None]},
+    }[mask]
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for attention in (rules.attention, F.scaled_dot_product_attention):
+        out = attention(q, k, v, enable_gqa=True, **settings)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-12, atol=1e-12)

@@ -24,7 +24,8 @@ ENGINES = ("auto", "batched", "vmap", "loop")
 
 GUARD_TOLERANCE = {torch.float64: (1e-5, 1e-6), torch.float32: (1e-2, 1e-3)}
 """Largest relative error that the guard lets pass, and the share of the whole gradient below which a block's error is
-measured against that share instead; half precision: (0.1, 0.01). Honest float32 models read 1e-7, or 2e-3 under bfloat16 autocast; wrong plans 0.1."""
+measured against that share instead; half precision: (0.1, 0.01). Honest float32 models read 1e-7, or 2e-3 under
+bfloat16 autocast; wrong plans 0.1."""
 
 
 class EngineError(ValueError):
