@@ -7,6 +7,7 @@ projected factors, and fused attention works in both directions.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from influence.func.axes import Axis
 from influence.func.batches import batch_size
-from influence.func.contributions import Backward, Feed, Route, Scene
+from influence.func.contributions import Backward, Feed, Piece, Route, Scene, some_of
 from influence.func.factors import positions
 from influence.func.probe import Call, UseKey, derive, probe, tensors_of
 from influence.func.rules import RULES, linear_input, linear_names
@@ -179,12 +180,18 @@ class Runner:
         names = list(dict.fromkeys(feed.block.into for feed in fed))
         results = tensors_of(out)
         saved, backward = RULES[route.rule](call, route, self.scene)
-        finish = Contribution(backward, {feed.slot: feed for feed in fed}, names, self.scene.keep is not None)
+        finish = Contribution(
+            backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None
+        )
         tapped = Tap.apply(finish, len(results), len(saved), *results, *saved, *(self.zeros[name] for name in names))
         if isinstance(out, Tensor):
             return tapped
         fresh = iter(tapped if len(results) > 1 else (tapped,))
         return type(out)(next(fresh) if isinstance(item, Tensor) else item for item in out)
+
+
+ALIVE = 1 << 20
+"""Entries of a block's whole gradients that are alive at once, where linear maps need them: what a cache holds."""
 
 
 class Contribution(NamedTuple):
@@ -193,6 +200,7 @@ class Contribution(NamedTuple):
     backward: Backward
     feeds: dict[int, Feed]
     names: list[str]
+    n: int
     keeps: bool
 
     def __call__(self, saved: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -200,11 +208,19 @@ class Contribution(NamedTuple):
         found: Rows = {}
         for slot, piece in self.backward(saved, gs).items():
             block = self.feeds[slot].block
-            if block.linear:
-                rows = block.finish_linear(piece.flatten(0, 1) if self.keeps else piece)
-                piece = rows.unflatten(0, piece.shape[:2]) if self.keeps else rows
-            found[block.into] = found[block.into] + piece if block.into in found else piece
+            row = self.finish(block, piece) if block.linear else some_of(piece, slice(None))
+            found[block.into] = found[block.into] + row if block.into in found else row
         return [found.get(name) for name in self.names]
+
+    def finish(self, block: Block, piece: Tensor | Piece) -> Tensor:
+        """Take a block's whole gradients through its linear maps, a few examples at a time."""
+        few = max(ALIVE // prod(block.separable_shape), 1)
+        rows = []
+        for begin in range(0, self.n, few):
+            some = some_of(piece, slice(begin, begin + few))
+            flat = block.finish_linear(some.flatten(0, 1) if self.keeps else some)
+            rows.append(flat.unflatten(0, some.shape[:2]) if self.keeps else flat)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class Captured(NamedTuple):

@@ -1,10 +1,11 @@
 """Contributions: what one use of a parameter adds to its per-example gradient, seen through each block's sides."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.axes import Axis
@@ -17,7 +18,10 @@ from influence.func.transform import Block, Part, apply_part
 Saved: TypeAlias = list[Tensor]
 
 
-Pieces: TypeAlias = dict[int, Tensor]
+Piece: TypeAlias = Callable[[slice], Tensor]
+"""A contribution that is formed for a few examples at a time: `piece(slice) -> [few, o, i]`."""
+Pieces: TypeAlias = dict[int, Tensor | Piece]
+"""Contributions by block; lazy where the block's linear maps need its whole gradient."""
 
 
 class Feed(NamedTuple):
@@ -84,8 +88,12 @@ def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene) -> Pieces:
     pieces: Pieces = {}
     for feed in scene.feeds.get(name, ()):
         left = feed.part.left.apply(v)
-        pieces[feed.slot] = left if feed.part.right is None else left[..., None] * column(feed.part, left)
+        pieces[feed.slot] = left if feed.part.right is None else _columns(left, column(feed.part, left), feed)
     return pieces
+
+
+def _columns(left: Float[Tensor, "... p"], right: Float[Tensor, " q"], feed: Feed) -> Tensor | Piece:
+    return (lambda some: left[some, ..., None] * right) if feed.block.linear else left[..., None] * right
 
 
 def column(part: Part, like: Tensor) -> Float[Tensor, " q"]:
@@ -100,10 +108,11 @@ def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Piece
     grad = grad.to(scene.values[name].dtype)
     flat = grad.flatten(0, 1) if scene.keep is not None else grad
     oriented = layout.orient(flat)
-    pieces = {feed.slot: apply_part(feed.part, oriented) for feed in scene.feeds.get(name, ())}
-    if scene.keep is None:
-        return pieces
-    return {slot: piece.unflatten(0, grad.shape[:2]) for slot, piece in pieces.items()}
+    pieces: Pieces = {}
+    for feed in scene.feeds.get(name, ()):
+        piece = apply_part(feed.part, oriented)
+        pieces[feed.slot] = piece if scene.keep is None else piece.unflatten(0, grad.shape[:2])
+    return pieces
 
 
 def add_pieces(*many: Pieces) -> Pieces:
@@ -111,8 +120,19 @@ def add_pieces(*many: Pieces) -> Pieces:
     total: Pieces = {}
     for pieces in many:
         for slot, piece in pieces.items():
-            total[slot] = total[slot] + piece if slot in total else piece
+            total[slot] = _sum(total[slot], piece) if slot in total else piece
     return total
+
+
+def _sum(a: Tensor | Piece, b: Tensor | Piece) -> Tensor | Piece:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a + b
+    return lambda some: some_of(a, some) + some_of(b, some)
+
+
+def some_of(piece: Tensor | Piece, some: slice) -> Tensor:
+    """Return a contribution for some examples."""
+    return piece[some] if isinstance(piece, Tensor) else piece(some)
 
 
 def outer_rule(
@@ -158,15 +178,30 @@ def outer_rule(
         pieces: Pieces = {}
         for feed, read in zip(feeds, reads, strict=True):
             known, other = (feed.part.left, right_side(feed)) if known_is_left else (right_side(feed), feed.part.left)
-            g_side = other.apply(g)
-            piece = outer(saved[read], g_side) if known.dense else late.meet(known, saved[read], g_side)
-            pieces[feed.slot] = piece if known_is_left else piece.mT
+            product = _Product(late, known, saved[read], other.apply(g), known_is_left)
+            pieces[feed.slot] = product if feed.block.linear else product(slice(None))
         if bias is not None:
             rest = vector_pieces(bias, g.sum(-2), scene)
             pieces = add_pieces(pieces, {slot: piece for slot, piece in rest.items() if slot not in riding})
         return pieces
 
     return saved, backward
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The sum of outer products of a known factor and an output gradient, for some examples."""
+
+    factor: Factor
+    known: Side
+    memory: Tensor
+    other: Tensor
+    known_is_left: bool
+
+    def __call__(self, some: slice) -> Tensor:
+        memory, other = self.memory[some], self.other[some]
+        piece = outer(memory, other) if self.known.dense else self.factor.meet(self.known, memory, other)
+        return piece if self.known_is_left else piece.mT
 
 
 def right_side(feed: Feed) -> Side:
@@ -178,11 +213,13 @@ def right_side(feed: Feed) -> Side:
 EMBEDDING_NAMES = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
-def one_hot(ids: Tensor, padding_idx: int | None, size: int) -> OneHot:
-    """Return tokens as one-hot factors; the padding token, negative or -1 for none in torch's kernels, is left out."""
+def without_padding(
+    grad: Float[Tensor, "*s d"], ids: Int[Tensor, "*s"], padding_idx: int | None, size: int
+) -> Float[Tensor, "*s d"]:
+    """Return an embedding's output gradient without the padding token's, as torch has it (-1 means none)."""
     if padding_idx is None or padding_idx == -1:
-        return OneHot(ids, size, None)
-    return OneHot(ids, size, ids != padding_idx % size)
+        return grad
+    return grad * (ids != padding_idx % size)[..., None]
 
 
 def reduce_to(parts: Float[Tensor, "n ..."], shape: tuple[int, ...], keep: int | None) -> Float[Tensor, "n ..."]:
@@ -212,9 +249,10 @@ def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces
         name = base_name(named["weight"])
         if name is not None and not (named["max_norm"] or named["scale_grad_by_freq"]):
             ids = named["input"].reshape(1, -1).expand(grad.shape[0], -1)
-            factor = one_hot(ids, named["padding_idx"], scene.values[name].shape[0])
-            saved, backward = outer_rule(name, factor, 0, scene)
-            return backward(saved, grad.reshape(grad.shape[0], ids.shape[1], -1))
+            size = scene.values[name].shape[0]
+            saved, backward = outer_rule(name, OneHot(ids, size), 0, scene)
+            g = grad.reshape(grad.shape[0], ids.shape[1], -1)
+            return backward(saved, without_padding(g, ids, named["padding_idx"], size))
     base = {name: scene.values[name] for name in leaf.names}
     pull = torch.func.vjp(lambda params: evaluate(source, params), base)[1]
     flat = grad if scene.keep is None else grad.flatten(0, 1)

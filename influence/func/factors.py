@@ -8,7 +8,7 @@ through the sides of a block before they meet, so the gradient itself is never f
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,7 +96,6 @@ class OneHot(NamedTuple):
 
     ids: Int[Tensor, "..."]
     size: int
-    kept: Bool[Tensor, "..."] | None
 
     @property
     def memory(self) -> Tensor:
@@ -106,8 +105,7 @@ class OneHot(NamedTuple):
     def through(self, side: Side) -> Tensor:
         """Return the columns of a side's matrix at the tokens."""
         assert side.matrix is not None
-        out = F.embedding(self.ids, side.matrix.mT)
-        return out if self.kept is None else out * self.kept[..., None]
+        return F.embedding(self.ids, side.matrix.mT)
 
     def forget(self) -> "OneHot":
         """Return the factor: tokens are small."""
@@ -115,8 +113,6 @@ class OneHot(NamedTuple):
 
     def meet(self, side: Side, memory: Tensor, other: Float[Tensor, "n ... q"]) -> Float[Tensor, "n ... q"]:
         """Return `Σ_s (side onehot_s) ⊗ other_s`, `[n, size, q]`, by scattering."""
-        if self.kept is not None:
-            other = other * self.kept[..., None]
         out = other.new_zeros(*other.shape[:-2], self.size, other.shape[-1])
         return side.apply(out.scatter_add(-2, memory[..., None].expand_as(other), other).mT).mT
 

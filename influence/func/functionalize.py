@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from influence.families import heads_of, masks_plainly
 from influence.func.layout import Layout, ParamLayout, block_name
-from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
+from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions
 from influence.types import Batch, ExampleLoss, Params
 
 LOSSES = ("cross_entropy", "kl", "log_odds")
@@ -309,10 +309,8 @@ class ModuleLoss:
         if callable(self._loss):
             losses = self._loss(self.outputs(params, batch), batch)
         else:
-            position_losses, labelled = self.positions(params, batch)
-            losses = reduce_positions(position_losses, labelled, self.reduction)
-        weight = batch.get("weight") if isinstance(batch, Mapping) else None
-        return losses if weight is None else losses * weight.to(losses)
+            return self.reduce(*self.positions(params, batch), batch)
+        return weighted(losses, batch)
 
     def outputs(self, params: Params, batch: Batch) -> Any:
         """Return the model's output."""
@@ -333,9 +331,7 @@ class ModuleLoss:
         logits = output_logits(self.outputs(params, batch))
         labels = self.labels(batch)
         reference = None if self._reference is None else self._reference(batch)
-        if self._task == "causal":
-            logits, reference = logits[:, :-1], None if reference is None else reference[:, :-1]
-        elif logits.ndim == 2:
+        if logits.ndim == 2:
             logits, labels = logits[:, None], labels[:, None]
             reference = None if reference is None else reference[:, None]
         if logits.ndim != 3 or labels.ndim != 2 or labels.is_floating_point():
@@ -343,18 +339,22 @@ class ModuleLoss:
                 f"logits {list(logits.shape)} and labels {list(labels.shape)} of {labels.dtype} are no classification "
                 "of positions; pass loss=your own (output, batch) -> [n]"
             )
-        aligned = labels[:, 1:] if self._task == "causal" else labels
-        labelled = aligned != IGNORED
+        shifted = self._task == "causal"
+        aligned = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted else labels
+        losses, labelled = self._position_losses(logits, aligned, reference), aligned != IGNORED
+        if shifted:
+            losses, labelled = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
+        return losses, labelled
+
+    def _position_losses(
+        self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"], reference: Float[Tensor, "n t v"] | None
+    ) -> Float[Tensor, "n t"]:
         if self._loss == "kl":
             assert reference is not None
-            losses = kl_divergence(logits, reference, labelled)
-        elif self._loss == "log_odds":
-            losses = log_odds(logits, aligned)
-        else:
-            losses = cross_entropy(logits, aligned, self._smoothing)
-        if self._task == "causal":
-            losses, labelled = (torch.nn.functional.pad(x, (1, 0)) for x in (losses, labelled))
-        return losses, labelled
+            return kl_divergence(logits, reference, labels != IGNORED)
+        if self._loss == "log_odds":
+            return log_odds(logits, labels)
+        return cross_entropy(logits, labels, self._smoothing)
 
     def labels(self, batch: Batch) -> Int[Tensor, "n *t"]:
         """Return a batch's labels; a causal LM's default to its unpadded tokens.
@@ -375,6 +375,10 @@ class ModuleLoss:
 
     def reduce(self, losses: Float[Tensor, "n t"], labelled: Bool[Tensor, "n t"], batch: Batch) -> Float[Tensor, " n"]:
         """Reduce position losses to the example's loss, weights included."""
-        total = reduce_positions(losses, labelled, self.reduction)
-        weight = batch.get("weight") if isinstance(batch, Mapping) else None
-        return total if weight is None else total * widen(weight).to(total)
+        return weighted(reduce_positions(losses, labelled, self.reduction), batch)
+
+
+def weighted(losses: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, " n"]:
+    """Return losses times the batch's weights, if it has any."""
+    weight = batch.get("weight") if isinstance(batch, Mapping) else None
+    return losses if weight is None else losses * weight.to(losses)

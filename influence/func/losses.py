@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORED = -100
 """The label of a position without a label."""
@@ -42,13 +43,14 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
         tensor([[1.3863, 0.0000]])
     """
-    z, labelled = widen(logits), labels != IGNORED
-    chosen = z.gather(-1, torch.where(labelled, labels, 0)[..., None])[..., 0]
-    total = z.logsumexp(-1)
-    loss = total - chosen
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (total - z.mean(-1))
-    return torch.where(labelled, loss, 0.0)
+    flat = F.cross_entropy(
+        widen(logits).flatten(0, 1),
+        labels.flatten(),
+        reduction="none",
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+    )
+    return flat.reshape(labels.shape)
 
 
 def log_odds(logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"]) -> Float[Tensor, "n t"]:

@@ -34,14 +34,14 @@ from influence.func.contributions import (
     add_pieces,
     base_name,
     dense_pieces,
-    one_hot,
     outer_rule,
     pull_back,
     reduce_to,
     right_side,
     vector_pieces,
+    without_padding,
 )
-from influence.func.factors import Patches, Plain, positions
+from influence.func.factors import OneHot, Patches, Plain, positions
 from influence.func.probe import Call, Expr, Probe, op_name
 
 
@@ -161,11 +161,12 @@ def embedding(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     assert axis is not None
     assert out_axis is not None
     arranged = positions(ids[..., None], axis, scene.n, scene.keep)[..., 0]
-    factor = one_hot(arranged, named["padding_idx"], scene.values[name].shape[0])
-    saved, backward = outer_rule(name, factor, 0, scene)
+    size = scene.values[name].shape[0]
+    saved, backward = outer_rule(name, OneHot(arranged, size), 0, scene)
 
     def whole(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
-        return backward(saved, positions(gs[0], out_axis, scene.n, scene.keep))
+        g = positions(gs[0], out_axis, scene.n, scene.keep)
+        return backward(saved, without_padding(g, arranged, named["padding_idx"], size))
 
     return saved, whole
 

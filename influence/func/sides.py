@@ -57,7 +57,7 @@ class Side:
         if x.shape[-1] != self.stop - self.start:
             x = x[..., self.start : self.stop]
         if self.matrix is not None:
-            x = x @ self.matrix.mT if self.dense else x * self.matrix
+            x = multiply(x, self.matrix.mT) if self.dense else x * self.matrix
         return torch.nn.functional.pad(x, (self.before, self.after)) if self.before or self.after else x
 
     def then_matrix(self, matrix: Float[Tensor, "p b"]) -> "Side":
@@ -102,10 +102,18 @@ class Side:
         return replace(self, matrix=torch.nn.functional.pad(self.matrix, (0, 0, before, after)))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Side":
-        """Return the side with its matrix on a device, in a dtype."""
-        return self if self.matrix is None else replace(self, matrix=self.matrix.to(device, dtype).contiguous())
+        """Return the side with its matrix on a device, in a dtype; its transpose is contiguous, for `apply`."""
+        if self.matrix is None:
+            return self
+        moved = self.matrix.to(device, dtype)
+        return replace(self, matrix=moved.mT.contiguous().mT if self.dense else moved.contiguous())
 
 
 def identity(size: int) -> Side:
     """Return the side that changes nothing."""
     return Side(size, 0, size)
+
+
+def multiply(x: Float[Tensor, "*batch b"], matrix: Float[Tensor, "b p"]) -> Float[Tensor, "*batch p"]:
+    """Return `x @ matrix` as one product of two contiguous matrices: thin products are up to twice as fast so."""
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
