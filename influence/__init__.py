@@ -1,7 +1,8 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
-from influence.func import fold, similarity
+from influence.func import similarity, sinks
 from influence.func.blocks import as_blocks, split_heads
+from influence.func.fold import Sink, fold
 from influence.func.functionalize import functionalize
 from influence.func.layout import Heads
 from influence.func.normalize import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
@@ -14,6 +15,7 @@ __all__ = [
     "Factored",
     "Heads",
     "Moments",
+    "Sink",
     "Transform",
     "as_blocks",
     "chain",
@@ -28,6 +30,7 @@ __all__ = [
     "scale_by_adafactor",
     "scale_by_adam",
     "similarity",
+    "sinks",
     "split_heads",
     "unit_norm",
 ]

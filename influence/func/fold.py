@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.batches import batch_size
-from influence.func.transform import flat, vectors
-from influence.types import Batch, Rows
+from influence.types import Batch
 
 
 class Sink(NamedTuple):
@@ -32,13 +31,6 @@ class Sink(NamedTuple):
     finalize: Callable[[Any], Any]
 
 
-class Total(NamedTuple):
-    """A sum and how many examples are in it."""
-
-    sums: Rows
-    number: int
-
-
 def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[str, Sink]) -> dict[str, Any]:
     """Run a step over batches once, and fold its values into every sink.
 
@@ -53,9 +45,9 @@ def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[
 
     Example:
         >>> import torch
-        >>> from influence.func.fold import fold, mean, total
+        >>> from influence import fold, sinks
         >>> batches = [torch.ones(2, 3), torch.zeros(1, 3)]
-        >>> out = fold(lambda batch: {"x": batch}, batches, {"mean": mean(), "sum": total()})
+        >>> out = fold(lambda batch: {"x": batch}, batches, {"mean": sinks.mean(), "sum": sinks.total()})
         >>> out["sum"]["x"], out["mean"]["x"]
         (tensor([2., 2., 2.]), tensor([0.6667, 0.6667, 0.6667]))
     """
@@ -69,88 +61,3 @@ def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[
         states = {name: sink.update(states[name], index, value) for name, sink in sinks.items()}
         seen += n
     return {name: sink.finalize(states[name]) for name, sink in sinks.items()}
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return a tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _add(a: Rows, b: Rows) -> Rows:
-    if not a or not b:
-        return a or b
-    return {name: value + b[name] for name, value in a.items()}
-
-
-def _update_total(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
-    return Total(_add(state.sums, {name: wide(row).sum(0) for name, row in rows.items()}), state.number + len(index))
-
-
-def _merge_total(a: Total, b: Total) -> Total:
-    return Total(_add(a.sums, b.sums), a.number + b.number)
-
-
-def total() -> Sink:
-    """Return a sink that sums rows: `{block: [...]}`, in at least float32."""
-    return Sink(lambda: Total({}, 0), _update_total, _merge_total, lambda state: state.sums)
-
-
-def mean() -> Sink:
-    """Return a sink that averages rows: `{block: [...]}`, in at least float32."""
-
-    def finalize(state: Total) -> Rows:
-        return {name: value / state.number for name, value in state.sums.items()}
-
-    return Sink(lambda: Total({}, 0), _update_total, _merge_total, finalize)
-
-
-def gram() -> Sink:
-    """Return a sink for each block's mean Gram matrix `Σ_n g_n g_n^T / N` of flattened rows, in at least float32."""
-
-    def update(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
-        products = {name: _outer(wide(vectors(row))) for name, row in rows.items()}
-        return Total(_add(state.sums, products), state.number + len(index))
-
-    def finalize(state: Total) -> Rows:
-        return {name: value / state.number for name, value in state.sums.items()}
-
-    return Sink(lambda: Total({}, 0), update, _merge_total, finalize)
-
-
-def _outer(rows: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    return rows.mT @ rows
-
-
-class Pieces(NamedTuple):
-    """Results of batches, with the rows of the dataset they belong to."""
-
-    indices: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-
-def score(queries: Rows) -> Sink:
-    """Return a sink for inner products with query rows: `[N, q]`, in the order of `index`; no rows are kept.
-
-    Args:
-        queries: query rows of the same blocks, `[q, ...]` each.
-
-    Returns:
-        The sink.
-    """
-    wanted = flat(queries)
-
-    def update(state: Pieces, index: Int[Tensor, " n"], rows: Rows) -> Pieces:
-        if set(rows) != set(queries):
-            raise ValueError(f"queries have blocks {sorted(queries)[:3]}…; the rows have {sorted(rows)[:3]}…")
-        scores = flat({name: rows[name] for name in queries}) @ wanted.to(next(iter(rows.values())).device).mT
-        return Pieces((*state.indices, index), (*state.values, scores))
-
-    def merge(a: Pieces, b: Pieces) -> Pieces:
-        return Pieces(a.indices + b.indices, a.values + b.values)
-
-    def finalize(state: Pieces) -> Tensor:
-        if not state.values:
-            return wanted.new_zeros(0, wanted.shape[0])
-        return torch.cat(state.values)[torch.cat(state.indices).argsort(stable=True)]
-
-    return Sink(lambda: Pieces((), ()), update, merge, finalize)

@@ -150,13 +150,13 @@ class PlannedRows:
         self, plan: Plan, step: Callable[[Params, Batch], Rows], chunk_size: int | None, nonfinite: str
     ) -> None:
         """Hold a plan and the step that executes it."""
-        self.plan, self._step, self._chunk_size, self._nonfinite = plan, step, chunk_size, nonfinite
+        self.plan, self.step, self._chunk_size, self._nonfinite = plan, step, chunk_size, nonfinite
 
     def __call__(self, params: Params, batch: Batch) -> Rows:
         """Return the rows of a batch."""
         pieces = []
         for chunk in chunks(batch, self._chunk_size):
-            pieces.append(finite_rows(self._step(params, chunk), chunk, self._nonfinite))
+            pieces.append(finite_rows(self.step(params, chunk), chunk, self._nonfinite))
         rows = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
         return CollectedRows(rows, self.plan.transform, self.plan.layout)
 

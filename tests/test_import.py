@@ -1,0 +1,31 @@
+"""`import influence` is light: the library is imported in every worker of every run."""
+
+import re
+import subprocess
+import sys
+
+HEAVY = ("transformers", "datasets", "faiss", "h5py", "matplotlib", "peft", "tqdm")
+
+
+def test_nothing_heavier_than_torch_is_imported() -> None:
+    code = f"import sys, influence; print([name for name in {HEAVY!r} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def own_seconds() -> float:
+    """What `import influence` takes on top of torch, in a fresh process."""
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import influence"], capture_output=True, text=True, check=True
+    )
+    took = {}
+    for line in out.stderr.splitlines():
+        found = re.match(r"import time:\s+\d+ \|\s+(\d+) \|\s+(torch|influence)$", line)
+        if found:
+            took[found[2]] = int(found[1]) / 1e6
+    return took["influence"] - took["torch"]
+
+
+def test_import_costs_little_on_top_of_torch() -> None:
+    # a loaded machine can only make it slower: the best of five is the import's own
+    assert min(own_seconds() for _ in range(5)) <= 0.3
