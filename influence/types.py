@@ -1,7 +1,7 @@
 """Names that mean something: the types which cross the rooms of the library."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +19,7 @@ ExampleLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """A user's `loss(output, batch) -> [n]` for `functionalize`."""
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A pure function of parameters and a batch which returns one loss per example.
 

@@ -5,7 +5,7 @@ token and output gradient for an embedding, output gradient and unfolded patch f
 through the sides of a block before they meet, so the gradient itself is never formed.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -16,6 +16,7 @@ from influence.func.axes import Axis
 from influence.func.sides import Side
 
 
+@runtime_checkable
 class Factor(Protocol):
     """One factor of an outer product, `[n, s, d]` or, with positions kept, `[n, s, r, d]`."""
 
@@ -37,7 +38,7 @@ class Factor(Protocol):
         ...
 
 
-def positions(x: Float[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> Float[Tensor, "..."]:
+def positions(x: Shaped[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> Shaped[Tensor, "..."]:
     """Arrange a tensor whose last axis holds features as `[n, s, d]`, or `[n, keep, r, d]` where positions are kept.
 
     Args:

@@ -7,7 +7,7 @@ the examples.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -83,12 +83,8 @@ class Call(NamedTuple):
         return self.func(*args, **kwargs)
 
 
-class Watcher(Protocol):
-    """What a run does with each operation on a probe."""
-
-    def __call__(self, call: Call) -> Any:
-        """Return the operation's result."""
-        ...
+Watcher: TypeAlias = Callable[[Call], Any]
+"""What a run does with each operation on a probe: returns its result."""
 
 
 class Probe(Tensor):

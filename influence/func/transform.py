@@ -187,12 +187,11 @@ class Transform:
             ValueError: if a step follows one that it cannot follow, or lacks one that it needs.
         """
         for position, step in enumerate(self.steps):
-            for earlier in self.steps[:position]:
+            for earlier in reversed(self.steps[:position]):
                 if earlier.name in step.refuses:
-                    raise ValueError(
-                        f"{step} cannot follow {earlier}: {step.refuses[earlier.name]}; "
-                        f"write chain(…, {step.name}(…), {earlier.name}(…), …) or leave one out"
-                    )
+                    order = f"write chain(…, {step.name}(…), {earlier.name}(…), …) or "
+                    way_out = f"{order if step.name != earlier.name else ''}leave one out"
+                    raise ValueError(f"{step} cannot follow {earlier}: {step.refuses[earlier.name]}; {way_out}")
 
     def __repr__(self) -> str:
         """Return the chain as it was written."""
