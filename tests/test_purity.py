@@ -28,7 +28,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.plan import VMAP_MESSAGES
+from influence.func.plan import TORCH_MESSAGES
 
 
 def gpt2() -> nn.Module:
@@ -141,16 +141,46 @@ class OldStyle(torch.autograd.Function):
         return g * 2
 
 
+class Saved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+SAVED = Saved()
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return torch.func.functional_call(SAVED, dict(SAVED.named_parameters()), (x,)).sum()
+
+
+def recomputed(x: Tensor) -> Tensor:
+    """Outside torch.func the failure comes later, when the skeleton's parameters are empty again."""
+    loss_fn, params = functionalize(Saved(), loss=lambda y, batch: y.sum(1))
+    leaves = {name: p.requires_grad_() for name, p in params.items()}
+    torch.autograd.grad(loss_fn(leaves, (x[None],)).sum(), list(leaves.values()))
+    return x
+
+
 UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
     "data-dependent control flow": branch,
     "randomness": lambda x: torch.nn.functional.dropout(x, 0.5).sum(),
+    "saved tensor hooks": checkpointed,
     "setup_context": lambda x: OldStyle.apply(x).sum(),
     "doesn't match the broadcast shape": lambda x: torch.zeros(3).add_(x).sum(),
 }
 
 
 def test_every_translated_message_is_pinned() -> None:
-    assert set(UPSTREAM) == set(VMAP_MESSAGES)
+    assert {*UPSTREAM, "on device meta"} == set(TORCH_MESSAGES)
+
+
+def test_torch_still_says_that_checkpointed_parameters_are_gone() -> None:
+    with pytest.raises(RuntimeError, match="on device meta"):
+        recomputed(torch.ones(3))
 
 
 @pytest.mark.parametrize("words", UPSTREAM)

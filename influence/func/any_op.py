@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.attention import MathAttention
+from influence.func.attention import under_vmap
 from influence.func.axes import Axis, known_axis
 from influence.func.contributions import Backward, Pieces, Route, Saved, Scene, add_pieces, pull_back
 from influence.func.probe import Call, tensors_of
@@ -32,7 +32,7 @@ def one_op_vmap(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward
 
             return torch.func.vjp(function, *values)[1](tuple(cotangent))
 
-        with MathAttention():
+        with under_vmap():
             return list(torch.func.vmap(single)(inputs, cotangents))
 
     return [call.leaves[i] for i in batched], serve

@@ -1,5 +1,8 @@
-"""Attention by plain operations, for `vmap`, which has no batching rule for the fused kernels."""
+"""What every `vmap` here runs under: attention by plain operations, since the fused kernels have no batching rule."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +16,13 @@ class MathAttention(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace scaled dot-product attention, let all else pass."""
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and kwargs.get("need_weights", True) is False:
+            # it uses the fused kernel, out of a mode's sight, unless it is asked for the weights
+            return func(*args, **(kwargs | {"need_weights": True}))[0], None
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        named = dict(zip(names, args, strict=False)) | kwargs
-        return attention(**named)
+        return attention(**(dict(zip(names, args, strict=False)) | kwargs))
 
 
 def attention(
@@ -30,7 +35,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention, `softmax(q k^T · scale + mask) v`, as plain operations."""
+    """Scaled dot-product attention, `softmax(q k^T · scale + mask) v`, as plain operations; 0 where nothing is seen."""
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -41,5 +46,14 @@ def attention(
     if attn_mask is not None:
         blocked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
-    weights = scores.softmax(-1)
+    unseeing = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
     return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
+
+
+@contextmanager
+def under_vmap() -> Iterator[None]:
+    """Run `vmap` with plain attention, and without torch's remark that an operation is run one example at a time."""
+    with MathAttention(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield

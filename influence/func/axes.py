@@ -7,6 +7,10 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 
+class AnotherPath(ValueError):
+    """A batch takes the model along another path than the one that was planned; the message says where."""
+
+
 class Axis(NamedTuple):
     """The axis of a tensor along which examples lie.
 
@@ -22,6 +26,12 @@ class Axis(NamedTuple):
 
     def split(self, x: Shaped[Tensor, "..."], n: int) -> Shaped[Tensor, "n ..."]:
         """Return `x` with the example axis in front and its own place kept, of size 1 or `k`: `n` batches of one."""
+        size = x.shape[self.dim]
+        if size % n or (size != n and not self.flat):
+            raise AnotherPath(
+                f"an axis of {size} entries does not hold {n} examples as it did when the plan was made: the model "
+                "takes another path on this batch. Plan with such a batch, or use engine='loop'"
+            )
         if not self.flat:
             return x.movedim(self.dim, 0).unsqueeze(self.dim + 1)
         k = x.shape[self.dim] // n

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.axes import Axis
+from influence.func.axes import AnotherPath, Axis
 from influence.func.batches import batch_size
 from influence.func.contributions import Backward, Feed, Piece, Route, Scene, some_of
 from influence.func.factors import positions
 from influence.func.probe import Call, UseKey, derive, probe, tensors_of
 from influence.func.rules import RULES, linear_input, linear_names
-from influence.func.trace import CannotTrace, Keys, check_losses
+from influence.func.trace import Keys, check_losses
 from influence.func.transform import Block, Folded
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -167,12 +167,13 @@ class Runner:
         key = self.keys(call)
         if key in self.plan.alone:
             return derive(call, out, self)
-        if key not in self.plan.routes:
-            raise CannotTrace(
+        route = self.plan.routes.get(key)
+        if route is None or route.inputs.keys() != set(call.data):
+            raise AnotherPath(
                 f"{key} was not seen when the plan was made: the model takes another path on this batch. "
                 "Plan with such a batch, or use engine='loop'"
             )
-        return self.tap(call, out, self.plan.routes[key])
+        return self.tap(call, out, route)
 
     def tap(self, call: Call, out: Any, route: Route) -> Any:
         """Return an operation's result with its contribution to the zeros attached."""

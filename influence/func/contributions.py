@@ -7,11 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
+from influence.func.attention import under_vmap
 from influence.func.axes import Axis
 from influence.func.factors import Factor, OneHot, outer, position_dim
 from influence.func.layout import ParamLayout
-from influence.func.probe import Call, Probe, evaluate, op_name
+from influence.func.probe import Call, Probe, evaluate
 from influence.func.sides import Side
 from influence.func.transform import Block, Part, apply_part
 
@@ -216,8 +218,8 @@ EMBEDDING_NAMES = ("input", "weight", "padding_idx", "max_norm", "norm_type", "s
 def without_padding(
     grad: Float[Tensor, "*s d"], ids: Int[Tensor, "*s"], padding_idx: int | None, size: int
 ) -> Float[Tensor, "*s d"]:
-    """Return an embedding's output gradient without the padding token's, as torch has it (-1 means none)."""
-    if padding_idx is None or padding_idx == -1:
+    """Return an embedding's output gradient without the padding token's, as torch has it."""
+    if padding_idx is None:
         return grad
     return grad * (ids != padding_idx % size)[..., None]
 
@@ -244,7 +246,7 @@ def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces
     source = leaf.source
     if isinstance(source, str):
         return dense_pieces(source, grad, scene)
-    if op_name(source.func) == "embedding" and scene.keep is None:
+    if source.func is F.embedding and scene.keep is None:
         named = Call(source.func, list(source.leaves), source.spec).arguments(EMBEDDING_NAMES)
         name = base_name(named["weight"])
         if name is not None and not (named["max_norm"] or named["scale_grad_by_freq"]):
@@ -256,7 +258,8 @@ def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces
     base = {name: scene.values[name] for name in leaf.names}
     pull = torch.func.vjp(lambda params: evaluate(source, params), base)[1]
     flat = grad if scene.keep is None else grad.flatten(0, 1)
-    found = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(flat)
+    with under_vmap():
+        found = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(flat)
     if scene.keep is not None:
         found = {name: value.unflatten(0, grad.shape[:2]) for name, value in found.items()}
     return add_pieces(*(dense_pieces(name, value, scene) for name, value in found.items()))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from influence.func.attention import MathAttention
+from influence.func.attention import under_vmap
 from influence.func.batches import batch_size, split_leaves, take
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -25,7 +25,7 @@ def vmap_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
         return loss_fn(p, rebuild([leaf.unsqueeze(0) for leaf in example])).squeeze(0)
 
     plain = {name: p.detach() for name, p in params.items()}
-    with torch.no_grad(), MathAttention():
+    with torch.no_grad(), under_vmap():
         return torch.func.vmap(torch.func.grad(one), (None, 0), randomness="error")(plain, leaves)
 
 

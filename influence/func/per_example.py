@@ -8,7 +8,7 @@ import torch
 from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
 from influence.func.engines import loop_rows, vmap_rows
-from influence.func.plan import EngineError, Plan, explain_vmap, make_plan
+from influence.func.plan import EngineError, Plan, explain_torch, make_plan
 from influence.func.transform import CollectedRows, Transform, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -176,7 +176,7 @@ def eager_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], Rows]:
         try:
             grads = rows_of(loss_fn, params, batch)
         except RuntimeError as error:
-            meaning = explain_vmap(str(error))
+            meaning = explain_torch(str(error))
             raise EngineError(f"engine={plan.engine!r} failed on this batch: {meaning}") from error
         return plan.folded.rows(grads)
 

@@ -15,7 +15,7 @@ from influence.func.factors import positions
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import UseKey, tensors_of
 from influence.func.routes import choose_route, traced_layout
-from influence.func.trace import CannotTrace, RefuseRandom, Trace, Use, check_losses, check_unmixed, trace
+from influence.func.trace import CannotTrace, Inspection, Trace, Use, check_losses, check_unmixed, trace
 from influence.func.transform import Folded, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -128,17 +128,19 @@ def make_plan(
     batch_size(batch)
     transform = transform or Transform()
     known: Layout | None = getattr(loss_fn, "layout", None)
-    check_function(loss_fn, params, batch)
+    routing = check_function(loss_fn, params, batch)
     needed = engine in ("auto", "batched") or known is None
     traced, reason = _try_trace(loss_fn, params, batch) if needed else (None, None)
-    if traced is None and engine == "batched":
+    if routing and traced is not None:
+        reason = f"values decide where elements go ({', '.join(sorted(routing))}), as in a mixture of experts"
+    if reason and engine == "batched":
         raise EngineError(f"engine='batched' cannot serve this function: {reason}. Use engine='auto', 'vmap' or 'loop'")
     layout = known.restrict(params) if known is not None else traced_layout(params, traced)
     folded = transform.bind(layout)
     notes = list(folded.warnings)
     if engine in ("auto", "batched"):
         try:
-            if traced is None:
+            if traced is None or reason:
                 raise EngineError(reason or "no trace")
             return _batched_plan(loss_fn, params, batch, transform, folded, traced, notes)
         except (EngineError, CannotTrace) as error:
@@ -176,18 +178,22 @@ def check_params(params: Params) -> None:
             raise ValueError(f"parameter {name!r} must be a floating-point tensor to have a gradient; got {kind}")
 
 
-def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> None:
+def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> set[str]:
     """Refuse what is not a differentiable, pure function of one loss per example, by running it on few examples.
+
+    Returns:
+        Names of operations by which it routes elements by their values.
 
     Raises:
         ValueError: saying what it does instead.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("no gradient exists under torch.inference_mode(); leave it, or use torch.no_grad()")
-    with RefuseRandom(), torch.enable_grad():
+    inspection = Inspection()
+    with inspection, torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         few = loss_fn(leaves, sample(batch, 2))
-    with RefuseRandom(), torch.no_grad():
+    with inspection, torch.no_grad():
         more = loss_fn(params, sample(batch, 3))
     check_losses(few, 2)
     check_losses(more, 3)
@@ -197,6 +203,7 @@ def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> None:
             f"the losses have no gradient with respect to any of {', '.join(list(params)[:5])}: the function does not "
             "use these parameters, or computes under torch.no_grad() or detach()"
         )
+    return inspection.routing
 
 
 def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, str | None]:
@@ -222,7 +229,7 @@ def _batched_plan(
     try:
         error, where = guard(plan, loss_fn, params, batch)
     except (RuntimeError, ValueError, IndexError) as problem:
-        raise EngineError(f"it fails on the first batch: {str(problem).splitlines()[0]}") from problem
+        raise EngineError(f"it fails on the first batch: {explain_torch(str(problem))}") from problem
     limit = GUARD_TOLERANCE.get(next(iter(params.values())).dtype, (0.1, 0.01))[0]
     if not error <= limit:
         raise EngineError(f"the check Σ c·row = ∇ Σ c·ℓ fails at {where!r}: relative error {error:.2g}")
@@ -313,20 +320,27 @@ def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:
     try:
         vmap_rows(loss_fn, params, sample(batch, 2))
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-        return explain_vmap(str(error))
+        return explain_torch(str(error))
     return None
 
 
-def explain_vmap(message: str) -> str:
+def explain_torch(message: str) -> str:
     """Translate torch.func's messages into what to do about them."""
     first = message.strip().splitlines()[0] if message.strip() else "no message"
-    for upstream, meaning in VMAP_MESSAGES.items():
+    for upstream, meaning in TORCH_MESSAGES.items():
         if upstream in message:
             return f"{meaning} (torch: {first[:160]})"
     return first[:240]
 
 
-VMAP_MESSAGES = {
+CHECKPOINTING = (
+    "the model recomputes activations in the backward (checkpointing), when a pure call's parameters are gone; "
+    "switch it off, as by model.gradient_checkpointing_disable()"
+)
+
+TORCH_MESSAGES = {
+    "saved tensor hooks": CHECKPOINTING,
+    "on device meta": CHECKPOINTING,
     "data-dependent control flow": "the model branches on the values of a tensor, which vmap cannot",
     "randomness": "the function draws random numbers: dropout was left on",
     "setup_context": "the model calls an old-style autograd.Function, which no torch.func transform can run",

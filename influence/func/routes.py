@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence.func.attention import MathAttention
+from influence.func.attention import under_vmap
 from influence.func.axes import Axis, known_axis
 from influence.func.contributions import EMBEDDING_NAMES, Route, base_name
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import Probe, UseKey, tensors_of
 from influence.func.rules import (
+    ADDITIONS,
     CONV_NAMES,
     ELEMENTWISE,
     MULTIPLICATIONS,
@@ -105,7 +106,7 @@ def _elementwise_fits(use: Use, op: str, out_axis: Axis) -> bool:
     call = use.call
     if len(call.probes) != 1 or len(call.data) > 1 or (op in MULTIPLICATIONS and len(call.data) != 1):
         return False
-    if any(isinstance(leaf, float) for leaf in call.leaves):
+    if op in ADDITIONS | MULTIPLICATIONS and len(call.leaves) != 2:
         return False
     value = call.leaves[call.probes[0]].value
     out = tensors_of(call.run())[0]
@@ -133,7 +134,7 @@ def _slices_agree(use: Use) -> bool:
         return tensors_of(call.run(dict(zip(places, xs, strict=True))))
 
     try:
-        with torch.no_grad(), MathAttention():
+        with torch.no_grad(), under_vmap():
             got = torch.func.vmap(one)(inputs)
     except (RuntimeError, ValueError, IndexError):
         return False

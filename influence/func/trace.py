@@ -186,8 +186,21 @@ def check_unmixed(few: Tensor, more: Tensor) -> None:
         )
 
 
-class RefuseRandom(TorchDispatchMode):
-    """Refuses every operation that draws from a global generator, before it draws."""
+REORDERINGS = {"sort", "argsort", "topk", "msort", "bincount", "histc"}
+"""Operations whose result may lie in another order, or be of another size, on another batch: routed tokens."""
+
+
+class Inspection(TorchDispatchMode):
+    """Refuses every operation that draws from a global generator, before it draws, and notes what routes by value.
+
+    Attributes:
+        routing: names of the operations by which values decide where elements go.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing noted."""
+        super().__init__()
+        self.routing: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let pure operations pass."""
@@ -195,9 +208,14 @@ class RefuseRandom(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
             raise ValueError(
                 f"the loss function draws random numbers ({func}): dropout was left on, or it samples. "
-                "Use functionalize(model, mode='eval'), "
-                "or pass the noise in the batch"
+                "Use functionalize(model, mode='eval'), or pass the noise in the batch"
             )
+        name = func._schema.name.removeprefix("aten::")
+        dynamic = torch.Tag.dynamic_output_shape in func.tags
+        if name == "index":
+            dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if dynamic or name in REORDERINGS:
+            self.routing.add(name)
         return func(*args, **kwargs)
 
 
