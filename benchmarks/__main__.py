@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import collect, peers
+from benchmarks import collect, peers, report
 from benchmarks.models import MODELS
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,10 +45,12 @@ def main() -> int:
 def _collect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.check and (arguments.quick or arguments.only or arguments.no_memory):
         parser.error("--check judges a full run: leave out --quick, --only and --no-memory")
+    if arguments.check and arguments.model not in ("neox", "all"):
+        parser.error("--check has targets for --model neox (or all)")
     wanted = arguments.check if arguments.peers is None else arguments.peers
     skipped = {name for name in collect.PEERS if arguments.peers is False or not (wanted or peers.importable(name))}
     names = arguments.only or [name for name in collect.VARIANTS if name not in skipped]
-    report = collect.run(
+    found = collect.run(
         list(MODELS) if arguments.model == "all" else [arguments.model],
         rounds=3 if arguments.quick else arguments.rounds,
         threads=arguments.threads,
@@ -59,17 +61,19 @@ def _collect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     met = True
     if arguments.check:
         # The bars are the NeoX's; the other models are reported.
-        judged = [summary for summary in report["models"] if summary["model"] == "neox"]
-        if not judged:
-            parser.error("--check has targets for --model neox (or all) only")
-        targets = collect.checks(judged[0], with_peers=wanted)
-        report["checks"] = [target._asdict() for target in targets]
-        met = collect.print_checks(targets)
+        judged = next(summary for summary in found["models"] if summary["model"] == "neox")
+        checks = collect.targets(judged, with_peers=wanted)
+        found["checks"] = [check._asdict() for check in checks]
+        met = all(check.met for check in checks)
+        print(f"\n{report.verdict(checks)}")
+        if not checks[0].met:
+            print("The run is void.")
     path = arguments.json
     if path is None and not (arguments.quick or arguments.only):
         path = RESULTS / f"collect-{arguments.threads}-threads.json"
     if path is not None:
-        collect.write(report, path)
+        report.write(found, path)
+        print(f"\nwrote {path}")
     return 0 if met else 1
 
 

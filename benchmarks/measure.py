@@ -26,11 +26,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], object]
 
@@ -150,6 +153,39 @@ def print_memory(prepare: Callable[[], Step]) -> None:
     peak = _status("VmHWM")
     del result
     print(json.dumps(Memory(before - start, peak - before)._asdict()))
+
+
+class Alive(TorchDispatchMode):
+    """While active, watch how many bytes of new tensors whose last two axes are one of `shapes` live at the same time.
+
+    An activation that happens to have one of the shapes counts too: what is measured is an upper bound.
+
+    Attributes:
+        peak: The most bytes so far.
+    """
+
+    def __init__(self, shapes: Collection[tuple[int, int]]) -> None:
+        super().__init__()
+        self.shapes, self.peak = set(shapes), 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation, then count."""
+        out = func(*args, **(kwargs or {}))
+        old = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        new = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and id_of(t) not in old]
+        for tensor in new:
+            if tuple(tensor.shape[-2:]) in self.shapes:
+                storage = tensor.untyped_storage()
+                self._storages[id_of(tensor)] = StorageWeakRef(storage), storage.nbytes()
+        self._storages = {key: (ref, size) for key, (ref, size) in self._storages.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
+        return out
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    """Where the storage itself lives: views share it."""
+    return tensor.untyped_storage()._cdata
 
 
 def machine() -> dict[str, object]:

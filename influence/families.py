@@ -86,12 +86,12 @@ def _falcon(config: Any, count: int) -> tuple[str, int]:
     return ("concatenated", 1) if config.multi_query else ("interleaved", count)
 
 
-MASK_READERS = ("bloom", "falcon", "opt", "mpt")
+MASK_READERS = ("bloom", "falcon", "opt")
 """Families which read more than visibility from a padding mask (positions, ALiBi): they get it as it came."""
 
 
 def masks_plainly(config: Any) -> bool:
-    """Whether a ready-made 4-D mask says everything that a family reads from a padding mask."""
+    """Whether a ready-made 4-D mask is known to say everything that a family reads from a padding mask."""
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    paired = getattr(config, "is_encoder_decoder", False)
-    return getattr(config, "model_type", "") not in MASK_READERS and not windowed and not paired
+    family = getattr(config, "model_type", "")
+    return family in ATTENTION and family not in MASK_READERS and not windowed

@@ -105,6 +105,18 @@ CASES = [
         ("example 1 ", "1 of 3 examples"),
     ),
     Bad(
+        "the same in chunks",
+        lambda: per_example_grads(overflowing, W, UNFINISHED, chunk_size=1),
+        ("example 1 ", "1 of 3 examples"),
+    ),
+    Bad(
+        "the same in chunks, with an index",
+        lambda: per_example_grads(overflowing, W, BROKEN, chunk_size=1),
+        ("example 81 of the dataset (row 1 of the batch)",),
+    ),
+    Bad("unknown policy", lambda: rows(nonfinite="skip"), ("'error' or 'zero'", "'skip'")),
+    Bad("chunks of nothing", lambda: rows(chunk_size=0), ("chunk_size must be at least 1", "0")),
+    Bad(
         "a block two transforms disagree on",
         lambda: chain(as_blocks(), project(2), as_blocks()),
         ("as_blocks(bias=False) cannot follow project(dim=2", "come first"),

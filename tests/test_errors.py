@@ -1,10 +1,13 @@
 """Bad input: each mistake is refused with the words that say what came and what to do; nothing is lost silently."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
 
 from influence import per_example_grads
+from influence.func.plan import check_params
 from tests import messages
 
 
@@ -24,6 +27,18 @@ def test_nonfinite_zero_counts_and_reports_and_keeps_the_rest() -> None:
     expected = per_example_grads(messages.overflowing, messages.W, clean)
     assert (rows["w"][1] == 0).all()
     torch.testing.assert_close(rows["w"][[0, 2]], expected["w"][[0, 2]])
+
+
+def test_nonfinite_zero_counts_the_batch_and_not_its_chunks() -> None:
+    # each chunk counted its own rows from 0: "row 0 of 1" for every one of them
+    with pytest.warns(UserWarning, match=r"1 of 3 rows were not finite and were set to zero: \[1\]"):
+        per_example_grads(messages.overflowing, messages.W, messages.UNFINISHED, nonfinite="zero", chunk_size=1)
+
+
+def test_parameters_in_a_list_are_refused_without_the_type_hook_too() -> None:
+    # the hook refuses them first in this process; users have no hook
+    with pytest.raises(ValueError, match="params must be a dictionary"):
+        inspect.unwrap(check_params)([torch.ones(2)])
 
 
 def test_finite_rows_whose_sum_overflows_are_not_refused() -> None:

@@ -127,6 +127,27 @@ print(moved)
     assert out.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("engine", ["batched", "vmap", "loop"])
+def test_grad_mode_of_the_caller_makes_no_difference(engine: str) -> None:
+    # a collection loop stands under no_grad, as every loop without training does
+    loss_fn, params = functionalize(gpt2())
+    expected = per_example_grads(loss_fn, params, BATCH, engine=engine)
+    with torch.no_grad():
+        rows = per_example_grads(loss_fn, params, BATCH, engine=engine)
+        assert not torch.is_grad_enabled()
+    assert all(torch.equal(rows[name], row) and not rows[name].requires_grad for name, row in expected.items())
+
+
+def test_a_refused_random_function_has_drawn_nothing() -> None:
+    # refused after the draw, the generator would stand elsewhere than without the call
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="draws random numbers"):
+        per_example_grads(
+            lambda p, x: torch.nn.functional.dropout(x @ p["w"], 0.5).sum(1), {"w": torch.eye(3)}, torch.ones(2, 3)
+        )
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def branch(x: Tensor) -> Tensor:
     return x.sum() if x.sum() > 0 else -x.sum()
 
