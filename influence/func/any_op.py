@@ -10,6 +10,7 @@ from torch import Tensor
 from influence.func.attention import under_vmap
 from influence.func.axes import Axis, known_axis
 from influence.func.contributions import Backward, Pieces, Route, Saved, Scene, add_pieces, pull_back
+from influence.func.factors import position_dim
 from influence.func.probe import Call, tensors_of
 
 
@@ -81,13 +82,10 @@ def _per_position(serve: Callable[[Sequence[Tensor]], list[Tensor]], route: Rout
         for t in range(scene.keep):
             masked = []
             for g, axis in zip(gs, route.outputs, strict=True):
-                assert axis is not None
-                at = [d for d in range(g.ndim) if d != axis.dim and g.shape[d] == scene.keep]
-                if not at:
-                    raise ValueError(f"no axis of {scene.keep} token positions in a result of shape {list(g.shape)}")
+                at = position_dim(known_axis(axis).split(g, scene.n), scene.keep, known_axis(axis)) - 1
                 mask = torch.zeros(scene.keep, dtype=g.dtype, device=g.device)
                 mask[t] = 1
-                masked.append(g * mask.reshape([-1 if d == at[0] else 1 for d in range(g.ndim)]))
+                masked.append(g * spread(mask, known_axis(axis), at, scene, g.ndim))
             found.append(serve(masked))
         return [torch.stack(column, dim=1) for column in zip(*found, strict=True)]
 
@@ -99,3 +97,10 @@ def join(parts: Float[Tensor, "n ..."], axis: Axis, shape: torch.Size) -> Float[
     if not axis.flat:
         return parts.squeeze(axis.dim + 1).movedim(0, axis.dim)
     return parts.movedim(0, axis.dim + 1 if axis.inner else axis.dim).reshape(shape)
+
+
+def spread(mask: Float[Tensor, " s"], axis: Axis, at: int, scene: Scene, ndim: int) -> Float[Tensor, "..."]:
+    """Return a mask over positions in the shape in which it multiplies a whole batch."""
+    if at == axis.dim and axis.flat:
+        mask = mask.repeat_interleave(scene.n) if axis.inner else mask.repeat(scene.n)
+    return mask.reshape([-1 if dim == at else 1 for dim in range(ndim)])

@@ -18,11 +18,13 @@ class Axis(NamedTuple):
         dim: the dimension.
         flat: whether it holds `n · k` entries, examples merged with something else (positions, heads).
         inner: whether in such a merged axis the example is the fast index, `(k n)`; otherwise `(n k)`.
+        position: the dimension of token positions, where they were looked for; `NO_POSITION` if it has none.
     """
 
     dim: int
     flat: bool = False
     inner: bool = False
+    position: int | None = None
 
     def split(self, x: Shaped[Tensor, "..."], n: int) -> Shaped[Tensor, "n ..."]:
         """Return `x` with the example axis in front and its own place kept, of size 1 or `k`: `n` batches of one."""
@@ -38,6 +40,23 @@ class Axis(NamedTuple):
         if self.inner:
             return x.unflatten(self.dim, (k, n)).movedim(self.dim + 1, 0)
         return x.unflatten(self.dim, (n, k)).movedim(self.dim, 0)
+
+
+NO_POSITION = -1
+
+
+def find_position(whole: tuple[int, ...], shorter: tuple[int, ...], s: int) -> int | None:
+    """Return the dimension of token positions of a tensor seen with `s` positions and with one less.
+
+    `NO_POSITION` if nothing changed; `None` if the shapes do not tell.
+    """
+    if whole == shorter:
+        return NO_POSITION
+    changed = [dim for dim, (a, b) in enumerate(zip(whole, shorter, strict=False)) if a != b]
+    if len(whole) != len(shorter) or len(changed) != 1:
+        return None
+    a, b = whole[changed[0]], shorter[changed[0]]
+    return changed[0] if a % s == 0 and b == a // s * (s - 1) else None
 
 
 class Signature(NamedTuple):

@@ -117,6 +117,8 @@ def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Head
 def head_slices(heads: Heads) -> Iterator[tuple[str, int, int]]:
     """Yield `(suffix, start, stop)` of every head along its axis."""
     count, size, kv = heads.count, heads.size, heads.kv or heads.count
+    if count % kv:
+        raise ValueError(f"{heads}: {count} query heads do not divide into groups of kv={kv} key heads")
     if heads.fused is None:
         yield from ((f"head_{h}", h * size, (h + 1) * size) for h in range(count))
     elif heads.fused == "concatenated":

@@ -224,21 +224,23 @@ def without_padding(
     return grad * (ids != padding_idx % size)[..., None]
 
 
-def reduce_to(parts: Float[Tensor, "n ..."], shape: tuple[int, ...], keep: int | None) -> Float[Tensor, "n ..."]:
+def reduce_to(
+    parts: Float[Tensor, "n ..."], shape: tuple[int, ...], keep: int | None, axis: Axis
+) -> Float[Tensor, "n ..."]:
     """Sum `[n, *broadcast shape]` to `[n, *shape]`, the transpose of broadcasting; or `[n, keep, *shape]`."""
     if keep is None:
         lead = parts.ndim - 1 - len(shape)
         parts = parts.flatten(1, lead).sum(1) if lead else parts
         wide = [dim + 1 for dim, size in enumerate(shape) if size == 1 and parts.shape[dim + 1] != 1]
         return parts.sum(wide, keepdim=True) if wide else parts
-    at = position_dim(parts, keep)
+    at = position_dim(parts, keep, axis)
     aligned = len(shape) - (parts.ndim - at)
     if aligned < 0 or shape[aligned] == 1:
         spread = parts.movedim(at, 1).unsqueeze(at + 1)
     else:
         eye = torch.eye(keep, dtype=parts.dtype, device=parts.device)
         spread = parts[:, None] * eye.reshape(keep, *(keep if dim == at else 1 for dim in range(1, parts.ndim)))
-    return reduce_to(spread.flatten(0, 1), shape, None).unflatten(0, (parts.shape[0], keep))
+    return reduce_to(spread.flatten(0, 1), shape, None, axis).unflatten(0, (parts.shape[0], keep))
 
 
 def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:

@@ -53,19 +53,24 @@ def positions(x: Shaped[Tensor, "..."], axis: Axis, n: int, keep: int | None) ->
     parts = axis.split(x, n)
     if keep is None:
         return parts.flatten(1, -2)
-    moved = parts.movedim(position_dim(parts[..., 0], keep), 1)
+    moved = parts.movedim(position_dim(parts[..., 0], keep, axis), 1)
     return moved.reshape(n, keep, -1, moved.shape[-1])
 
 
-def position_dim(parts: Shaped[Tensor, "n ..."], keep: int) -> int:
-    """Return the first axis behind the examples that has as many entries as there are positions.
+def position_dim(parts: Shaped[Tensor, "n ..."], keep: int, axis: Axis) -> int:
+    """Return the axis of token positions of a split tensor.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or more than one that it could be.
     """
     dims = [dim for dim in range(1, parts.ndim) if parts.shape[dim] == keep]
-    if not dims:
-        raise ValueError(f"no axis of {keep} token positions in a use of shape {list(parts.shape[1:])} per example")
+    if axis.position is not None:
+        dims = [axis.position + 1] if axis.position + 1 in dims else []
+    elif keep == 1:
+        dims = dims[:1]
+    if len(dims) != 1:
+        found = "no axis" if not dims else f"{len(dims)} axes that could be the one"
+        raise ValueError(f"{found} of {keep} token positions in a use of shape {list(parts.shape[1:])} per example")
     return dims[0]
 
 

@@ -18,7 +18,7 @@ def fingerprint(value: Any) -> str:
 def canonical(value: Any) -> Any:
     """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
+        data = value.detach().cpu().reshape(-1)
         digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
         return {"tensor": digest, "shape": list(value.shape), "dtype": str(value.dtype)}
     if isinstance(value, Mapping):

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from influence.families import heads_of, masks_plainly
@@ -356,7 +356,7 @@ class ModuleLoss:
             return log_odds(logits, labels)
         return cross_entropy(logits, labels, self._smoothing)
 
-    def labels(self, batch: Batch) -> Int[Tensor, "n *t"]:
+    def labels(self, batch: Batch) -> Shaped[Tensor, "n *t"]:
         """Return a batch's labels; a causal LM's default to its unpadded tokens.
 
         Raises:

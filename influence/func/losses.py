@@ -97,7 +97,8 @@ def kl_divergence(
         tensor([[0.]])
     """
     p, r = widen(logits).log_softmax(-1), widen(reference).log_softmax(-1)
-    return torch.where(labelled, (p.exp() * (p - r)).sum(-1), 0.0)
+    ratio = (p - r).masked_fill(p == float("-inf"), 0.0)
+    return torch.where(labelled, (p.exp() * ratio).sum(-1), 0.0)
 
 
 def reduce_positions(

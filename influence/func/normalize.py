@@ -2,6 +2,7 @@ r"""Scales: what the optimizer would have done to a gradient, and unit norm."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
         for block in folded.blocks:
             total = None
             for part in block.parts:
-                v = unfactor(moments.second[part.source])
+                v = unfactor(moments.second[part.source]).reshape(folded.layout[part.source].shape)
                 scale = 1 / (v.double().sqrt() + eps)
                 piece = _place(scale, part, folded.layout)
                 total = piece if total is None else total + piece
@@ -173,10 +174,15 @@ def unit_norm(eps: float = 1e-12) -> Transform:
         wide = flat(rows)
         largest = wide.abs().amax(1, keepdim=True)
         safe = torch.where(largest > 0, largest, torch.ones_like(largest))
-        norm = (safe * (wide / safe).norm(dim=1, keepdim=True)).clamp_min(eps)
-        return {
-            name: (row.to(norm) / norm.reshape(-1, *[1] * (row.ndim - 1))).to(row.dtype) for name, row in rows.items()
-        }
+        norm = (wide / safe).norm(dim=1, keepdim=True)
+        shrink = (safe * norm / eps).clamp_max(1) if eps > 0 else torch.ones_like(norm)
+        divisor = torch.where(norm > 0, norm, torch.ones_like(norm))
+
+        def unit(row: Tensor) -> Tensor:
+            by = [x.reshape(-1, *[1] * (row.ndim - 1)) for x in (safe, divisor, shrink)]
+            return (row.to(wide) / by[0] / by[1] * by[2]).to(row.dtype)
+
+        return {name: unit(row) for name, row in rows.items()}
 
     return Transform((Step("unit_norm", {"eps": eps}, lambda folded: with_rows(folded, normalise), {}),))
 
@@ -213,10 +219,10 @@ def _covers(verb: str, folded: Folded, moments: Moments) -> None:
         v, expected = moments.second[name], folded.layout[name].shape
         if isinstance(v, Factored):
             got = (v.row.shape[0], v.col.shape[0])
-            whole = (expected[0], int(torch.Size(expected[1:]).numel()))
+            whole = (expected[0], prod(expected[1:]))
             if got != whole:
                 raise ValueError(f"{verb}: moment of {name!r} has row and column lengths {got}; expected {whole}")
-        elif tuple(v.shape) != expected:
+        elif tuple(v.shape) not in (expected, (expected[0], prod(expected[1:])) if len(expected) > 1 else expected):
             raise ValueError(
                 f"{verb}: moment of {name!r} has shape {list(v.shape)}; the parameter has {list(expected)}"
             )

@@ -105,9 +105,11 @@ def per_example_grads_fn(
     """
     if nonfinite not in ("error", "zero"):
         raise ValueError(f"nonfinite must be 'error' or 'zero'; got {nonfinite!r}")
+    batch_size(batch)
+    first = next(chunks(batch, chunk_size))
     if check:
-        check_independence(loss_fn, params, batch)
-    plan = make_plan(loss_fn, params, batch, transform, engine)
+        check_independence(loss_fn, params, first)
+    plan = make_plan(loss_fn, params, first, transform, engine)
     step = eager_step(loss_fn, plan)
     if compile and plan.engine == "loop":
         raise ValueError("compile=True needs engine 'batched' or 'vmap'; this plan loops:\n" + "\n".join(plan.notes))

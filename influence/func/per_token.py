@@ -14,9 +14,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from influence.func.batched import batched_rows, cotangent_rows, tapped_losses
+from influence.func.batched import BatchedPlan, batched_rows, cotangent_rows, tapped_losses
 from influence.func.batches import batch_size
+from influence.func.contributions import Route
 from influence.func.plan import EngineError, Plan, make_plan
+from influence.func.probe import UseKey
+from influence.func.trace import position_axes
 from influence.func.transform import Transform
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -90,10 +93,26 @@ def _at_use(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[
     assert plan.batched is not None
     kept = real_positions(batch)
     try:
-        rows, _ = batched_rows(plan.batched, loss_fn, params, batch, keep=kept.shape[1])
+        located = with_positions(plan.batched, loss_fn, params, batch, kept.shape[1])
+        rows, _ = batched_rows(located, loss_fn, params, batch, keep=kept.shape[1])
     except ValueError as error:
         raise ValueError(f"position='use': {error}. Leave such parameters out with targets or exclude") from error
     return rows, kept
+
+
+def with_positions(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch, s: int) -> BatchedPlan:
+    """Return a plan whose axes know where token positions are."""
+    known = dict.fromkeys(plan.alone, True) | dict.fromkeys(plan.routes, False)
+    places = position_axes(loss_fn, params, batch, known, s)
+
+    def located(key: UseKey, route: Route) -> Route:
+        inputs, outputs = places[key]
+        return route._replace(
+            inputs={i: axis and axis._replace(position=inputs[i]) for i, axis in route.inputs.items()},
+            outputs=tuple(axis and axis._replace(position=at) for axis, at in zip(route.outputs, outputs, strict=True)),
+        )
+
+    return plan._replace(routes={k: located(k, r) if k in places else r for k, r in plan.routes.items()})
 
 
 def real_positions(batch: Batch) -> Bool[Tensor, "n s"]:

@@ -8,6 +8,7 @@ Johnson-Lindenstrauss's, `E[L^T L] = I`: inner products of projected rows are un
 import hashlib
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,43 +127,51 @@ def sketch(
     """
     generator = torch.Generator().manual_seed(key_of(name, side, seed, kind))
     if kind == "rademacher":
-        rows = [torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) for _ in range(p)]
+        rows = [torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8, device="cpu") for _ in range(p)]
         return (2.0 * torch.stack(rows).double() - 1) / math.sqrt(p)
     if kind == "normal":
-        rows = [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(p)]
+        rows = [torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") for _ in range(p)]
         return torch.stack(rows) / math.sqrt(p)
-    out = torch.zeros(p, size, dtype=torch.float64)
+    out = torch.zeros(p, size, dtype=torch.float64, device="cpu")
     if kind == "sparse":
         places, values = sparse_columns(p, size, generator, signs)
         return out.scatter_(0, places.T, values.T)
-    rows_at, flips = hadamard_choice(p, size, generator)
-    columns = torch.arange(size)
+    rows_at, row_signs, flips = hadamard_choice(p, size, generator)
+    columns = torch.arange(size, device="cpu")
     bits = rows_at[:, None] & columns[None]
     parity = torch.zeros_like(bits)
     while bool(bits.any()):
         parity ^= bits & 1
         bits = bits >> 1
-    return (1.0 - 2.0 * parity) * flips[:size] / math.sqrt(p)
+    return (1.0 - 2.0 * parity) * row_signs[:, None] * flips[:size] / math.sqrt(p)
 
 
 def sparse_columns(
     p: int, size: int, generator: torch.Generator, signs: int
 ) -> tuple[Int[Tensor, "size signs"], Float[Tensor, "size signs"]]:
-    """Return the places and values of a sparse sketch's non-zeros: in each column exactly `signs`, all different."""
-    if signs == 1:
-        places = torch.randint(0, p, (size, 1), generator=generator)
-    else:
-        places = torch.rand(size, p, generator=generator).argsort(1)[:, :signs]
-    values = 2.0 * torch.randint(0, 2, (size, signs), generator=generator).double() - 1
-    return places, values / math.sqrt(signs)
+    """Return the places and values of a sparse sketch's non-zeros: each column has one in each of `signs` bands."""
+    edges = [k * p // signs for k in range(signs + 1)]
+    places = [torch.randint(low, high, (size,), generator=generator, device="cpu") for low, high in pairwise(edges)]
+    return torch.stack(places, 1), coins(signs * size, generator).reshape(size, signs) / math.sqrt(signs)
 
 
-def hadamard_choice(p: int, size: int, generator: torch.Generator) -> tuple[Int[Tensor, " p"], Float[Tensor, " width"]]:
-    """Return which rows of a Hadamard matrix are sampled (with replacement beyond its width), and the random signs."""
+def coins(size: int, generator: torch.Generator) -> Float[Tensor, " size"]:
+    """Return random signs."""
+    return 2.0 * torch.randint(0, 2, (size,), generator=generator, device="cpu").double() - 1
+
+
+def hadamard_choice(
+    p: int, size: int, generator: torch.Generator
+) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"], Float[Tensor, " width"]]:
+    """Return which rows of a Hadamard matrix are sampled, their signs, and the signs of the columns.
+
+    Rows are drawn without replacement up to the matrix's width, then over again. Without signs of their own every
+    sketch would begin with the same column.
+    """
     width = 1 << max(size - 1, 1).bit_length()
-    flips = 2.0 * torch.randint(0, 2, (width,), generator=generator).double() - 1
-    order = [torch.randperm(width, generator=generator) for _ in range(-(-p // width))]
-    return torch.cat(order)[:p], flips
+    flips = coins(width, generator)
+    order = [torch.randperm(width, generator=generator, device="cpu") for _ in range(-(-p // width))]
+    return torch.cat(order)[:p], coins(p, generator), flips
 
 
 def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
@@ -208,7 +217,7 @@ class GlobalSketch:
     def __init__(self, name: str, dim: int, seed: int, kind: str, signs: int) -> None:
         """Hold the settings; what is drawn depends on them alone."""
         self.name, self.dim, self.seed, self.kind, self.signs = name, dim, seed, kind, signs
-        self.drawn: tuple[Tensor, Tensor] | None = None
+        self.drawn: tuple[Tensor, ...] | None = None
 
     def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n p"]:
         """Return the sketch of the block's gradient."""
@@ -216,23 +225,25 @@ class GlobalSketch:
         flat = flat if flat.dtype == torch.float64 else flat.float()
         if self.kind in NESTING:
             return self._dense(flat)
-        places, values = self._draw(flat.shape[1], flat.device)
+        drawn = self._draw(flat.shape[1], flat.device)
         if self.kind == "srht":
-            wide = torch.nn.functional.pad(flat, (0, values.shape[0] - flat.shape[1])) * values
-            return hadamard(wide)[:, places] / math.sqrt(self.dim)
+            rows_at, row_signs, flips = drawn
+            wide = torch.nn.functional.pad(flat, (0, flips.shape[0] - flat.shape[1])) * flips
+            return hadamard(wide)[:, rows_at] * row_signs / math.sqrt(self.dim)
+        places, values = drawn
         out = flat.new_zeros(flat.shape[0], self.dim)
         for k in range(self.signs):
             out = out.index_add(1, places[k], flat * values[k])
         return out / math.sqrt(self.signs)
 
-    def _draw(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _draw(self, size: int, device: torch.device) -> tuple[Tensor, ...]:
         if self.drawn is None or self.drawn[0].device != device:
             generator = torch.Generator().manual_seed(key_of(self.name, "global", self.seed, self.kind))
             if self.kind == "srht":
-                places, values = hadamard_choice(self.dim, size, generator)
+                places, *signs = hadamard_choice(self.dim, size, generator)
             else:
-                places, values = (x.mT.contiguous() for x in sparse_columns(self.dim, size, generator, self.signs))
-            self.drawn = (places.to(device, torch.int32), values.sign().to(device, torch.int8))
+                places, *signs = (x.mT.contiguous() for x in sparse_columns(self.dim, size, generator, self.signs))
+            self.drawn = (places.to(device, torch.int32), *(x.sign().to(device, torch.int8) for x in signs))
         return self.drawn
 
     def _dense(self, flat: Float[Tensor, "n d"]) -> Float[Tensor, "n p"]:
@@ -333,6 +344,8 @@ def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layou
             f"down_project: {stored.steps[at]} does not nest; only {' and '.join(NESTING)} sketches per block do. "
             "Collect again at the smaller dim"
         )
+    if dim < 1:
+        raise ValueError(f"down_project: dim must be at least 1; got {dim}")
     if dim > p:
         raise ValueError(f"down_project: the rows are stored at dim {p}, which cannot be read at the larger {dim}")
     if names[at + 1 :]:

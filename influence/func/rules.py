@@ -190,7 +190,7 @@ def norm(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     def feed(name: str, grad: Tensor) -> Pieces:
         shape = tuple(scene.values[name].shape)
         aligned = shape + (1,) * (grad.ndim - 2) if op == "group_norm" else shape
-        reduced = reduce_to(axis.split(grad, scene.n), aligned, scene.keep)
+        reduced = reduce_to(axis.split(grad, scene.n), aligned, scene.keep, axis)
         return dense_pieces(name, reduced.reshape(*reduced.shape[: reduced.ndim - len(aligned)], *shape), scene)
 
     def whole(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
@@ -222,7 +222,7 @@ def elementwise(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward
 
     def whole(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
         g = gs[0] * saved[0] if product else (-gs[0] if negative else gs[0])
-        grad = reduce_to(axis.split(g, scene.n), tuple(leaf.value.shape), scene.keep)
+        grad = reduce_to(axis.split(g, scene.n), tuple(leaf.value.shape), scene.keep, axis)
         return pull_back(leaf, grad.to(leaf.value.dtype), scene)
 
     return saved, whole

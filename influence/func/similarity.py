@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.batched import Captured, capture
+from influence.func.losses import widen
 from influence.func.plan import EngineError, make_plan
-from influence.func.transform import flat, vectors
+from influence.func.transform import flat, same_dtype, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -39,7 +40,8 @@ def dot(a: Rows, b: Rows) -> Float[Tensor, "n m"]:
     if shapes[0] != shapes[1]:
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:4]
         raise ValueError(f"rows of different blocks have no inner product; they differ in {differing}")
-    return flat(a) @ flat({name: b[name] for name in a}).mT
+    left, right = same_dtype(flat(a), flat({name: b[name] for name in a}))
+    return left @ right.mT
 
 
 def cosine(a: Rows, b: Rows, eps: float = 1e-12) -> Float[Tensor, "n m"]:
@@ -178,4 +180,6 @@ def _captured(loss_fn: LossFn, params: Params, batch: Batch) -> Captured:
         raise EngineError(
             f"ghost products need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
         )
-    return capture(plan.batched, loss_fn, params, batch)
+    captured = capture(plan.batched, loss_fn, params, batch)
+    factors = {name: (widen(left), widen(right)) for name, (left, right) in captured.factors.items()}
+    return Captured(factors, {name: widen(row) for name, row in captured.rows.items()})

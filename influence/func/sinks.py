@@ -8,7 +8,7 @@ from torch import Tensor
 
 from influence.func.fold import Sink
 from influence.func.losses import widen
-from influence.func.transform import flat, vectors
+from influence.func.transform import flat, same_dtype, vectors
 from influence.types import Rows
 
 
@@ -85,7 +85,8 @@ def score(queries: Rows) -> Sink:
     def update(state: Pieces, index: Int[Tensor, " n"], rows: Rows) -> Pieces:
         if set(rows) != set(queries):
             raise ValueError(f"queries have blocks {sorted(queries)[:3]}…; the rows have {sorted(rows)[:3]}…")
-        scores = flat({name: rows[name] for name in queries}) @ wanted.to(next(iter(rows.values())).device).mT
+        mine, theirs = same_dtype(flat({name: rows[name] for name in queries}), wanted)
+        scores = mine @ theirs.mT
         return Pieces((*state.indices, index), (*state.values, scores))
 
     def merge(a: Pieces, b: Pieces) -> Pieces:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
-from influence.func.axes import Axis, MixedAxes, Signature, find_axis, signature
+from influence.func.axes import Axis, MixedAxes, Signature, find_axis, find_position, signature
 from influence.func.batches import sample
 from influence.func.probe import Call, UseKey, derive, op_name, probe, tensors_of
 from influence.types import Batch, LossFn, Params
@@ -137,6 +138,39 @@ def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
             return Trace(uses, frozenset(e.key for e in three if e.alone))
         known |= learnt
     raise CannotTrace("the loss function derives more than 50 tensors from its parameters alone")
+
+
+def position_axes(
+    loss_fn: LossFn, params: Params, batch: Batch, known: dict[UseKey, bool], s: int
+) -> dict[UseKey, tuple[dict[int, int | None], tuple[int | None, ...]]]:
+    """Find where token positions are at each use, by a run on examples that are one position shorter.
+
+    Args:
+        loss_fn: the loss function.
+        params: the parameters to differentiate.
+        batch: a batch.
+        known: for each operation that was traced, whether it meets no example.
+        s: the number of positions.
+
+    Returns:
+        The dimension of positions of each argument and each result; empty where the function takes no other length.
+    """
+    whole = sample(batch, 2)
+    shorter = tree_map(lambda x: x[:, :-1] if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == s else x, whole)
+    try:
+        runs = [_run(loss_fn, params, examples, 2, known) for examples in (whole, shorter)] if s > 1 else []
+    except (RuntimeError, ValueError, IndexError):
+        return {}
+    if not runs or [e.key for e in runs[0]] != [e.key for e in runs[1]]:
+        return {}
+    return {
+        a.key: (
+            {i: find_position(a.inputs[i].shape, b.inputs[i].shape, s) for i in a.inputs},
+            tuple(find_position(x.shape, y.shape, s) for x, y in zip(a.outputs, b.outputs, strict=True)),
+        )
+        for a, b in zip(*runs, strict=True)
+        if not a.alone
+    }
 
 
 def _axes(a: Event, b: Event) -> dict[int, Axis | None]:

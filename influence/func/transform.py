@@ -233,11 +233,15 @@ class Transform:
             The transformed rows.
 
         """
-        if all(name in layout.params and tuple(row.shape[1:]) == layout[name].shape for name, row in rows.items()):
+        raw = all(name in layout.params and tuple(row.shape[1:]) == layout[name].shape for name, row in rows.items())
+        made = rows.transform.steps if isinstance(rows, CollectedRows) else ()
+        starts = bool(self.steps) and self.steps[0].name == "as_blocks"
+        blocks = any(step.name == "as_blocks" for step in made) or any(step.needs for step in self.steps)
+        if raw and (starts or not blocks):
             return self.bind(layout.restrict(rows)).rows(rows)
-        grads = unblock(rows, layout)
-        if grads is not None:
-            merged = any(layout[name].bias in grads for name in grads)
+        found = unblock(rows, layout)
+        if found is not None:
+            grads, merged = found
             return placed(self.extend(_blocks(layout.restrict(grads), merged))).rows(grads)
         inner = bare_layout({name: row[0] for name, row in rows.items()})
         return placed(self.extend(replace(start(inner), raw=False, history=("as_blocks",)))).rows(rows)
@@ -279,10 +283,14 @@ def _blocks(layout: Layout, bias: bool) -> Folded:
     return as_blocks(bias=bias).bind(layout)
 
 
-def unblock(rows: Rows, layout: Layout) -> Rows | None:
-    """Return parameter gradients from rows that are whole blocks; `None` where they are not (heads, projections)."""
+def unblock(rows: Rows, layout: Layout) -> tuple[Rows, bool] | None:
+    """Return parameter gradients from rows that are whole blocks, and whether biases were in them.
+
+    `None` where the rows are something else (heads, projections).
+    """
     owners = {block_name(name): name for name in layout.params}
     grads: Rows = {}
+    merged = False
     for key, row in rows.items():
         name = key if key in layout.params else owners.get(key)
         if name is None:
@@ -291,11 +299,12 @@ def unblock(rows: Rows, layout: Layout) -> Rows | None:
         if shape == param.oriented:
             grads[name] = param.restore(row)
         elif param.bias and len(shape) == 2 and shape == (param.oriented[0], param.oriented[1] + 1):
+            merged = True
             grads[name] = param.restore(row[..., :-1])
             grads[param.bias] = row[..., -1]
         else:
             return None
-    return grads
+    return grads, merged
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -378,6 +387,12 @@ def _side_rows(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | Non
 def with_rows(folded: Folded, row_map: RowMap) -> Folded:
     """Extend by a map of whole rows."""
     return replace(folded, finish=(*folded.finish, row_map))
+
+
+def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors in the wider of their dtypes, the second on the first's device."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(a.device, dtype)
 
 
 def vectors(row: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n d"]:
