@@ -16,7 +16,6 @@ from influence import (
     down_project,
     functionalize,
     per_example_grads,
-    per_example_grads_fn,
     per_token_grads,
     project,
     scale_by_adam,
@@ -192,11 +191,6 @@ CASES = [
         lambda: per_token_grads(ell, W, X, position="loss"),
         ("loss_fn.positions", "functionalize"),
     ),
-    Bad(
-        "another path than planned",
-        lambda: another_path(),
-        ("was not seen when the plan was made", "Plan with such a batch"),
-    ),
 ]
 
 
@@ -223,13 +217,6 @@ def rows_by_vmap_of_a_branch() -> Any:
 def in_inference_mode() -> Any:
     with torch.inference_mode():
         return per_example_grads(ell, W, X)
-
-
-def another_path() -> Any:
-    def loss_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
-        return ell(params, x) if x.shape[1] == 3 else (x * params["w"].sum()).sum(1)
-
-    return per_example_grads_fn(loss_fn, W, X)(W, X[:, :2])
 
 
 def message_of(case: Bad) -> str:

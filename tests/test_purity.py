@@ -28,7 +28,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.plan import TORCH_MESSAGES
+from influence.func.engines import TORCH_MESSAGES
 
 
 def gpt2() -> nn.Module:

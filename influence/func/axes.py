@@ -32,7 +32,7 @@ class Axis(NamedTuple):
         if size % n or (size != n and not self.flat):
             raise AnotherPath(
                 f"an axis of {size} entries does not hold {n} examples as it did when the plan was made: the model "
-                "takes another path on this batch. Plan with such a batch, or use engine='loop'"
+                "takes another path on this batch"
             )
         if not self.flat:
             return x.movedim(self.dim, 0).unsqueeze(self.dim + 1)

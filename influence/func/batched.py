@@ -169,10 +169,7 @@ class Runner:
             return derive(call, out, self)
         route = self.plan.routes.get(key)
         if route is None or route.inputs.keys() != set(call.data):
-            raise AnotherPath(
-                f"{key} was not seen when the plan was made: the model takes another path on this batch. "
-                "Plan with such a batch, or use engine='loop'"
-            )
+            raise AnotherPath(f"{key} was not seen when the plan was made: the model takes another path on this batch")
         return self.tap(call, out, route)
 
     def tap(self, call: Call, out: Any, route: Route) -> Any:

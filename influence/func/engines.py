@@ -1,10 +1,10 @@
-"""The two engines that need no trace: `vmap(grad)`, which is the definition, and a loop, which is the last resort."""
+"""The two engines that need no trace: `vmap(grad)`, the definition, and a loop; and what torch means when they fail."""
 
 import torch
 from torch import Tensor
 
 from influence.func.attention import under_vmap
-from influence.func.batches import batch_size, split_leaves, take
+from influence.func.batches import batch_size, sample, split_leaves, take
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -54,3 +54,36 @@ def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
         for name, grad in zip(names, grads, strict=True):
             found[name].append(torch.zeros_like(params[name]) if grad is None else grad)
     return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:
+    """Return why `vmap(grad)` cannot run a function, or `None`."""
+    try:
+        vmap_rows(loss_fn, params, sample(batch, 2))
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        return explain_torch(str(error))
+    return None
+
+
+def explain_torch(message: str) -> str:
+    """Translate torch.func's messages into what to do about them."""
+    first = message.strip().splitlines()[0] if message.strip() else "no message"
+    for upstream, meaning in TORCH_MESSAGES.items():
+        if upstream in message:
+            return f"{meaning} (torch: {first[:160]})"
+    return first[:240]
+
+
+CHECKPOINTING = (
+    "the model recomputes activations in the backward (checkpointing), when a pure call's parameters are gone; "
+    "switch it off, as by model.gradient_checkpointing_disable()"
+)
+
+TORCH_MESSAGES = {
+    "saved tensor hooks": CHECKPOINTING,
+    "on device meta": CHECKPOINTING,
+    "data-dependent control flow": "the model branches on the values of a tensor, which vmap cannot",
+    "randomness": "the function draws random numbers: dropout was left on",
+    "setup_context": "the model calls an old-style autograd.Function, which no torch.func transform can run",
+    "doesn't match the broadcast shape": "the model writes a batched value into an unbatched tensor in place",
+}

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import torch
 
+from influence.func.axes import AnotherPath
 from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
-from influence.func.engines import loop_rows, vmap_rows
-from influence.func.plan import EngineError, Plan, explain_torch, make_plan
+from influence.func.engines import explain_torch, loop_rows, vmap_rows
+from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.transform import CollectedRows, Transform, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -109,11 +110,16 @@ def per_example_grads_fn(
     first = next(chunks(batch, chunk_size))
     if check:
         check_independence(loss_fn, params, first)
-    plan = make_plan(loss_fn, params, first, transform, engine)
-    step = eager_step(loss_fn, plan)
-    if compile and plan.engine == "loop":
-        raise ValueError("compile=True needs engine 'batched' or 'vmap'; this plan loops:\n" + "\n".join(plan.notes))
-    return PlannedRows(plan, Compiled(step) if compile else step, chunk_size, nonfinite)
+
+    def planned(params: Params, batch: Batch) -> tuple[Plan, Callable[[Params, Batch], Rows]]:
+        plan = make_plan(loss_fn, params, batch, transform, engine)
+        if compile and plan.engine == "loop":
+            notes = "\n".join(plan.notes)
+            raise ValueError(f"compile=True needs engine 'batched' or 'vmap'; this plan loops:\n{notes}")
+        step = eager_step(loss_fn, plan)
+        return plan, Compiled(step) if compile else step
+
+    return PlannedRows(planned, params, first, chunk_size, nonfinite)
 
 
 def explain(
@@ -144,23 +150,49 @@ def explain(
 class PlannedRows:
     """A planned computation: call it with parameters and a batch.
 
+    A batch which takes the model along another path than the planned one (a mask where there was none) gets a plan of
+    its own, once.
+
     Attributes:
-        plan: what is executed; `print` it.
+        plans: what is executed, in the order in which they were needed.
     """
 
     def __init__(
-        self, plan: Plan, step: Callable[[Params, Batch], Rows], chunk_size: int | None, nonfinite: str
+        self,
+        planned: Callable[[Params, Batch], tuple[Plan, Callable[[Params, Batch], Rows]]],
+        params: Params,
+        batch: Batch,
+        chunk_size: int | None,
+        nonfinite: str,
     ) -> None:
-        """Hold a plan and the step that executes it."""
-        self.plan, self.step, self._chunk_size, self._nonfinite = plan, step, chunk_size, nonfinite
+        """Plan for a first batch."""
+        self._planned, self._chunk_size, self._nonfinite = planned, chunk_size, nonfinite
+        self.plans = [planned(params, batch)]
 
-    def __call__(self, params: Params, batch: Batch) -> Rows:
+    @property
+    def plan(self) -> Plan:
+        """The first plan; `print` it."""
+        return self.plans[0][0]
+
+    @property
+    def step(self) -> Callable[[Params, Batch], Rows]:
+        """What executes the first plan."""
+        return self.plans[0][1]
+
+    def __call__(self, params: Params, batch: Batch) -> CollectedRows:
         """Return the rows of a batch."""
-        pieces = []
-        for chunk in chunks(batch, self._chunk_size):
-            pieces.append(finite_rows(self.step(params, chunk), chunk, self._nonfinite))
+        pieces = [self._rows(params, chunk) for chunk in chunks(batch, self._chunk_size)]
         rows = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
-        return CollectedRows(rows, self.plan.transform, self.plan.layout)
+        return CollectedRows(finite_rows(rows, batch, self._nonfinite), self.plan.transform, self.plan.layout)
+
+    def _rows(self, params: Params, batch: Batch) -> Rows:
+        for _, step in self.plans:
+            try:
+                return step(params, batch)
+            except AnotherPath:
+                continue
+        self.plans.append(self._planned(params, batch))
+        return self.plans[-1][1](params, batch)
 
     def __repr__(self) -> str:
         """Return the plan."""

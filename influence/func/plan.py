@@ -10,13 +10,13 @@ from influence.func.axes import known_axis
 from influence.func.batched import BatchedPlan, batched_rows, make_feeds
 from influence.func.batches import batch_size, sample
 from influence.func.contributions import Route
-from influence.func.engines import vmap_rows
+from influence.func.engines import explain_torch, vmap_problem
 from influence.func.factors import positions
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import UseKey, tensors_of
 from influence.func.routes import choose_route, traced_layout
 from influence.func.trace import CannotTrace, Inspection, Trace, Use, check_losses, check_unmixed, trace
-from influence.func.transform import Folded, Transform
+from influence.func.transform import Block, Folded, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
 ENGINES = ("auto", "batched", "vmap", "loop")
@@ -157,10 +157,8 @@ def make_plan(
         if problem:
             notes.append(f"not vmap: {problem}")
             chosen = "loop"
-    costs = tuple(
-        BlockCost(b.name, b.original, b.shape, f"whole {chosen}", False, 0, _bytes(folded, b.parts[0].source, b.shape))
-        for b in folded.blocks
-    )
+    shapes = folded.row_shapes
+    costs = tuple(_cost(folded, block, shapes, f"whole {chosen}", False, 0) for block in folded.blocks)
     return Plan(chosen, transform, folded, None, costs, tuple(notes))
 
 
@@ -282,6 +280,7 @@ def compare_rows(got: Rows, expected: Rows, dtype: torch.dtype) -> tuple[float, 
 
 
 def _costs(folded: Folded, traced: Trace, routes: dict[UseKey, Route]) -> tuple[BlockCost, ...]:
+    shapes = folded.row_shapes
     uses: dict[str, list[tuple[UseKey, Use]]] = {}
     for key, use in traced.uses.items():
         for name in key.params:
@@ -294,9 +293,16 @@ def _costs(folded: Folded, traced: Trace, routes: dict[UseKey, Route]) -> tuple[
                 rules.append(routes[key].rule)
                 flops += _flops(use, routes[key], part, folded.layout[part.source])
         rule = " + ".join(dict.fromkeys(rules)) or "unused"
-        size = _bytes(folded, block.parts[0].source, block.shape)
-        costs.append(BlockCost(block.name, block.original, block.shape, rule, not block.linear, flops, size))
+        costs.append(_cost(folded, block, shapes, rule, not block.linear, flops))
     return tuple(costs)
+
+
+def _cost(
+    folded: Folded, block: Block, shapes: dict[str, tuple[int, ...]], rule: str, is_folded: bool, flops: int
+) -> BlockCost:
+    row = shapes.get(block.into, next(iter(shapes.values())))
+    size = prod(row) * folded.layout[block.parts[0].source].dtype.itemsize
+    return BlockCost(block.name, block.original, row, rule, is_folded, flops, size)
 
 
 def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
@@ -309,40 +315,3 @@ def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
     left, right = part.left, part.right
     sides = sum(side.source * side.size for side in (left, right) if side.dense)
     return 2 * count * (sides + left.size * right.size)
-
-
-def _bytes(folded: Folded, source: str, shape: tuple[int, ...]) -> int:
-    return prod(shape) * folded.layout[source].dtype.itemsize
-
-
-def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:
-    """Return why `vmap(grad)` cannot run a function, or `None`."""
-    try:
-        vmap_rows(loss_fn, params, sample(batch, 2))
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-        return explain_torch(str(error))
-    return None
-
-
-def explain_torch(message: str) -> str:
-    """Translate torch.func's messages into what to do about them."""
-    first = message.strip().splitlines()[0] if message.strip() else "no message"
-    for upstream, meaning in TORCH_MESSAGES.items():
-        if upstream in message:
-            return f"{meaning} (torch: {first[:160]})"
-    return first[:240]
-
-
-CHECKPOINTING = (
-    "the model recomputes activations in the backward (checkpointing), when a pure call's parameters are gone; "
-    "switch it off, as by model.gradient_checkpointing_disable()"
-)
-
-TORCH_MESSAGES = {
-    "saved tensor hooks": CHECKPOINTING,
-    "on device meta": CHECKPOINTING,
-    "data-dependent control flow": "the model branches on the values of a tensor, which vmap cannot",
-    "randomness": "the function draws random numbers: dropout was left on",
-    "setup_context": "the model calls an old-style autograd.Function, which no torch.func transform can run",
-    "doesn't match the broadcast shape": "the model writes a batched value into an unbatched tensor in place",
-}

@@ -220,7 +220,7 @@ def check_unmixed(few: Tensor, more: Tensor) -> None:
         )
 
 
-REORDERINGS = {"sort", "argsort", "topk", "msort", "bincount", "histc"}
+REORDERINGS = {"sort", "argsort", "topk", "msort", "bincount", "histc", "index_copy", "index_add"}
 """Operations whose result may lie in another order, or be of another size, on another batch: routed tokens."""
 
 
@@ -248,7 +248,7 @@ class Inspection(TorchDispatchMode):
         dynamic = torch.Tag.dynamic_output_shape in func.tags
         if name == "index":
             dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if dynamic or name in REORDERINGS:
+        if dynamic or name.removesuffix("_") in REORDERINGS:
             self.routing.add(name)
         return func(*args, **kwargs)
 

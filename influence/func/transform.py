@@ -95,6 +95,12 @@ class Folded:
         """Shape of each row before `finish`."""
         return {block.into: block.shape for block in self.blocks}
 
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each row after everything."""
+        empty = {name: torch.empty(1, *shape, device="meta") for name, shape in self.linear_shapes.items()}
+        return {name: tuple(row.shape[1:]) for name, row in self.finish_rows(empty).items()}
+
     def linear_rows(self, grads: Mapping[str, Tensor]) -> Rows:
         """Apply the linear part to parameter gradients `{source: [n, *shape]}`, unfolded: the definition."""
         rows: Rows = {}
