@@ -267,3 +267,18 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     transform = chain(as_blocks(), split_heads({"weight": Heads(3, 1, fused="grouped", kv=2)}))
     with pytest.raises(ValueError, match="kv"):
         per_example_grads(loss_fn, params, (torch.ones(2, 5), torch.zeros(2)), transform=transform)
+
+
+def test_slices_of_a_vocabulary_are_projected_like_any_other() -> None:
+    """One-hot factors went through a partial side by an index of the whole vocabulary."""
+
+    def loss_fn(params: dict[str, Tensor], ids: Tensor) -> Tensor:
+        return F.embedding(ids, params["table"]).sin().sum((1, 2))
+
+    table = {"table": torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    ids = torch.tensor([[0, 3, 7], [4, 4, 5]])
+    sketch = chain(as_blocks(), split_heads({"table": Heads(2, 4)}), project(2))
+    rows = per_example_grads(loss_fn, table, ids, transform=sketch, engine="batched")
+    expected = per_example_grads(loss_fn, table, ids, transform=sketch, engine="loop")
+    for name, row in expected.items():
+        torch.testing.assert_close(rows[name], row)

@@ -18,10 +18,10 @@ from influence.func.axes import AnotherPath, Axis
 from influence.func.batches import batch_size
 from influence.func.contributions import Backward, Feed, Piece, Route, Scene, some_of
 from influence.func.factors import positions
+from influence.func.folding import Block, Folded
 from influence.func.probe import Call, UseKey, derive, probe, tensors_of
 from influence.func.rules import RULES, linear_input, linear_names
 from influence.func.trace import Keys, check_losses
-from influence.func.transform import Block, Folded
 from influence.types import Batch, LossFn, Params, Rows
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from influence.func.layout import Heads, block_name
-from influence.func.sides import identity
-from influence.func.transform import Block, Folded, Part, Step, Transform
+from influence.func.folding import Block, Folded, Part, into_blocks
+from influence.func.layout import Heads
+from influence.func.transform import Step, Transform
 
 AFTER_BLOCKS = dict.fromkeys(
     ("as_blocks", "split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm"),
@@ -40,25 +40,7 @@ def as_blocks(bias: bool = False) -> Transform:
         >>> rows["weight"].shape
         torch.Size([3, 2, 4])
     """
-
-    def extend(folded: Folded) -> Folded:
-        merged = {p.bias for p in folded.layout.params.values() if bias and p.is_matrix and p.bias}
-        blocks = []
-        for block in folded.blocks:
-            if block.name in merged:
-                continue
-            name, param = block_name(block.name), folded.layout[block.name]
-            parts, shape = block.parts, block.shape
-            if bias and param.bias and param.is_matrix:
-                (part,) = parts
-                assert part.right is not None
-                column = Part(param.bias, identity(shape[0]), identity(1).padded(shape[1], 0))
-                parts = (Part(part.source, part.left, part.right.padded(0, 1)), column)
-                shape = (shape[0], shape[1] + 1)
-            blocks.append(Block(name, parts, shape, name, shape))
-        return replace(folded, blocks=tuple(blocks), raw=False)
-
-    return Transform((Step("as_blocks", {"bias": bias}, extend, AFTER_BLOCKS),))
+    return Transform((Step("as_blocks", {"bias": bias}, lambda folded: into_blocks(folded, bias), AFTER_BLOCKS),))
 
 
 def split_heads(heads: Mapping[str, Heads] | None = None) -> Transform:
@@ -108,8 +90,10 @@ def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Head
     for pattern, spec in heads.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
-            near = get_close_matches(pattern, names, n=3, cutoff=0.3)
-            raise ValueError(f"split_heads: no block matches {pattern!r}; near misses: {near or names[:5]}")
+            near = get_close_matches(pattern.removesuffix(".weight"), names, n=3, cutoff=0.3) or names[:5]
+            raise ValueError(
+                f"split_heads: no block matches {pattern!r}; near misses: {near} (a block is named without .weight)"
+            )
         found.update(dict.fromkeys(matched, spec))
     return found
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from influence.func.attention import under_vmap
 from influence.func.axes import Axis
 from influence.func.factors import Factor, OneHot, outer, position_dim
+from influence.func.folding import Block, Part, apply_part
 from influence.func.layout import ParamLayout
 from influence.func.probe import Call, Probe, evaluate
 from influence.func.sides import Side
-from influence.func.transform import Block, Part, apply_part
 
 Saved: TypeAlias = list[Tensor]
 

@@ -111,7 +111,8 @@ class OneHot(NamedTuple):
     def through(self, side: Side) -> Tensor:
         """Return the columns of a side's matrix at the tokens."""
         assert side.matrix is not None
-        return F.embedding(self.ids, side.matrix.mT)
+        whole = F.pad(side.matrix, (side.start, side.source - side.stop))
+        return F.embedding(self.ids, whole.mT)
 
     def forget(self) -> "OneHot":
         """Return the factor: tokens are small."""

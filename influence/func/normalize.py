@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.folding import Block, Folded, Part, flat, with_rows, with_sides
 from influence.func.layout import Layout
-from influence.func.transform import Block, Folded, Part, Step, Transform, flat, with_rows, with_sides
+from influence.func.transform import Step, Transform
 from influence.types import Rows
 
 

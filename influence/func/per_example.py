@@ -9,9 +9,14 @@ from influence.func.axes import AnotherPath
 from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
 from influence.func.engines import explain_torch, loop_rows, vmap_rows
+from influence.func.folding import vectors
 from influence.func.plan import EngineError, Plan, make_plan
-from influence.func.transform import CollectedRows, Transform, vectors
+from influence.func.transform import CollectedRows, Transform
 from influence.types import Batch, LossFn, Params, Rows
+
+
+GUARDED = 3
+"""Examples that the plan's guard sees at the least: with one, a misplaced example axis does not show."""
 
 
 def per_example_grads(
@@ -107,9 +112,9 @@ def per_example_grads_fn(
     if nonfinite not in ("error", "zero"):
         raise ValueError(f"nonfinite must be 'error' or 'zero'; got {nonfinite!r}")
     batch_size(batch)
-    first = next(chunks(batch, chunk_size))
     if check:
-        check_independence(loss_fn, params, first)
+        check_independence(loss_fn, params, batch)
+    first = next(chunks(batch, None if chunk_size is None else max(chunk_size, GUARDED)))
 
     def planned(params: Params, batch: Batch) -> tuple[Plan, Callable[[Params, Batch], Rows]]:
         plan = make_plan(loss_fn, params, batch, transform, engine)

@@ -12,11 +12,12 @@ from influence.func.batches import batch_size, sample
 from influence.func.contributions import Route
 from influence.func.engines import explain_torch, vmap_problem
 from influence.func.factors import positions
+from influence.func.folding import Block, Folded
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import UseKey, tensors_of
 from influence.func.routes import choose_route, traced_layout
 from influence.func.trace import CannotTrace, Inspection, Trace, Use, check_losses, check_unmixed, trace
-from influence.func.transform import Block, Folded, Transform
+from influence.func.transform import Transform
 from influence.types import Batch, LossFn, Params, Rows
 
 ENGINES = ("auto", "batched", "vmap", "loop")

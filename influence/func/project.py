@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from influence.func.folding import Block, Folded, Part, with_rows, with_sides
 from influence.func.layout import Layout
-from influence.func.transform import Block, Folded, Part, Step, Transform, with_rows, with_sides
+from influence.func.transform import Step, Transform
 from influence.types import Rows
 
 KINDS = ("rademacher", "normal", "sparse", "srht")

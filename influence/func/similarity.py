@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.batched import Captured, capture
+from influence.func.folding import flat, same_dtype, vectors
 from influence.func.losses import widen
 from influence.func.plan import EngineError, make_plan
-from influence.func.transform import flat, same_dtype, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.fold import Sink
+from influence.func.folding import flat, same_dtype, vectors
 from influence.func.losses import widen
-from influence.func.transform import flat, same_dtype, vectors
 from influence.types import Rows
 
 
