@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
-from influence import Heads, as_blocks, chain, functionalize, per_example_grads, split_heads
+from influence import Heads, as_blocks, chain, functionalize, per_example_grads, project, split_heads
 from tests.cases import BERT, GPT2, LLAMA, TINY, VOCAB, hf, lora
 from tests.oracles import error
 

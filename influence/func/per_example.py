@@ -14,7 +14,6 @@ from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.transform import CollectedRows, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
-
 GUARDED = 3
 """Examples that the plan's guard sees at the least: with one, a misplaced example axis does not show."""
 
