@@ -7,7 +7,7 @@ TORCH = $(shell grep '^torch==' $(LOCK))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests compile-tests doctests bench-peers clean
+.PHONY: help demo test lint types tests compile-tests doctests bench-peers bench clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -42,6 +42,9 @@ doctests: .venv/.installed ## the examples in docstrings
 	$(BIN)/pytest -q -o addopts= --doctest-modules influence
 
 bench-peers: .venv-peers/.installed ## a second environment beside bergson, kronfluence and devinterp
+
+bench: .venv-peers/.installed ## the collection benchmark beside its peers, judged by its targets (about ten minutes)
+	.venv-peers/bin/python -m benchmarks collect --model neox --check
 
 .venv-peers/.installed: pyproject.toml $(LOCK) requirements/peers.txt
 	$(PYTHON) -m venv .venv-peers

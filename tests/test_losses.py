@@ -363,3 +363,16 @@ def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], word
     """An option which does nothing is a mistake of the caller's that nobody sees."""
     with pytest.raises(ValueError, match=words):
         functionalize(nn.Linear(2, 2), **options)
+
+
+def test_default_labels_never_predict_from_padding() -> None:
+    """The first token behind left padding would be predicted from a pad: a loss that the document does not have."""
+    loss_fn, params = functionalize(hf("LlamaForCausalLM", "LlamaConfig", **LLAMA)())
+    ids = torch.tensor([[3, 7, 2, 9]])
+    for before, after in ((2, 0), (0, 2)):
+        padded = {
+            "input_ids": F.pad(ids, (before, after), value=5),
+            "attention_mask": F.pad(torch.ones_like(ids), (before, after)),
+        }
+        # rotary positions are relative, so the document's loss does not know where it begins; its norms are float32
+        torch.testing.assert_close(loss_fn(params, padded), loss_fn(params, {"input_ids": ids}), rtol=1e-6, atol=1e-6)

@@ -357,7 +357,7 @@ class ModuleLoss:
         return cross_entropy(logits, labels, self._smoothing)
 
     def labels(self, batch: Batch) -> Shaped[Tensor, "n *t"]:
-        """Return a batch's labels; a causal LM's default to its unpadded tokens.
+        """Return a batch's labels; a causal LM's default to its unpadded tokens that are not predicted from padding.
 
         Raises:
             ValueError: if there are none.
@@ -371,7 +371,10 @@ class ModuleLoss:
         if self._task != "causal":
             raise ValueError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}")
         mask = batch.get("attention_mask")
-        return batch["input_ids"] if mask is None else torch.where(mask.bool(), batch["input_ids"], IGNORED)
+        if mask is None:
+            return batch["input_ids"]
+        seen = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
+        return torch.where(mask.bool() & seen.bool(), batch["input_ids"], IGNORED)
 
     def reduce(self, losses: Float[Tensor, "n t"], labelled: Bool[Tensor, "n t"], batch: Batch) -> Float[Tensor, " n"]:
         """Reduce position losses to the example's loss, weights included."""
