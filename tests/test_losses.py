@@ -297,12 +297,12 @@ def test_kl_holds_the_base_still_while_the_base_is_differentiated() -> None:
 
 
 def test_a_loss_of_ones_own_sees_the_whole_batch() -> None:
-    """Labels and the rest taken off before the user's function sees them; a weight applied twice or not at all."""
+    """Labels and the rest taken off before the user's function sees them; a weight that it applies, applied again."""
     model = seeded(lambda: nn.Linear(3, 2))
 
     def loss(output: Any, batch: Any) -> Tensor:
         assert set(batch) == {"input", "target", "weight", "index"}
-        return (output - batch["target"]).square().sum(1)
+        return (output - batch["target"]).square().sum(1) * batch["weight"]
 
     loss_fn, params = functionalize(Named(model), loss=loss)
     batch: Batch = {

@@ -356,3 +356,49 @@ def test_plain_attention_is_torchs(mask: str) -> None:
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(plain, fused, rtol=1e-12, atol=1e-12)
+
+
+# What the first batch does not show
+
+
+def time_major(params: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Examples are the fast index of a merged axis, which constant tokens do not show."""
+    h = F.embedding(ids.T, params["table"])
+    s, n, d = h.shape
+    return F.linear(h.reshape(s * n, d), params["w"]).reshape(s, n, -1).tanh().sum((0, 2))
+
+
+@pytest.mark.parametrize("first", [torch.zeros(1, 6), torch.zeros(4, 6), torch.ones(2, 6)])
+def test_alike_examples_decide_nothing(first: Tensor) -> None:
+    key = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(5, 3, generator=key, dtype=torch.float64) for name in ("table", "w")}
+    ids = torch.randint(5, (4, 6), generator=key)
+    rows_of = per_example_grads_fn(time_major, params, first.long())
+    assert rows_of.plan.provisional
+    rows = rows_of(params, ids)
+    assert rows_of.plan.engine == "batched"
+    assert error(rows, per_example_grads(time_major, params, ids, engine="loop")).value <= 1e-12
+
+
+def test_another_order_of_axes_on_a_later_length_stops_the_run() -> None:
+    """The same operations on the same parameters, so that no use differs: only the check can see it."""
+
+    def turned(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        n, s, d = x.shape
+        y = (x.transpose(0, 1) if s > 3 else x).reshape(-1, d)
+        y = (y @ params["w"]).sin()
+        return (y.reshape(s, n, -1).transpose(0, 1) if s > 3 else y.reshape(n, s, -1)).sum((1, 2))
+
+    params = {"w": torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)}
+    x = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows_of = per_example_grads_fn(turned, params, x[:, :3])
+    rows_of(params, x[:, :3])
+    with pytest.raises(ValueError, match="plan of the first batch is wrong for this one"):
+        rows_of(params, x)
+
+
+def test_a_batch_without_a_gradient_is_not_taken_for_a_check() -> None:
+    params = {"w": torch.eye(3)}
+    plan = explain(lambda p, x: (x @ p["w"]).square().sum(1), params, torch.zeros(3, 3))
+    assert plan.guard is None
+    assert "not checked yet: the gradient of the batch is zero" in str(plan)

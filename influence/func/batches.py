@@ -1,6 +1,6 @@
 """Batches as pytrees: how many examples, cut into pieces, checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ def batch_size(batch: Batch) -> int:
         ValueError: if there is no tensor, no example, or the tensors disagree.
     """
     leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(batch)[0] if isinstance(leaf, Tensor)]
+    if not leaves and isinstance(batch, Mapping) and not isinstance(batch, dict):
+        raise ValueError(f"a {type(batch).__name__} cannot be cut into examples; pass dict(batch)")
     if not leaves:
         raise ValueError("the batch holds no tensor; expected a pytree of tensors with the example axis first")
     sizes = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in leaves}

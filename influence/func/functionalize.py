@@ -49,7 +49,7 @@ def functionalize(
     Args:
         model: any module. Hugging Face causal LMs, masked LMs, sequence, token and image classifiers are known.
         loss: `"cross_entropy"`, `"kl"` (`KL(model ‖ reference)`), `"log_odds"` (TRAK's output function), or your own
-            `loss(output, batch) -> [n]`.
+            `loss(output, batch) -> [n]`, which sees the whole batch, `weight` included, and is taken as it is.
         reduction: `"sum"` or `"mean"` over an example's own labelled positions.
         targets: globs over parameter names to differentiate; default all. The rest is closed over.
         exclude: globs over parameter names to leave out.
@@ -307,10 +307,8 @@ class ModuleLoss:
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""
         if callable(self._loss):
-            losses = self._loss(self.outputs(params, batch), batch)
-        else:
-            return self.reduce(*self.positions(params, batch), batch)
-        return weighted(losses, batch)
+            return self._loss(self.outputs(params, batch), batch)
+        return self.reduce(*self.positions(params, batch), batch)
 
     def outputs(self, params: Params, batch: Batch) -> Any:
         """Return the model's output."""

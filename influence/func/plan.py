@@ -16,7 +16,16 @@ from influence.func.folding import Block, Folded
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import UseKey, tensors_of
 from influence.func.routes import choose_route, traced_layout
-from influence.func.trace import CannotTrace, Inspection, Trace, Use, check_losses, check_unmixed, trace
+from influence.func.trace import (
+    CannotTrace,
+    Inspection,
+    NeedsOtherExamples,
+    Trace,
+    Use,
+    check_losses,
+    check_unmixed,
+    trace,
+)
 from influence.func.transform import Transform
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -56,6 +65,7 @@ class Plan(NamedTuple):
         costs: a line per block.
         notes: why this engine, and what the transform's author should know.
         guard: the largest relative error of `Σ c_n row_n = ∇ Σ c_n ℓ_n` on the first batch, if it was checked.
+        provisional: whether the first batch told too little; a later one may get a better plan.
     """
 
     engine: str
@@ -65,6 +75,7 @@ class Plan(NamedTuple):
     costs: tuple[BlockCost, ...]
     notes: tuple[str, ...]
     guard: float | None = None
+    provisional: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -131,7 +142,8 @@ def make_plan(
     known: Layout | None = getattr(loss_fn, "layout", None)
     routing = check_function(loss_fn, params, batch)
     needed = engine in ("auto", "batched") or known is None
-    traced, reason = _try_trace(loss_fn, params, batch) if needed else (None, None)
+    traced, problem = _try_trace(loss_fn, params, batch) if needed else (None, None)
+    reason = None if problem is None else (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     if routing and traced is not None:
         reason = f"values decide where elements go ({', '.join(sorted(routing))}), as in a mixture of experts"
     if reason and engine == "batched":
@@ -152,15 +164,16 @@ def make_plan(
             notes.append(f"not batched: {error}")
     chosen = engine if engine in ("vmap", "loop") else "vmap"
     if chosen == "vmap":
-        problem = vmap_problem(loss_fn, params, batch)
-        if problem and engine == "vmap":
-            raise EngineError(f"engine='vmap' cannot serve this function: {problem}. Use engine='auto' or 'loop'")
-        if problem:
-            notes.append(f"not vmap: {problem}")
+        meaning = vmap_problem(loss_fn, params, batch)
+        if meaning and engine == "vmap":
+            raise EngineError(f"engine='vmap' cannot serve this function: {meaning}. Use engine='auto' or 'loop'")
+        if meaning:
+            notes.append(f"not vmap: {meaning}")
             chosen = "loop"
     shapes = folded.row_shapes
     costs = tuple(_cost(folded, block, shapes, f"whole {chosen}", False, 0) for block in folded.blocks)
-    return Plan(chosen, transform, folded, None, costs, tuple(notes))
+    provisional = isinstance(problem, NeedsOtherExamples)
+    return Plan(chosen, transform, folded, None, costs, tuple(notes), provisional=provisional)
 
 
 def check_params(params: Params) -> None:
@@ -205,12 +218,12 @@ def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> set[str]:
     return inspection.routing
 
 
-def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, str | None]:
+def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, Exception | None]:
     """Trace a function that is known to run; where the probes are what it cannot bear, say so."""
     try:
         return trace(loss_fn, params, batch), None
     except (RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, error
 
 
 def _batched_plan(
@@ -229,8 +242,9 @@ def _batched_plan(
         error, where = guard(plan, loss_fn, params, batch)
     except (RuntimeError, ValueError, IndexError) as problem:
         raise EngineError(f"it fails on the first batch: {explain_torch(str(problem))}") from problem
-    limit = GUARD_TOLERANCE.get(next(iter(params.values())).dtype, (0.1, 0.01))[0]
-    if not error <= limit:
+    if error is None:
+        notes.append(f"not checked yet: {where}")
+    elif not error <= guard_limit(params):
         raise EngineError(f"the check Σ c·row = ∇ Σ c·ℓ fails at {where!r}: relative error {error:.2g}")
     unused = sorted(set(params) - {name for key in (*routes, *traced.alone) for name in key.params})
     if unused:
@@ -238,13 +252,18 @@ def _batched_plan(
     return Plan("batched", transform, folded, plan, costs, tuple(notes), error)
 
 
-def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[float, str]:
+def guard_limit(params: Params) -> float:
+    """Return the largest relative error that the guard lets pass."""
+    return GUARD_TOLERANCE.get(next(iter(params.values())).dtype, (0.1, 0.01))[0]
+
+
+def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[float | None, str]:
     r"""Check `Σ_n c_n row_n = ∇ Σ_n c_n ℓ_n` for random weights `c`, by one plain backward.
 
     It catches a misplaced example axis, which an unweighted sum cannot see.
 
     Returns:
-        The largest relative error and the block where it is.
+        The largest relative error and the block where it is; `None` and the reason where the batch shows nothing.
     """
     n = batch_size(batch)
     rows, _ = batched_rows(plan, loss_fn, params, batch)
@@ -265,17 +284,21 @@ def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> t
     )
 
 
-def compare_rows(got: Rows, expected: Rows, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the largest relative error between two sets of rows, and where it is."""
+def compare_rows(got: Rows, expected: Rows, dtype: torch.dtype) -> tuple[float | None, str]:
+    """Return the largest relative error between two sets of rows, and where it is; or why there is none."""
     floor = GUARD_TOLERANCE.get(dtype, (0.1, 0.01))[1]
     finite = all(bool(torch.isfinite(row).all()) for row in expected.values())
+    if not finite:
+        return None, "the gradient of the batch is not finite"
     whole = sum(float(row.double().square().sum()) for row in expected.values()) ** 0.5
+    if whole == 0 and not any(bool(row.any()) for row in got.values()):
+        return None, "the gradient of the batch is zero"
     worst, where = 0.0, ""
     for name, row in expected.items():
         scale = max(float(row.double().norm()), floor * whole)
         error = float((got[name].double() - row.double()).norm())
         relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
-        if finite and not relative <= worst:
+        if not relative <= worst:
             worst, where = relative, name
     return worst, where
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from influence.func.axes import Axis, MixedAxes, Signature, find_axis, find_position, signature
+from influence.func.axes import AlikeExamples, Axis, MixedAxes, Signature, find_axis, find_position, signature
 from influence.func.batches import sample
 from influence.func.probe import Call, UseKey, derive, op_name, probe, tensors_of
 from influence.types import Batch, LossFn, Params
@@ -25,6 +25,10 @@ LOSS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 class CannotTrace(ValueError):
     """The loss function cannot be run by the batched engine; the message says why."""
+
+
+class NeedsOtherExamples(CannotTrace):
+    """The examples at hand do not tell where examples are; others will."""
 
 
 class Use(NamedTuple):
@@ -176,6 +180,8 @@ def position_axes(
 def _axes(a: Event, b: Event) -> dict[int, Axis | None]:
     try:
         return {i: find_axis(a.inputs[i], b.inputs[i]) for i in a.inputs}
+    except AlikeExamples as error:
+        raise NeedsOtherExamples(str(error)) from None
     except MixedAxes as error:
         raise CannotTrace(f"an argument of {a.key} has no single example axis: {error}") from None
 
@@ -183,6 +189,8 @@ def _axes(a: Event, b: Event) -> dict[int, Axis | None]:
 def _output_axes(a: Event, b: Event) -> tuple[Axis | None, ...]:
     try:
         return tuple(find_axis(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+    except AlikeExamples as error:
+        raise NeedsOtherExamples(str(error)) from None
     except MixedAxes as error:
         raise CannotTrace(f"the result of {a.key} has no single example axis: {error}") from None
 
