@@ -152,7 +152,7 @@ def test_chunks_bound_how_many_examples_are_ever_seen(engine: str) -> None:
 
 
 def test_a_planned_fold_runs_one_forward_per_batch() -> None:
-    """A plan made anew, or a guard run again, at every batch."""
+    """A plan made anew, or a guard run again, at every batch: it is repeated on the 2nd, 4th, 8th … alone."""
     loss_fn, params = functionalize(nn.Linear(3, 2).double())
     calls: list[int] = []
 
@@ -163,6 +163,10 @@ def test_a_planned_fold_runs_one_forward_per_batch() -> None:
     batches = [(normal(n, 3, seed=n), torch.zeros(n, dtype=torch.int64)) for n in (4, 2, 5)]
     transform = chain(as_blocks(bias=True), project(2))
     rows_of = per_example_grads_fn(counted, params, batches[0], transform=transform)
+    calls.clear()
+    for _ in range(4):
+        rows_of(params, batches[0])
+    assert calls == [4] * 8  # two more for each check, on the 2nd and the 4th batch
     calls.clear()
     found = fold(lambda batch: rows_of(params, batch), batches, {"sum": total(), "mean": mean()})
     assert calls == [4, 2, 5]
