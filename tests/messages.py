@@ -142,7 +142,11 @@ CASES = [
     ),
     Bad("heads of no block", lambda: rows(as_blocks(), split_heads({"v*": Heads(1, 2)})), ("'v*'", "near misses")),
     Bad("unknown heads", lambda: rows(as_blocks(), split_heads()), ("knows no attention heads",)),
-    Bad("unknown loss", lambda: net(loss="crossentropy"), ("cross_entropy, kl, log_odds", "'crossentropy'")),
+    Bad(
+        "unknown loss",
+        lambda: net(loss="crossentropy"),
+        ("cross_entropy, squared_error, kl, log_odds", "'crossentropy'"),
+    ),
     Bad("unknown reduction", lambda: net(reduction="avg"), ("'sum' or 'mean'", "'avg'")),
     Bad("kl without a reference", lambda: net(loss="kl"), ("reference=another model",)),
     Bad("unknown engine", lambda: rows(engine="hooks"), ("auto, batched, vmap, loop", "'hooks'")),

@@ -6,7 +6,7 @@ gradient), then linear maps of the block's own gradient (`linear`), then maps of
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Shaped
@@ -78,7 +78,7 @@ class Folded:
         blocks: every block, in order.
         raw: whether the blocks still are plain parameters, keyed by their names and in their own shape.
         finish: maps of whole rows, after everything linear.
-        history: names of the steps so far.
+        made: the steps so far, each a name and its settings.
         warnings: what `explain` should say.
     """
 
@@ -86,8 +86,13 @@ class Folded:
     blocks: tuple[Block, ...]
     raw: bool = True
     finish: tuple[RowMap, ...] = ()
-    history: tuple[str, ...] = ()
+    made: tuple[tuple[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """Names of the steps so far."""
+        return tuple(name for name, _ in self.made)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,23 +1,18 @@
 """From a module to a pure function: the one edge where modules become `(loss_fn, params)`."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from influence.families import heads_of, masks_plainly
+from influence.families import heads_of
 from influence.func.layout import Layout, ParamLayout, block_name
-from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions
+from influence.func.module_loss import LOSSES, ModuleLoss, call_model, output_logits
 from influence.types import Batch, ExampleLoss, Params
-
-LOSSES = ("cross_entropy", "kl", "log_odds")
-NOT_INPUTS = ("labels", "index", "weight")
-"""Keys of a dictionary batch which the model does not see."""
 
 TASKS = {
     "ForCausalLM": "causal",
@@ -40,7 +35,7 @@ def functionalize(
     mode: str = "eval",
     label_smoothing: float = 0.0,
     reference: nn.Module | None = None,
-) -> "tuple[ModuleLoss, Params]":
+) -> tuple[ModuleLoss, Params]:
     """Turn a module into a pure function of its parameters, one loss per example.
 
     The function works on a skeleton of the module without storage; the module itself is never touched. The parameters
@@ -48,8 +43,9 @@ def functionalize(
 
     Args:
         model: any module. Hugging Face causal LMs, masked LMs, sequence, token and image classifiers are known.
-        loss: `"cross_entropy"`, `"kl"` (`KL(model ‖ reference)`), `"log_odds"` (TRAK's output function), or your own
-            `loss(output, batch) -> [n]`, which sees the whole batch, `weight` included, and is taken as it is.
+        loss: `"cross_entropy"`, `"squared_error"` (`‖output - labels‖² / 2`), `"kl"` (`KL(model ‖ reference)`),
+            `"log_odds"` (TRAK's output function), or your own `loss(output, batch) -> [n]`, which sees the whole batch,
+            `weight` included, and is taken as it is.
         reduction: `"sum"` or `"mean"` over an example's own labelled positions.
         targets: globs over parameter names to differentiate; default all. The rest is closed over.
         exclude: globs over parameter names to leave out.
@@ -239,147 +235,3 @@ def _layout(model: nn.Module) -> Layout:
 def _unadapted(name: str) -> str:
     """Return a PEFT parameter's name as its base model has it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, task: str) -> Any:
-    """Run a skeleton on a batch with given parameter values."""
-    if not isinstance(batch, Mapping):
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
-        return torch.func.functional_call(skeleton, dict(values), (inputs,))
-    kwargs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-    if task == "causal":
-        kwargs["use_cache"] = False
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and torch._C._functorch.is_functorch_wrapped_tensor(mask):
-        config = getattr(skeleton, "config", None)
-        if config is not None and masks_plainly(config):
-            dtype = next(p.dtype for p in values.values() if p.is_floating_point())
-            kwargs["attention_mask"] = ready_mask(mask, task == "causal", dtype)
-    return torch.func.functional_call(skeleton, dict(values), (), kwargs)
-
-
-def ready_mask(mask: Int[Tensor, "n s"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "n 1 s s"]:
-    """Return a padding mask as an additive 4-D one: under `vmap`, transformers cannot build it itself."""
-    s = mask.shape[1]
-    visible = mask.bool()[:, None, None, :].expand(-1, 1, s, s)
-    if causal:
-        visible = visible & torch.ones(s, s, dtype=torch.bool, device=mask.device).tril()
-    blocked = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
-    return blocked.masked_fill(~visible, torch.finfo(dtype).min)
-
-
-def output_logits(output: Any) -> Tensor:
-    """Return the logits of a model's output."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(output).__name__} without logits; pass loss=your own (output, batch) -> [n]"
-        )
-    return logits
-
-
-class ModuleLoss:
-    """A pure loss function made from a module.
-
-    Attributes:
-        layout: the layout of all its parameters.
-        reduction: `"sum"` or `"mean"`.
-    """
-
-    def __init__(
-        self,
-        skeleton: nn.Module,
-        frozen: Params,
-        layout: Layout,
-        loss: str | ExampleLoss,
-        reduction: str,
-        label_smoothing: float,
-        reference: Callable[[Batch], Tensor] | None,
-        task: str,
-    ) -> None:
-        """Close over everything but the parameters to differentiate."""
-        self._skeleton, self._frozen, self._reference, self._task = skeleton, frozen, reference, task
-        self._loss, self._smoothing = loss, label_smoothing
-        self.layout, self.reduction = layout, reduction
-
-    def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
-        """Return one loss per example."""
-        if callable(self._loss):
-            return self._loss(self.outputs(params, batch), batch)
-        return self.reduce(*self.positions(params, batch), batch)
-
-    def outputs(self, params: Params, batch: Batch) -> Any:
-        """Return the model's output."""
-        return call_model(self._skeleton, {**self._frozen, **params}, batch, self._task)
-
-    def positions(self, params: Params, batch: Batch) -> tuple[Float[Tensor, "n t"], Bool[Tensor, "n t"]]:
-        """Return the loss of every position, and which are labelled.
-
-        Positions index `input_ids`; a token's loss sits at the token it predicts.
-
-        Raises:
-            ValueError: if the loss is a function of the user's, which knows no positions.
-        """
-        if callable(self._loss):
-            raise ValueError(
-                "positions need loss='cross_entropy', 'kl' or 'log_odds'; this loss is a function of yours"
-            )
-        logits = output_logits(self.outputs(params, batch))
-        labels = self.labels(batch)
-        reference = None if self._reference is None else self._reference(batch)
-        if logits.ndim == 2:
-            logits, labels = logits[:, None], labels[:, None]
-            reference = None if reference is None else reference[:, None]
-        if logits.ndim != 3 or labels.ndim != 2 or labels.is_floating_point():
-            raise ValueError(
-                f"logits {list(logits.shape)} and labels {list(labels.shape)} of {labels.dtype} are no classification "
-                "of positions; pass loss=your own (output, batch) -> [n]"
-            )
-        shifted = self._task == "causal"
-        aligned = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted else labels
-        losses, labelled = self._position_losses(logits, aligned, reference), aligned != IGNORED
-        if shifted:
-            losses, labelled = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
-        return losses, labelled
-
-    def _position_losses(
-        self, logits: Float[Tensor, "n t v"], labels: Int[Tensor, "n t"], reference: Float[Tensor, "n t v"] | None
-    ) -> Float[Tensor, "n t"]:
-        if self._loss == "kl":
-            assert reference is not None
-            return kl_divergence(logits, reference, labels != IGNORED)
-        if self._loss == "log_odds":
-            return log_odds(logits, labels)
-        return cross_entropy(logits, labels, self._smoothing)
-
-    def labels(self, batch: Batch) -> Shaped[Tensor, "n *t"]:
-        """Return a batch's labels; a causal LM's default to its unpadded tokens that are not predicted from padding.
-
-        Raises:
-            ValueError: if there are none.
-        """
-        if not isinstance(batch, Mapping):
-            if not isinstance(batch, tuple | list) or len(batch) < 2:
-                raise ValueError("the batch has no labels: pass (x, y), or a dictionary with 'labels'")
-            return batch[1]
-        if "labels" in batch:
-            return batch["labels"]
-        if self._task != "causal":
-            raise ValueError(f"the batch has no 'labels'; it has {', '.join(map(str, batch))}")
-        mask = batch.get("attention_mask")
-        if mask is None:
-            return batch["input_ids"]
-        seen = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
-        return torch.where(mask.bool() & seen.bool(), batch["input_ids"], IGNORED)
-
-    def reduce(self, losses: Float[Tensor, "n t"], labelled: Bool[Tensor, "n t"], batch: Batch) -> Float[Tensor, " n"]:
-        """Reduce position losses to the example's loss, weights included."""
-        return weighted(reduce_positions(losses, labelled, self.reduction), batch)
-
-
-def weighted(losses: Float[Tensor, " n"], batch: Batch) -> Float[Tensor, " n"]:
-    """Return losses times the batch's weights, if it has any."""
-    weight = batch.get("weight") if isinstance(batch, Mapping) else None
-    return losses if weight is None else losses * weight.to(losses)

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import torch
 
-from influence.func.axes import AnotherPath
-from influence.func.batches import batch_size, chunks, split_leaves, take
+from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
 from influence.func.engines import explain_torch, loop_rows, vmap_rows
 from influence.func.folding import vectors
-from influence.func.plan import EngineError, Plan, guard, guard_limit, make_plan
+from influence.func.plan import EngineError, Plan, make_plan
+from influence.func.planned import Planned
 from influence.func.transform import CollectedRows, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -123,18 +123,7 @@ def per_example_grads_fn(
         step = eager_step(loss_fn, plan)
         return plan, Compiled(step) if compile else step
 
-    def recheck(plan: Plan, params: Params, batch: Batch) -> bool:
-        assert plan.batched is not None
-        error, where = guard(plan.batched, loss_fn, params, batch)
-        if error is not None and not error <= guard_limit(params):
-            raise EngineError(
-                f"the plan of the first batch is wrong for this one: Σ c·row = ∇ Σ c·ℓ fails at {where!r}, relative "
-                f"error {error:.2g}. The model takes another path that does not show; rows since the last check (it is "
-                "repeated on the 2nd, 4th, 8th … batch and shape) may be wrong. Use engine='vmap' or 'loop'"
-            )
-        return error is not None
-
-    return PlannedRows(planned, recheck, params, first, chunk_size, nonfinite)
+    return PlannedRows(Planned(loss_fn, planned, params, first), chunk_size, nonfinite)
 
 
 def explain(
@@ -163,79 +152,34 @@ def explain(
 
 
 class PlannedRows:
-    """A planned computation: call it with parameters and a batch.
-
-    A batch which takes the model along another path than the planned one (a mask where there was none) gets a plan of
-    its own, once. The batched engine's check against a plain backward is repeated on the 2nd, 4th, 8th … batch and
-    batch shape, and on every batch until one showed something.
+    """Planned per-example gradients: call it with parameters and a batch.
 
     Attributes:
-        plans: what is executed, in the order in which they were needed.
+        planned: the plans, and when they are checked again.
     """
 
-    def __init__(
-        self,
-        planned: Callable[[Params, Batch], tuple[Plan, Callable[[Params, Batch], Rows]]],
-        recheck: Callable[[Plan, Params, Batch], bool],
-        params: Params,
-        batch: Batch,
-        chunk_size: int | None,
-        nonfinite: str,
-    ) -> None:
-        """Plan for a first batch."""
-        self._planned, self._recheck, self._chunk_size, self._nonfinite = planned, recheck, chunk_size, nonfinite
-        self.plans = [planned(params, batch)]
-        self._calls, self._shapes, self._checked = 0, {example_shapes(batch)}, self.plan.guard is not None
+    def __init__(self, planned: Planned, chunk_size: int | None, nonfinite: str) -> None:
+        self.planned, self._chunk_size, self._nonfinite = planned, chunk_size, nonfinite
 
     @property
     def plan(self) -> Plan:
         """The first plan; `print` it."""
-        return self.plans[0][0]
+        return self.planned.plan
 
     @property
     def step(self) -> Callable[[Params, Batch], Rows]:
         """What executes the first plan."""
-        return self.plans[0][1]
+        return self.planned.plans[0][1]
 
     def __call__(self, params: Params, batch: Batch) -> CollectedRows:
         """Return the rows of a batch."""
-        pieces = [self._rows(params, chunk) for chunk in chunks(batch, self._chunk_size)]
+        pieces = [self.planned(params, chunk) for chunk in chunks(batch, self._chunk_size)]
         rows = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
         return CollectedRows(finite_rows(rows, batch, self._nonfinite), self.plan.transform, self.plan.layout)
-
-    def _rows(self, params: Params, batch: Batch) -> Rows:
-        if self.plan.provisional:
-            self.plans = [self._planned(params, batch)]
-            self._checked = self.plan.guard is not None
-        self._calls += 1
-        shape = example_shapes(batch)
-        fresh = shape not in self._shapes
-        self._shapes.add(shape)
-        due = not self._checked or power_of_two(self._calls) or (fresh and power_of_two(len(self._shapes)))
-        for plan, step in self.plans:
-            try:
-                rows = step(params, batch)
-                if plan.batched is not None and self._calls > 1 and due:
-                    self._checked |= self._recheck(plan, params, batch)
-                return rows
-            except AnotherPath:
-                continue
-        self.plans.append(self._planned(params, batch))
-        return self.plans[-1][1](params, batch)
 
     def __repr__(self) -> str:
         """Return the plan."""
         return f"rows_of(params, batch)\n{self.plan}"
-
-
-def example_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
-    """Return the shape of one example in every tensor of a batch."""
-    return tuple(tuple(leaf.shape[1:]) for leaf in split_leaves(batch)[0])
-
-
-def power_of_two(number: int) -> bool:
-    """Whether a count is 1, 2, 4, 8 and so on."""
-    return number & (number - 1) == 0
 
 
 def eager_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], Rows]:

@@ -94,7 +94,7 @@ class Transform:
                     f"{step} needs blocks: put {' or '.join(f'{need}()' for need in step.needs)} before it, "
                     f"as in chain({step.needs[0]}(), {step.name}(…))"
                 )
-            folded = replace(step.extend(folded), history=(*folded.history, step.name))
+            folded = replace(step.extend(folded), made=(*folded.made, (step.name, step.settings)))
         return folded
 
     def apply(self, rows: Rows, layout: Layout) -> Rows:
@@ -114,18 +114,23 @@ class Transform:
         are_blocks = any(step.name == "as_blocks" for step in made) or any(step.needs for step in self.steps)
         if raw and (starts or not are_blocks):
             return self.bind(layout.restrict(rows)).rows(rows)
+        before = tuple((step.name, step.settings) for step in made) or (BLOCKS_AT_HAND,)
         found = unblock(rows, layout)
         if found is not None:
             grads, merged = found
-            blocks = replace(into_blocks(start(layout.restrict(grads)), merged), history=("as_blocks",))
+            blocks = replace(into_blocks(start(layout.restrict(grads)), merged), made=before)
             return placed(self.extend(blocks)).rows(grads)
         inner = bare_layout({name: row[0] for name, row in rows.items()})
-        return placed(self.extend(replace(start(inner), raw=False, history=("as_blocks",)))).rows(rows)
+        return placed(self.extend(replace(start(inner), raw=False, made=before))).rows(rows)
 
     @property
     def fingerprint(self) -> str:
         """A hash of every setting that changes a number, the same in every process and on every machine."""
         return fingerprint([[step.name, step.settings] for step in self.steps])
+
+
+BLOCKS_AT_HAND: tuple[str, Any] = ("as_blocks", None)
+"""What is known of rows that came as blocks and do not say how they were made."""
 
 
 class CollectedRows(dict[str, Tensor]):
