@@ -1,5 +1,6 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
+from influence import hessians
 from influence.func import similarity, sinks
 from influence.func.blocks import as_blocks, split_heads
 from influence.func.fold import Sink, fold
@@ -10,27 +11,36 @@ from influence.func.per_example import explain, per_example_grads, per_example_g
 from influence.func.per_token import per_token_grads
 from influence.func.project import down_project, project
 from influence.func.transform import Transform, chain
+from influence.func.whiten import Sides, eigen_whiten, kept_energy, kfac_whiten, one_sided, precondition, two_sided
 
 __all__ = [
     "Factored",
     "Heads",
     "Moments",
+    "Sides",
     "Sink",
     "Transform",
     "as_blocks",
     "chain",
     "down_project",
+    "eigen_whiten",
     "explain",
     "fold",
     "functionalize",
+    "hessians",
+    "kept_energy",
+    "kfac_whiten",
+    "one_sided",
     "per_example_grads",
     "per_example_grads_fn",
     "per_token_grads",
+    "precondition",
     "project",
     "scale_by_adafactor",
     "scale_by_adam",
     "similarity",
     "sinks",
     "split_heads",
+    "two_sided",
     "unit_norm",
 ]

@@ -78,12 +78,17 @@ def rides(block: Block) -> bool:
     """Whether a bias may be added to the projected input of its weight: same left side, matrices on the right."""
     if len(block.parts) != 2 or not all(part.right is not None and part.right.dense for part in block.parts):
         return False
+    return same_left(block)
+
+
+def same_left(block: Block) -> bool:
+    """Whether the two parts of a block go through the same left side."""
     a, b = (part.left for part in block.parts)
-    if a.selects and b.selects:
-        return (a.start, a.stop, a.before, a.after) == (b.start, b.stop, b.before, b.after)
-    if a.matrix is None or b.matrix is None or a.start != b.start or a.matrix.shape != b.matrix.shape:
+    if (a.start, a.stop, a.before, a.after) != (b.start, b.stop, b.before, b.after):
         return False
-    return torch.equal(a.matrix, b.matrix)
+    if a.matrix is None or b.matrix is None:
+        return a.matrix is b.matrix
+    return a.matrix.shape == b.matrix.shape and torch.equal(a.matrix, b.matrix)
 
 
 def batched_rows(

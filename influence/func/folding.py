@@ -198,6 +198,11 @@ def with_sides(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | Non
     return replace(folded, blocks=tuple(_block_with_sides(block, sides) for block in folded.blocks))
 
 
+def block_with_sides(block: Block, left: Tensor | None, right: Tensor | None) -> Block:
+    """Extend one block by a separable map `L G R^T`."""
+    return _block_with_sides(block, lambda block, part: (left, right))
+
+
 def _block_with_sides(block: Block, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> Block:
     if not block.linear:
         parts = tuple(_extend_part(part, *sides(block, part)) for part in block.parts)

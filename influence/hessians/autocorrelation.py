@@ -1,0 +1,138 @@
+r"""Autocorrelation: the dense second moment of every block's rows, for rows that were made small.
+
+$$H = \frac1N \sum_n x_n x_n^\top, \qquad x_n = \text{vec}(\text{row}_n)$$
+
+of rows after any transform: projected, scaled, normalised. It is exact for the rows it sees; what a projection threw
+away before, no curvature of the rest brings back, so prefer `kfac_whiten`, which whitens before it projects.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from math import prod
+from typing import Any
+
+from influence.func.batches import batch_size
+from influence.func.curvature import Curvature, decompose
+from influence.func.fold import Sink
+from influence.func.folding import vectors
+from influence.func.losses import widen
+from influence.func.plan import Plan, make_plan
+from influence.func.transform import Transform
+from influence.hessians.factors import Factors
+from influence.hessians.fitting import About, FitStep, Sums, describe, label_rows, run, sum_sink
+from influence.hessians.labels import Labels
+from influence.types import Batch, LossFn, Params
+
+MAX_ROW = 16384
+"""The longest row whose dense Gram matrix is formed: 1 GB, and minutes to decompose."""
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    transform: Transform,
+    labels: str = "data",
+    seed: int = 0,
+    draws: int = 1,
+    progress: bool = True,
+) -> Factors:
+    """Fit the dense second moment of rows in one pass.
+
+    Args:
+        loss_fn: a loss function.
+        params: the parameters.
+        batches: batches, seen once.
+        transform: any transform, as `chain(as_blocks(bias=True), project(16), unit_norm())`.
+        labels: `"data"`, `"sampled"` or `"exact"`, as in `kfac.fit`.
+        seed: of the sampled labels.
+        draws: labels per position.
+        progress: show a progress bar where there is a terminal.
+
+    Returns:
+        The factors, one dense basis per block.
+
+    Raises:
+        ValueError: if a row is too long for a dense matrix, or rows are normalised and labels are no single draw.
+
+    Example:
+        >>> import torch
+        >>> from influence import as_blocks, hessians
+        >>> rows = {"x": torch.tensor([[2.0, 0.0], [0.0, 4.0]])}
+        >>> factors = hessians.autocorrelation.fit(
+        ...     lambda p, b: (b["x"] * p["w"]).sum(1), {"w": torch.zeros(2)}, [rows], transform=as_blocks()
+        ... )
+        >>> factors.blocks["w"].dense()
+        tensor([[2., 0.],
+                [0., 8.]], dtype=torch.float64)
+    """
+    plan = partial(_plan, loss_fn, params, transform, Labels(labels, seed, draws))
+    return run(plan, sink, batches, progress, "autocorrelation")
+
+
+def step(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    transform: Transform,
+    labels: str = "data",
+    seed: int = 0,
+    draws: int = 1,
+) -> FitStep:
+    """Plan the sums of a batch, for a fold of your own; see `kfac.step`."""
+    return _plan(loss_fn, params, transform, Labels(labels, seed, draws), batch)
+
+
+def sink(step: FitStep) -> Sink:
+    """Return the sink that folds a step's sums into factors."""
+    return sum_sink(step.about, finalize)
+
+
+def _plan(loss_fn: LossFn, params: Params, transform: Transform, labels: Labels, first: Batch) -> FitStep:
+    labels.check(loss_fn)
+
+    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
+        plan = make_plan(loss_fn, params, batch, transform, "auto")
+        _check(plan, labels)
+
+        def sums(params: Params, batch: Batch) -> Sums:
+            total: dict[str, dict[str, Any]] = {}
+            for rows in label_rows(plan, loss_fn, params, batch, labels):
+                for name, row in rows.items():
+                    x = widen(vectors(row))
+                    gram = x.mT @ x
+                    total[name] = {"gram": total[name]["gram"] + gram if name in total else gram}
+            return Sums(total, {}, batch_size(batch))
+
+        return plan, sums
+
+    def about(plan: Plan) -> About:
+        return describe("autocorrelation", loss_fn, params, transform, labels, plan.folded.row_shapes)
+
+    return FitStep(loss_fn, params, first, make, about)
+
+
+def _check(plan: Plan, labels: Labels) -> None:
+    long = {name: prod(shape) for name, shape in plan.folded.row_shapes.items() if prod(shape) > MAX_ROW}
+    if long:
+        name, size = max(long.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"rows of {len(long)} blocks are too long for a dense second moment ({name!r} has {size:,} entries, the "
+            f"most is {MAX_ROW:,}): add project(…) to the transform, or use hessians.kfac or hessians.shampoo"
+        )
+    if plan.folded.finish and (labels.source == "exact" or labels.draws > 1):
+        raise ValueError(
+            f"labels={labels.source!r} with draws={labels.draws} splits an example's gradient into parts, and "
+            f"{plan.transform} would normalise each of them. Use labels='data', or 'sampled' with draws=1"
+        )
+
+
+def finalize(about: About, sums: Sums) -> Factors:
+    """Turn sums into factors."""
+    blocks = {
+        name: Curvature(shape, (decompose(sums.blocks[name]["gram"] / sums.documents, f"block {name!r}"),))
+        for name, shape in about.shapes.items()
+    }
+    return about.factors(sums, blocks)

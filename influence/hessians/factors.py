@@ -1,0 +1,231 @@
+r"""Factors: what every curvature fit returns. A value with units, provenance and a picture of itself.
+
+The curvature of a block is the mean over documents of the loss as reduced, `H ≈ (1/N) Σ_n …`; nothing is summed over
+documents, so factors of different data have one scale and damping has one meaning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from influence.func.blocks import as_blocks
+from influence.func.curvature import Basis, Curvature, inverse_weights
+from influence.func.fingerprint import fingerprint
+from influence.func.layout import Layout
+from influence.func.plan import human
+from influence.func.transform import Transform, unblock
+from influence.hessians.labels import Labels
+from influence.types import Params, Rows
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The curvature of every block.
+
+    Attributes:
+        method: how it was fitted.
+        blocks: the curvature of each block, mean per document.
+        documents: how many documents were seen, `N`.
+        positions: how many real positions each block saw, `T`, where it has factors.
+        reduction: of the loss: `"sum"`, `"mean"`, or `"own"` for a function of the user's.
+        labels: where the labels came from.
+        under: fingerprint of the transform whose rows these are the curvature of.
+        description: that transform, as it was written.
+        transform: the transform itself, if it is at hand.
+        weights: hash of the parameters.
+        notes: blocks whose curvature is coarser than the method's, and why.
+    """
+
+    method: str
+    blocks: Mapping[str, Curvature]
+    documents: int
+    positions: Mapping[str, int]
+    reduction: str
+    labels: Labels
+    under: str
+    description: str
+    transform: Transform | None
+    weights: str
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of every number and of what they are the curvature of."""
+        content = {name: [*(basis for basis in c.bases), c.corrected, list(c.shape)] for name, c in self.blocks.items()}
+        return fingerprint({"method": self.method, "under": self.under, "blocks": content})
+
+    def __repr__(self) -> str:
+        """Return the factors in a line."""
+        return (
+            f"<{self.method} of {len(self.blocks)} blocks, {self.documents} documents, labels={self.labels.source!r}>"
+        )
+
+    def __str__(self) -> str:
+        """Return a table of every block's spectrum, the units and what is not covered."""
+        source = self.labels
+        drawn = f", seed {source.seed}, {source.draws} per position" if source.source == "sampled" else ""
+        lines = [
+            f"{self.method}: curvature per document (mean over N = {self.documents:,}) of the loss as reduced "
+            f"({self.reduction}); labels: {source.source}{drawn}",
+            f"rows: {self.description}",
+        ]
+        width = max([5, *(len(name) for name in self.blocks)])
+        lines.append(
+            f"{'block':{width}}  {'shape':>12}  {'kind':10} {'positions':>9}  {'trace':>9} {'largest':>9} "
+            f"{'condition':>9} {'eff. rank':>9}"
+        )
+        for name, c in self.blocks.items():
+            shape = "×".join(map(str, c.shape))
+            seen = human(self.positions[name]) if name in self.positions else ""
+            lines.append(
+                f"{name:{width}}  {shape:>12}  {c.kind:10} {seen:>9}  {c.moment(1):9.3g} {c.extremes[1]:9.3g} "
+                f"{c.condition:9.2g} {c.effective_rank:9.1f}"
+            )
+        whole = sum(prod(c.shape) for c in self.blocks.values())
+        lines.append(f"{len(self.blocks)} blocks, {human(whole)} directions, trace {self.trace:.4g}")
+        return "\n".join([*lines, *(f"note: {name}: {why}" for name, why in self.notes.items())])
+
+    @property
+    def trace(self) -> float:
+        """Trace over all blocks: the mean squared norm of a document's gradient."""
+        return sum(c.moment(1) for c in self.blocks.values())
+
+    @property
+    def mean(self) -> float:
+        """Mean eigenvalue over all blocks."""
+        return self.trace / sum(prod(c.shape) for c in self.blocks.values())
+
+    def spectra(self) -> dict[str, Tensor]:
+        """Return each block's eigenvalues, largest first, to plot."""
+        return {name: c.eigenvalues.flatten().sort(descending=True).values for name, c in self.blocks.items()}
+
+    def solve(
+        self, vectors: Params, layout: Layout, power: float = -1.0, damping: float = 0.1, inversion: str = "damped"
+    ) -> Params:
+        """Apply `H^power` to directions in parameter space, as a conjugate-gradient solve wants its preconditioner.
+
+        Args:
+            vectors: `{parameter: [q, *shape]}`.
+            layout: `loss_fn.layout`.
+            power: in [-1, 0].
+            damping: `c`.
+            inversion: as in `precondition`.
+
+        Returns:
+            The same parameters.
+
+        Raises:
+            ValueError: if the factors are not those of plain blocks, or cover other parameters.
+        """
+        bias = next((b for b in (True, False) if as_blocks(bias=b).fingerprint == self.under), None)
+        if bias is None:
+            raise ValueError(
+                f"only factors of as_blocks() map parameters to parameters; these are of {self.description}"
+            )
+        rows = as_blocks(bias=bias).apply(vectors, layout.restrict(vectors))
+        if rows.keys() != self.blocks.keys():
+            raise ValueError(
+                f"factors and vectors cover other blocks; they differ in {sorted(rows.keys() ^ self.blocks.keys())[:4]}"
+            )
+        solved: Rows = {
+            name: c.apply(rows[name], inverse_weights(c, power, damping, inversion, name).grid)
+            for name, c in self.blocks.items()
+        }
+        found = unblock(solved, layout)
+        assert found is not None
+        return {name: found[0][name] for name in vectors}
+
+    def check_weights(self, params: Params) -> None:
+        """Refuse parameters other than those the factors were fitted at.
+
+        Raises:
+            ValueError: naming both hashes.
+        """
+        weights = fingerprint(dict(params))
+        if weights != self.weights:
+            raise ValueError(
+                f"these factors were fitted at other weights (hash {self.weights[:12]}…, these parameters have "
+                f"{weights[:12]}…). Fit them on this model, or load the checkpoint they belong to"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors to one HDF5 file, atomically, with checksums.
+
+        Args:
+            path: where; an existing file is replaced.
+        """
+        from influence import store
+
+        arrays: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+
+        def put(tensor: Tensor | None, what: str) -> str | None:
+            if tensor is None:
+                return None
+            if id(tensor) not in names:
+                names[id(tensor)] = what
+                arrays[what] = tensor
+            return names[id(tensor)]
+
+        blocks = {}
+        for number, (name, c) in enumerate(self.blocks.items()):
+            bases = [
+                {"vectors": put(b.vectors, f"{number}/vectors_{k}"), "values": put(b.values, f"{number}/values_{k}")}
+                for k, b in enumerate(c.bases)
+            ]
+            corrected = put(c.corrected, f"{number}/corrected")
+            blocks[name] = {"shape": list(c.shape), "bases": bases, "corrected": corrected}
+        about = {
+            "method": self.method,
+            "documents": self.documents,
+            "positions": dict(self.positions),
+            "reduction": self.reduction,
+            "labels": self.labels._asdict(),
+            "under": self.under,
+            "description": self.description,
+            "weights": self.weights,
+            "notes": dict(self.notes),
+            "blocks": blocks,
+        }
+        store.write(path, arrays, about, kind="factors", schema=SCHEMA)
+
+
+def load(path: str | Path) -> Factors:
+    """Read factors that `Factors.save` wrote; every checksum is verified.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The factors. Their `transform` is there again if it was `as_blocks(…)` alone; another must be given where one is
+        needed, and is checked against the fingerprint.
+
+    Raises:
+        ValueError: if the file is no file of factors, or is damaged.
+    """
+    from influence import store
+
+    arrays, about = store.read(path, kind="factors", schema=SCHEMA)
+
+    def get(name: str | None) -> Any:
+        return None if name is None else arrays[name]
+
+    blocks = {
+        name: Curvature(
+            tuple(block["shape"]),
+            tuple(Basis(get(b["vectors"]), arrays[b["values"]]) for b in block["bases"]),
+            get(block["corrected"]),
+        )
+        for name, block in about.pop("blocks").items()
+    }
+    known = (as_blocks(bias=bias) for bias in (False, True))
+    transform = next((t for t in known if t.fingerprint == about["under"]), None)
+    labels = Labels(**about.pop("labels"))
+    return Factors(blocks=blocks, labels=labels, transform=transform, **about)

@@ -1,0 +1,112 @@
+r"""TKFAC: Kronecker factors with the right trace (Gao et al. 2021), in their per-example form.
+
+$$H \approx \delta\, S^* \otimes A^*, \quad A^* = \mathbb{E}[\operatorname{tr}(S_n)\, A_n] / \delta, \quad
+S^* = \mathbb{E}[\operatorname{tr}(A_n)\, S_n] / \delta,$$
+$$\delta = \mathbb{E}[\operatorname{tr} A_n \operatorname{tr} S_n]$$
+
+with `A_n = Σ_s ã ã^T` and `S_n = Σ_s g g^T` of one example, so that nothing depends on how examples are batched. With
+one position per example the trace is exactly that of the Fisher; with more it counts every pair of positions.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial, reduce
+
+import torch
+
+from influence.func.covariates import add_grams
+from influence.func.curvature import Curvature, decompose
+from influence.func.fold import Sink
+from influence.func.gather import BlockSums, Pair
+from influence.func.transform import Transform
+from influence.hessians import kfac
+from influence.hessians.factors import Factors
+from influence.hessians.fitting import About, FitStep, Sums, run, sum_sink
+from influence.hessians.labels import Labels
+from influence.types import Batch, LossFn, Params
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    transform: Transform | None = None,
+    labels: str = "sampled",
+    seed: int = 0,
+    draws: int = 1,
+    max_side: int = kfac.MAX_SIDE,
+    progress: bool = True,
+) -> Factors:
+    """Fit trace-corrected Kronecker factors in one pass. Arguments, cost and coverage as in `kfac.fit`.
+
+    Args:
+        loss_fn: a loss function.
+        params: the parameters.
+        batches: batches, seen once.
+        transform: a separable transform.
+        labels: `"sampled"`, `"data"` or `"exact"`.
+        seed: of the sampled labels.
+        draws: labels per position.
+        max_side: a side of more entries is kept as a diagonal.
+        progress: show a progress bar where there is a terminal.
+
+    Returns:
+        The factors.
+
+    Example:
+        >>> import torch
+        >>> from influence import functionalize, hessians
+        >>> loss_fn, params = functionalize(torch.nn.Linear(2, 1, bias=False), loss="squared_error")
+        >>> batch = {"input": torch.tensor([[2.0, 0.0], [0.0, 4.0]]), "labels": torch.zeros(2, 1)}
+        >>> round(hessians.tkfac.fit(loss_fn, params, [batch], labels="exact").trace, 5)
+        10.0
+    """
+    plan = partial(
+        kfac.plan_gather, "tkfac", together, loss_fn, params, transform, Labels(labels, seed, draws), max_side
+    )
+    return run(plan, sink, batches, progress, "TKFAC")
+
+
+def step(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    transform: Transform | None = None,
+    labels: str = "sampled",
+    seed: int = 0,
+    draws: int = 1,
+    max_side: int = kfac.MAX_SIDE,
+) -> FitStep:
+    """Plan the sums of a batch, for a fold of your own; see `kfac.step`."""
+    return kfac.plan_gather("tkfac", together, loss_fn, params, transform, Labels(labels, seed, draws), max_side, batch)
+
+
+def together(pairs: Sequence[Pair]) -> BlockSums:
+    """Sum what the definition needs of all uses of one block."""
+    lefts, rights = (torch.stack([side.energy() for side in sides]).sum(0) for sides in zip(*pairs, strict=True))
+    return {
+        "left": reduce(add_grams, [pair.left.gram(rights) for pair in pairs]),
+        "right": reduce(add_grams, [pair.right.gram(lefts) for pair in pairs]),
+        "traces": (lefts * rights).sum(),
+    }
+
+
+def sink(step: FitStep) -> Sink:
+    """Return the sink that folds a step's sums into factors."""
+    return sum_sink(step.about, finalize)
+
+
+def finalize(about: About, sums: Sums) -> Factors:
+    """Turn sums into factors; the scale `δ` goes to the left side."""
+    blocks = {}
+    for name, shape in about.shapes.items():
+        mine, what = sums.blocks[name], f"block {name!r}"
+        if "diagonal" in mine:
+            blocks[name] = Curvature(shape, (decompose(mine["diagonal"] / sums.documents, what),))
+            continue
+        traces = mine["traces"] if mine["traces"] > 0 else mine["traces"] + 1
+        left = decompose(mine["left"] / sums.documents, f"{what} (left)")
+        right = decompose(mine["right"] / traces, f"{what} (right)")
+        blocks[name] = Curvature(shape, (left, right))
+    return about.factors(sums, blocks)
