@@ -14,15 +14,21 @@ from influence import (
     as_blocks,
     chain,
     down_project,
+    eigen_whiten,
     functionalize,
+    hessians,
+    kfac_whiten,
     per_example_grads,
     per_token_grads,
+    precondition,
     project,
+    scale_by_adafactor,
     scale_by_adam,
     similarity,
     split_heads,
     unit_norm,
 )
+from influence.func.transform import Transform
 
 W = {"w": torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 1.0]])}
 X = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [3.0, 0.0, 1.0]])
@@ -195,7 +201,128 @@ CASES = [
         lambda: per_token_grads(ell, W, X, position="loss"),
         ("loss_fn.positions", "functionalize"),
     ),
+    Bad("an all-zero block", lambda: precondition_of(zero_block()), ("block '0' is zero", "exclude")),
+    Bad(
+        "a rank-deficient Gram without damping",
+        lambda: precondition_of(fit(), damping=0.0),
+        ("no inverse without damping", "Raise damping", "pseudoinverse"),
+    ),
+    Bad(
+        "a covariance that is not finite",
+        lambda: fit(batch=BATCH | {"input": torch.full((4, 3), 1e30)}),
+        ("the covariance of block '0' (right) is not finite", "wider dtype"),
+    ),
+    Bad(
+        "corrected factors on a separable path",
+        lambda: kfac_whiten(corrected(), dim=2),
+        ("was corrected (EK-FAC", "eigen_whiten", "the uncorrected factors"),
+    ),
+    Bad(
+        "corrected factors with a factored inversion",
+        lambda: precondition_of(corrected(), inversion="factored"),
+        ("needs Kronecker factors", "inversion='damped'"),
+    ),
+    Bad(
+        "factors of another model",
+        lambda: precondition_of(fit(nn.Linear(3, 5), nn.Linear(5, 2))),
+        ("block '0' has rows of shape [4, 4]", "another model's"),
+    ),
+    Bad(
+        "factors of other weights",
+        lambda: hessians.ekfac.correct(fit(), *weights(1), [BATCH]),
+        ("fitted at other weights",),
+    ),
+    Bad(
+        "factors of other blocks",
+        lambda: precondition_of(fit(), as_blocks()),
+        ("fitted under as_blocks(bias=True)", "chain(as_blocks(bias=False))"),
+    ),
+    Bad(
+        "the inverse twice",
+        lambda: chain(as_blocks(bias=True), precondition(fit()), kfac_whiten(fit())),
+        ("H is applied once",),
+    ),
+    Bad("unknown inversion", lambda: precondition(fit(), inversion="inverse"), ("damped, absolute", "'inverse'")),
+    Bad("a power out of range", lambda: precondition(fit(), power=1.0), ("[-1, 0]", "got 1.0")),
+    Bad("negative damping", lambda: precondition(fit(), damping=-0.1), ("at least 0", "got -0.1")),
+    Bad("no dimension", lambda: eigen_whiten(fit(), 0), ("dim must be at least 1",)),
+    Bad("unknown labels", lambda: fit(labels="true"), ("sampled, data, exact", "'true'")),
+    Bad(
+        "sampled labels of nobody",
+        lambda: fit(batch={key: BATCH[key] for key in ("input", "labels")}),
+        ("labels='sampled'", "'index', int64 [n]"),
+    ),
+    Bad(
+        "labels that cannot be drawn",
+        lambda: fit(loss=lambda output, batch: output.sum(1)),
+        ("needs a loss with a likelihood", "labels='data'"),
+    ),
+    Bad(
+        "a transform that does not separate",
+        lambda: fit(labels="data", transform=chain(as_blocks(), unit_norm())),
+        ("needs a separable transform", "hessians.shampoo"),
+    ),
+    Bad("curvature without blocks", lambda: fit(labels="data", transform=Transform()), ("put as_blocks(…) first",)),
+    Bad(
+        "weight and bias scaled apart",
+        lambda: fit(labels="data", transform=chain(as_blocks(bias=True), scale_by_adafactor(NET_MOMENTS))),
+        ("the weight and the bias of block '0' are scaled apart", "as_blocks(bias=False)"),
+    ),
+    Bad("no batches", lambda: hessians.kfac.fit(*weights(0), []), ("batches is empty",)),
+    Bad("batches that come once", lambda: hessians.ekfac.fit(*weights(0), iter([BATCH])), ("sees the batches twice",)),
+    Bad(
+        "a dense Gram of long rows",
+        lambda: hessians.autocorrelation.fit(
+            *functionalize(nn.Linear(200, 100), loss="cross_entropy"),
+            [{"input": torch.zeros(2, 200), "labels": torch.zeros(2, dtype=torch.int64)}],
+            transform=as_blocks(),
+        ),
+        ("too long for a dense second moment", "project"),
+    ),
+    Bad(
+        "nothing to correct",
+        lambda: hessians.ekfac.correct(
+            hessians.autocorrelation.fit(*weights(0), [BATCH], transform=as_blocks()), *weights(0), [BATCH]
+        ),
+        ("no Kronecker factors to correct",),
+    ),
+    Bad("a file of something else", lambda: hessians.load(__file__), ("is no HDF5 file",)),
 ]
+
+BATCH = {
+    "input": torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [3.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+    "labels": torch.tensor([0, 1, 1, 0]),
+    "index": torch.arange(4),
+}
+
+
+def weights(seed: int, *layers: nn.Module, loss: Any = "cross_entropy") -> Any:
+    model = nn.Sequential(*(layers or (nn.Linear(3, 4), nn.Linear(4, 2))))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw))
+    return functionalize(model, loss=loss)
+
+
+NET_MOMENTS = Moments({name: torch.rand_like(p) + 0.1 for name, p in weights(0)[1].items()})
+
+
+def fit(*layers: nn.Module, batch: Any = None, loss: Any = "cross_entropy", **settings: Any) -> Any:
+    return hessians.kfac.fit(*weights(0, *layers, loss=loss), [BATCH if batch is None else batch], **settings)
+
+
+def corrected() -> Any:
+    return hessians.ekfac.correct(fit(), *weights(0), [BATCH])
+
+
+def zero_block() -> Any:
+    return fit(batch=BATCH | {"labels": torch.full((4,), -100)})
+
+
+def precondition_of(factors: Any, blocks: Any = None, **settings: Any) -> Any:
+    transform = chain(blocks or as_blocks(bias=True), precondition(factors, **settings))
+    return per_example_grads(*weights(0), BATCH, transform=transform)
 
 
 def coupled(params: dict[str, Tensor], x: Tensor) -> Tensor:
