@@ -99,6 +99,14 @@ class Curvature:
         wide = rows if rows.dtype == torch.float64 else rows.float()
         return self.rotate(self.rotate(wide) * weights.to(wide), back=True).to(rows.dtype)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Curvature":
+        """Return the curvature on a device, in a dtype."""
+        bases = tuple(
+            Basis(None if b.vectors is None else b.vectors.to(device, dtype), b.values.to(device, dtype))
+            for b in self.bases
+        )
+        return Curvature(self.shape, bases, None if self.corrected is None else self.corrected.to(device, dtype))
+
     def dense(self) -> Float[Tensor, "d d"]:
         """Return `H` itself over the flattened row, in float64."""
         eye = torch.eye(prod(self.shape), dtype=torch.float64, device=self.bases[0].values.device)

@@ -6,7 +6,7 @@ gradient), then linear maps of the block's own gradient (`linear`), then maps of
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -19,6 +19,15 @@ from influence.types import Rows
 LinearMap: TypeAlias = Callable[[Tensor], Tensor]
 
 RowMap: TypeAlias = Callable[[Rows], Rows]
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A linear map which holds tensors."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LinearMap:
+        """Return the map where rows are."""
+        ...
 
 
 class Part(NamedTuple):
@@ -178,14 +187,19 @@ def into_blocks(folded: Folded, bias: bool) -> Folded:
 
 
 def placed(folded: Folded) -> Folded:
-    """Return a folded transform with every side on its parameter's device and in its dtype."""
+    """Return a folded transform with every side and map on its parameter's device and in its dtype."""
 
     def move(part: Part) -> Part:
         where = folded.layout[part.source]
         right = None if part.right is None else part.right.to(where.device, where.dtype)
         return Part(part.source, part.left.to(where.device, where.dtype), right)
 
-    return replace(folded, blocks=tuple(replace(b, parts=tuple(map(move, b.parts))) for b in folded.blocks))
+    def moved(block: Block) -> Block:
+        where = folded.layout[block.parts[0].source]
+        linear = tuple(m.to(where.device, where.dtype) if isinstance(m, Movable) else m for m in block.linear)
+        return replace(block, parts=tuple(map(move, block.parts)), linear=linear)
+
+    return replace(folded, blocks=tuple(map(moved, folded.blocks)))
 
 
 def with_sides(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> Folded:

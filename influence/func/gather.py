@@ -7,21 +7,18 @@ longer than its sum needs, and what has no such factors (norms, biases, bare par
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.axes import NO_POSITION, Axis
 from influence.func.batched import BatchedPlan, Runner, Tap, same_left
-from influence.func.contributions import EMBEDDING_NAMES, Feed, Route, Scene, base_name, column
-from influence.func.covariates import Covariate, Dense, Grouped, Tokens, add_grams
-from influence.func.factors import OneHot, Patches, positions
+from influence.func.contributions import Feed, Route, Scene
+from influence.func.covariates import Covariate, add_grams
 from influence.func.folding import Block
 from influence.func.probe import Call, UseKey, probe
-from influence.func.rules import CONV_NAMES, linear_input, linear_names
+from influence.func.seen import USES, Mask, Seen
 from influence.func.sides import Side
 from influence.types import Rows
 
@@ -106,7 +103,7 @@ class Gather(Runner):
         anchor: a zero that every tap depends on: its gradient is asked for so that every backward runs.
     """
 
-    def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Bool[Tensor, "n s"] | None, scene: Scene) -> None:
+    def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Mask, scene: Scene) -> None:
         """Start a run.
 
         Args:
@@ -154,7 +151,7 @@ class Gather(Runner):
         fed = [feed for name in call.params for feed in self.scene.feeds[name]]
         if all(feed.block.name in self.gather.rows for feed in fed):
             return super().tap(call, out, route)
-        use = USES[route.rule](call, route, self)
+        use = USES[route.rule](call, route, self.scene, self.mask)
         kept = [(feed, self.know(feed, use)) for feed in fed if feed.part.source == use.weight]
         biases = [feed for feed in fed if feed.block.name in self.zeros]
         known_is_left, gradient, late_of, total = use.known_is_left, use.gradient, use.late, use.total
@@ -179,7 +176,7 @@ class Gather(Runner):
         zeros = [self.zeros[feed.block.name] for feed in biases]
         return Tap.apply(backward, 1, 0, out, *zeros, self.anchor)
 
-    def know(self, feed: Feed, use: "Seen") -> Covariate | None:
+    def know(self, feed: Feed, use: Seen) -> Covariate | None:
         """Sum the factor that is known now: the same input through the same side is summed once."""
         name = feed.block.name
         self.positions[name] = self.positions.get(name, 0) + use.count
@@ -205,26 +202,6 @@ class Gather(Runner):
         else:
             self._waiting.setdefault(feed.block.name, []).append(pair)
 
-    def real(self, x: Tensor, axis: Axis, what: UseKey | str) -> Bool[Tensor, "n s"] | None:
-        """Return which positions of a tensor, arranged as `positions` does, are tokens; `None` where all are.
-
-        Raises:
-            ValueError: if padding cannot be told from tokens.
-        """
-        if self.mask is None or axis.position == NO_POSITION:
-            return None
-        parts = axis.split(x, self.scene.n)
-        at = None if axis.position is None else axis.position + 1
-        if parts[..., 0].numel() == self.scene.n:
-            return None
-        if at is None or at >= parts.ndim - 1 or parts.shape[at] != self.mask.shape[1]:
-            raise ValueError(
-                f"{what} reads padded examples, and where its positions are cannot be told, so padding would count as "
-                "data. Fit on batches without padding, or leave its parameters out (exclude=…)"
-            )
-        shape = [self.scene.n, *(parts.shape[dim] if dim == at else 1 for dim in range(1, parts.ndim - 1))]
-        return self.mask.reshape(shape).expand(parts.shape[:-1]).flatten(1)
-
 
 def _squares(row: Float[Tensor, "n ..."]) -> Float[Tensor, "..."]:
     wide = row if row.dtype == torch.float64 else row.float()
@@ -244,148 +221,6 @@ def _side_key(side: Side | None) -> tuple:
     )
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One use, with what is known of it in the forward pass.
-
-    Attributes:
-        weight: the parameter.
-        bias: a bias of the same use.
-        source: the tensor that came in.
-        known_is_left: whether what came in belongs to the left side of the blocks.
-        count: number of real positions.
-        known: `(side, the bias's part or None, max_side) -> covariate` of what came in.
-        gradient: arranges the output gradient.
-        late: `(arranged gradient, side, max_side) -> covariate`.
-        total: the output gradient summed over positions, `[n, o]`.
-    """
-
-    weight: str
-    bias: str | None
-    source: Tensor
-    known_is_left: bool
-    count: int
-    known: Callable[[Side, Any, int], Covariate]
-    gradient: Callable[[Tensor], Tensor]
-    late: Callable[[Tensor, Side, int], Covariate]
-    total: Callable[[Tensor], Tensor]
-
-
-def _see_linear(call: Call, route: Route, run: Gather) -> Seen:
-    weight, bias = linear_names(call)
-    x, axis, x_is_first = linear_input(call, route)
-    (out_axis,) = route.outputs
-    assert out_axis is not None
-    n = run.scene.n
-    real = run.real(x, axis, weight)
-    inputs = positions(x.detach().to(run.scene.values[weight].dtype), axis, n, None)
-
-    def known(side: Side, beside: Any, max_side: int) -> Covariate:
-        seen = side.apply(inputs)
-        seen = seen if beside is None else seen + column(beside, seen)
-        return Dense(seen if real is None else seen * real[..., None], seen.shape[-1] > max_side)
-
-    def gradient(g: Tensor) -> Tensor:
-        arranged = positions(g, out_axis, n, None)
-        there = run.real(g, out_axis, weight)
-        return arranged if there is None else arranged * there[..., None]
-
-    return Seen(
-        weight,
-        bias,
-        x,
-        x_is_first != run.scene.params[weight].transposed,
-        inputs.shape[0] * inputs.shape[1] if real is None else int(real.sum()),
-        known,
-        gradient,
-        lambda g, side, max_side: Dense(side.apply(g), side.size > max_side),
-        lambda g: g.sum(-2),
-    )
-
-
-def _see_conv(call: Call, route: Route, run: Gather) -> Seen:
-    named = call.arguments(CONV_NAMES, {"stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-    weight, bias, x = base_name(named["weight"]), base_name(named["bias"]), named["input"]
-    assert weight is not None
-    if run.mask is not None:
-        raise ValueError(
-            f"{weight} is a convolution over padded examples: its patches mix tokens and padding. Fit on batches "
-            "without padding, or leave it out (exclude=…)"
-        )
-    settings, groups = {key: named[key] for key in CONV_NAMES[3:]}, int(named["groups"])
-    values = run.scene.values[weight]
-    patches = Patches(x.detach().to(values.dtype), tuple(values.shape[1:]), settings).unfold()
-
-    def known(side: Side, beside: Any, max_side: int) -> Covariate:
-        seen = side.apply(patches)
-        return Dense(seen if beside is None else seen + column(beside, seen), seen.shape[-1] > max_side)
-
-    def late(g: Tensor, side: Side, max_side: int) -> Covariate:
-        if groups == 1:
-            return Dense(side.apply(g), side.size > max_side)
-        if not side.trivial and side.dense:
-            raise ValueError(
-                f"{weight} is a grouped convolution, whose groups see inputs of their own: after a matrix on its "
-                "output side it has no Kronecker factors. Fit before the projection, or leave it out (exclude=…)"
-            )
-        by_group = side.apply(g).mT.unflatten(1, (groups, -1)).mT
-        return Grouped(by_group, side.size > max_side)
-
-    return Seen(
-        weight,
-        bias,
-        x,
-        False,
-        patches.shape[0] * patches.shape[1],
-        known,
-        lambda g: g.flatten(2).mT,
-        late,
-        lambda g: g.sum(-2),
-    )
-
-
-def _see_embedding(call: Call, route: Route, run: Gather) -> Seen:
-    named = call.arguments(EMBEDDING_NAMES)
-    weight, ids = base_name(named["weight"]), named["input"]
-    assert weight is not None
-    place = next(i for i, leaf in enumerate(call.leaves) if leaf is ids)
-    axis, (out_axis,) = route.inputs[place], route.outputs
-    assert axis is not None
-    assert out_axis is not None
-    n = run.scene.n
-    arranged = positions(ids[..., None], axis, n, None)[..., 0]
-    values = run.scene.values[weight]
-    masked = run.real(ids[..., None], axis, weight)
-    real = torch.ones_like(arranged, dtype=torch.bool) if masked is None else masked
-    if named["padding_idx"] is not None:
-        real = real & (arranged != named["padding_idx"] % values.shape[0])
-
-    def known(side: Side, beside: Any, max_side: int) -> Covariate:
-        if side.dense:
-            return Dense(OneHot(arranged, values.shape[0]).through(side) * real[..., None], side.size > max_side)
-        scale = side.apply(values.new_ones(values.shape[0]))
-        return Tokens(arranged, scale, real)
-
-    return Seen(
-        weight,
-        None,
-        ids,
-        True,
-        int(real.sum()),
-        known,
-        lambda g: positions(g, out_axis, n, None) * real[..., None],
-        lambda g, side, max_side: Dense(side.apply(g), side.size > max_side),
-        lambda g: g.sum(-2),
-    )
-
-
-USES: dict[str, Callable[[Call, Route, Gather], Seen]] = {
-    "linear": _see_linear,
-    "conv": _see_conv,
-    "embedding": _see_embedding,
-}
-
-
 def gather(
     plan: GatherPlan,
     joint: Joint | None,
@@ -393,7 +228,7 @@ def gather(
     values: Rows,
     batch: Any,
     n: int,
-    mask: Bool[Tensor, "n s"] | None,
+    mask: Mask,
 ) -> tuple[Tensor, Any, Gather]:
     """Run a function of parameters with every use watched.
 

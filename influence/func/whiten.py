@@ -1,122 +1,20 @@
-r"""Whitening: inverse powers of a curvature as transforms of rows.
+r"""Whitening: `H^{-1/2}` of rows, and the projection that it goes into.
 
-`precondition` applies `H^r` block by block. Where the power separates, as K-FAC's `factored` inversion does at every
-`r`, it folds into the probe: `L G R^T` with `L = S_c^r`, `R = A_c^r`, and a projection behind it folds too, so whitened
-and projected rows cost what projected rows cost. Elsewhere it is a map of the block's own gradient.
+Whitened rows have inner products `g^T H^{-1} h`. The whitening goes before the projection, `R cov^{-1/2}` per side:
+after it every direction matters alike, and a random projection loses little; the other way round it loses most of it.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
-from math import prod
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from influence.func.curvature import Curvature, Weights, check_inversion, inverse_weights
-from influence.func.fingerprint import fingerprint
-from influence.func.folding import Block, Folded, block_with_sides, with_rows
-from influence.func.normalize import unit_norm
+from influence.func.curvature import Curvature, check_inversion, inverse_weights
+from influence.func.folding import Block, Folded, block_with_sides
+from influence.func.precondition import AFTER, BlockCurvature, Powered, coherent, precondition
 from influence.func.project import project
-from influence.func.similarity import dot
-from influence.func.transform import BLOCKS_AT_HAND, CollectedRows, Step, Transform, chain
-from influence.types import Rows
-
-
-@runtime_checkable
-class BlockCurvature(Protocol):
-    """What a fit of `hessians` returns, as far as a transform needs it."""
-
-    method: str
-    blocks: Mapping[str, Curvature]
-    under: str
-    description: str
-    transform: Transform | None
-
-    @property
-    def digest(self) -> str:
-        """A hash of every number."""
-        ...
-
-
-ONCE = "H is applied once: give one transform the whole power"
-AFTER = {"precondition": ONCE, "eigen_whiten": ONCE}
-
-
-def precondition(
-    factors: BlockCurvature,
-    power: float = -1.0,
-    damping: float = 0.1,
-    inversion: str = "damped",
-    missing: str = "error",
-) -> Transform:
-    r"""Apply an inverse power of the curvature to every block, `vec(G) ← H^r vec(G)`.
-
-    With `λ` the eigenvalues and `c` the damping the multiplier is `1/(λ + c λ̄)` for `"damped"`, `1/(λ + c)` for
-    `"absolute"`, `λ/(λ² + (cλ̄)²)` for `"tikhonov"`, `1/λ` where `λ > cλ̄` for `"pseudoinverse"`, and the separable
-    `1/((λ_S + √δ/π)(λ_A + π√δ))`, `δ = cλ̄`, for `"factored"`, all to the power `-r`. The separable one folds into the
-    probe; the others cost two rotations of a whole gradient, `4 o i (o + i)` FLOPs per example and block.
-
-    Args:
-        factors: what a fit returned.
-        power: `r` in [-1, 0].
-        damping: `c ≥ 0`, relative to the block's mean eigenvalue (`"absolute"`: as it is).
-        inversion: how small eigenvalues are met.
-        missing: `"error"`, or `"identity"`, which lets blocks without curvature through as they are.
-
-    Returns:
-        The transform; rows must have come through the transform which the factors were fitted under.
-
-    Raises:
-        ValueError: if an option is out of range, or (when bound) blocks have no curvature or other rows.
-
-    Example:
-        >>> import torch
-        >>> from influence import as_blocks, hessians, per_example_grads, precondition, chain
-        >>> ell, w, x = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}, torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-        >>> factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks())
-        >>> inverse = chain(as_blocks(), precondition(factors, damping=0.0))
-        >>> per_example_grads(ell, w, x, transform=inverse)["w"]
-        tensor([[1.0000, 0.0000],
-                [0.0000, 0.5000]])
-    """
-    check_inversion(power, damping, inversion)
-    if missing not in ("error", "identity"):
-        raise ValueError(f"missing must be 'error' or 'identity'; got {missing!r}")
-    made: dict[str, Weights] = {}
-
-    def weights(name: str) -> Weights:
-        if name not in made:
-            made[name] = inverse_weights(factors.blocks[name], power, damping, inversion, f"block {name!r}")
-        return made[name]
-
-    def extend(folded: Folded) -> Folded:
-        covered = coherent(factors, folded, missing)
-        for name in covered:
-            weights(name)
-        if folded.finish:
-            maps = {name: Powered(factors.blocks[name], weights(name).grid) for name in covered}
-            return with_rows(folded, lambda rows: {n: maps[n](row) if n in maps else row for n, row in rows.items()})
-        return replace(folded, blocks=tuple(_power(block, covered) for block in folded.blocks))
-
-    def _power(block: Block, covered: frozenset[str]) -> Block:
-        if block.into not in covered:
-            return block
-        curvature, mine = factors.blocks[block.into], weights(block.into)
-        if mine.sides is None or len(curvature.bases) != len(curvature.shape):
-            return replace(block, linear=(*block.linear, Powered(curvature, mine.grid)))
-        sides = tuple(_matrix(b.vectors, w) for b, w in zip(curvature.bases, mine.sides, strict=True))
-        return block_with_sides(block, sides[0], sides[1] if len(sides) == 2 else None)
-
-    settings = {
-        "factors": f"{factors.method}:{factors.digest[:16]}",
-        "power": float(power),
-        "damping": float(damping),
-        "inversion": inversion,
-        "missing": missing,
-    }
-    return Transform((Step("precondition", settings, extend, AFTER, needs=("as_blocks",)),))
+from influence.func.transform import Step, Transform, chain
 
 
 def kfac_whiten(
@@ -270,130 +168,6 @@ def kept_energy(factors: BlockCurvature, dim: int, damping: float = 0.1, inversi
     return shares
 
 
-class Sides(NamedTuple):
-    """The transforms of both sides of a score, which together apply `H^{-1}` once.
-
-    Attributes:
-        query: for query rows.
-        train: for training rows.
-    """
-
-    query: Transform
-    train: Transform
-
-    def scores(self, queries: Rows, train: Rows) -> Float[Tensor, "q n"]:
-        """Return the inner products of query rows and training rows, each collected under its own side.
-
-        Args:
-            queries: rows collected under `query`.
-            train: rows collected under `train`.
-
-        Returns:
-            `⟨query, train⟩`, positive where the example helps the query.
-
-        Raises:
-            ValueError: if rows do not say how they were made, or were made by another transform.
-        """
-        for rows, side, name in ((queries, self.query, "query"), (train, self.train, "train")):
-            made = rows.transform if isinstance(rows, CollectedRows) else None
-            if made is None:
-                raise ValueError(
-                    f"the {name} rows do not say how they were made; collect them with transform=sides.{name}"
-                )
-            if made.fingerprint != side.fingerprint:
-                raise ValueError(f"the {name} rows were made by {made}; this side is {side}")
-        return dot(queries, train)
-
-
-def one_sided(
-    factors: BlockCurvature, damping: float = 0.1, inversion: str = "damped", dim: int | None = None, seed: int = 0
-) -> Sides:
-    """Return `H^{-1}` on the query and nothing on the training side: `g_q^T H^{-1} g_t`.
-
-    Args:
-        factors: the factors; their transform comes first on both sides.
-        damping: `c`.
-        inversion: the inversion.
-        dim: project both sides after that; the query's whole gradient is formed, the training side folds.
-        seed: of the projection.
-
-    Returns:
-        Both sides.
-    """
-    start, end = _around(factors, dim, seed)
-    inverse = precondition(factors, power=-1.0, damping=damping, inversion=inversion)
-    return Sides(chain(start, inverse, end), chain(start, end))
-
-
-def two_sided(
-    factors: BlockCurvature, damping: float = 0.1, inversion: str = "damped", dim: int | None = None, seed: int = 0
-) -> Sides:
-    """Return `H^{-1/2}` on both sides, then unit norm: the cosine in the metric of `H^{-1}`.
-
-    Args:
-        factors: the factors; their transform comes first on both sides.
-        damping: `c`.
-        inversion: the inversion; `"factored"` folds into the probe.
-        dim: project after whitening, before the norm is taken.
-        seed: of the projection.
-
-    Returns:
-        Both sides, which are the same.
-    """
-    start, end = _around(factors, dim, seed)
-    root = precondition(factors, power=-0.5, damping=damping, inversion=inversion)
-    both = chain(start, root, end, unit_norm())
-    return Sides(both, both)
-
-
-def _around(factors: BlockCurvature, dim: int | None, seed: int) -> tuple[Transform, Transform]:
-    if factors.transform is None:
-        raise ValueError(
-            f"these factors were loaded from a file, and their transform {factors.description} cannot be restored from "
-            "it: chain it with precondition(…) yourself"
-        )
-    return factors.transform, Transform() if dim is None else project(dim, seed=seed)
-
-
-def coherent(factors: BlockCurvature, folded: Folded, missing: str) -> frozenset[str]:
-    """Return the rows that have curvature, having checked that it is theirs.
-
-    Raises:
-        ValueError: if the rows came through another transform, are of other shapes, or have no curvature.
-    """
-    if folded.made != (BLOCKS_AT_HAND,):
-        made = fingerprint([[name, settings] for name, settings in folded.made])
-        if made != factors.under:
-            steps = ", ".join(repr(Step(name, settings, lambda f: f, {})) for name, settings in folded.made)
-            raise ValueError(
-                f"the factors were fitted under {factors.description}; these rows come from chain({steps}). Curvature "
-                "belongs to the rows it was fitted on: fit it under this chain, or precondition where it was fitted"
-            )
-    shapes = folded.row_shapes
-    absent = [name for name in shapes if name not in factors.blocks]
-    if absent and (missing == "error" or len(absent) == len(shapes)):
-        raise ValueError(
-            f"{len(absent)} of {len(shapes)} blocks have no curvature in these factors ({', '.join(absent[:5])}); they "
-            f"have {', '.join(list(factors.blocks)[:5])}…. Are they another model's? Otherwise fit these blocks too, "
-            "leave them out (exclude=…), or pass missing='identity'"
-        )
-    for name, shape in shapes.items():
-        if name in factors.blocks and prod(factors.blocks[name].shape) != prod(shape):
-            raise ValueError(
-                f"block {name!r} has rows of shape {list(shape)}, and the factors' are of "
-                f"{list(factors.blocks[name].shape)}: they are another model's, or the bias was in one alone"
-            )
-    return frozenset(shapes) - frozenset(absent)
-
-
-def _matrix(vectors: Tensor | None, weights: Float[Tensor, " d"]) -> Shaped[Tensor, "d *d"]:
-    """Return `Q diag(w) Q^T`, or the diagonal, in float64."""
-    if vectors is None:
-        return weights.double()
-    q = vectors.double()
-    return (q * weights.double()) @ q.mT
-
-
 def _rows_of(vectors: Tensor | None, kept: Tensor, values: Tensor) -> Float[Tensor, "p d"]:
     """Return the chosen eigenvectors as rows."""
     if vectors is None:
@@ -401,24 +175,15 @@ def _rows_of(vectors: Tensor | None, kept: Tensor, values: Tensor) -> Float[Tens
     return vectors.double().mT[kept]
 
 
-class Powered:
-    """A power of a block's curvature, as a map of its rows."""
-
-    def __init__(self, curvature: Curvature, weights: Tensor) -> None:
-        """Hold the curvature and the weights of its eigenvectors."""
-        self.curvature, self.weights = curvature, weights
-
-    def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
-        """Apply it."""
-        return self.curvature.apply(rows, self.weights)
-
-
+@dataclass(frozen=True)
 class Scaled:
     """Weights of eigenvectors, on rows in the eigenbasis."""
 
-    def __init__(self, weights: Tensor) -> None:
-        """Hold the weights."""
-        self.weights = weights
+    weights: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Scaled":
+        """Return the weights where rows are."""
+        return Scaled(self.weights.to(device, dtype))
 
     def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Scale the rows."""
