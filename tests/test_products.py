@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from influence import functionalize
 from influence.func.batches import take
-from influence.hessians import cg, lissa, products
+from influence.hessians import cg, linearize, lissa, products
 from tests.cases import CASES
 
 KINDS = ("hessian", "ggn", "fisher")
@@ -239,7 +239,7 @@ def test_the_last_resort_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPat
     product, params = product_of("gpt2", kind, "mean")
     v = {name: normal(2, *p.shape) for name, p in params.items()}
     truth = flatten(product(v))
-    monkeypatch.setattr(products, "TRANSFORMS", products.AUTOGRAD)
+    monkeypatch.setattr(linearize, "TRANSFORMS", linearize.AUTOGRAD)
     recorded, _ = product_of("gpt2", kind, "mean")
     found = recorded(v)
     assert far(flatten(found), truth) < 1e-13
@@ -421,7 +421,7 @@ def test_a_query_that_is_done_is_left_alone() -> None:
     """Its numbers are those it has when it is solved alone, and it is asked of no further product."""
     asked = []
 
-    def counted(v: products.Vectors) -> products.Vectors:
+    def counted(v: linearize.Vectors) -> linearize.Vectors:
         asked.append(len(v["w"]))
         return operator(matrix)(v)
 
