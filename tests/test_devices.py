@@ -11,7 +11,10 @@ from influence import (
     as_blocks,
     chain,
     functionalize,
+    hessians,
+    kfac_whiten,
     per_example_grads,
+    precondition,
     project,
     scale_by_adafactor,
     scale_by_adam,
@@ -71,3 +74,25 @@ def test_narrow_dtypes_keep_the_direction(device: str, dtype: torch.dtype, toler
     expected = rows_on("cpu", torch.float64, TRANSFORMS[name], engine="batched")
     got, wanted = (torch.cat([row.double().cpu().flatten(1) for row in r.values()], 1) for r in (rows, expected))
     assert ((got - wanted).norm(dim=1) <= tolerance * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", ["kfac", "tkfac", "shampoo", "ekfac"])
+def test_curvature_is_that_of_the_cpu_and_whitens_on_its_own_device(device: str, method: str, tmp_path: Any) -> None:
+    # sampled labels are hashed, not drawn by a device's generator; loaded factors follow the rows to their device
+    blocks = as_blocks(bias=True)
+
+    def fitted(device: str) -> Any:
+        loss_fn, params = functionalize(GPT2.make().to(device), targets=["*mlp*", "*ln_1*"])
+        batch = {"input_ids": IDS.to(device), "index": torch.arange(3, device=device)}
+        return loss_fn, params, batch, getattr(hessians, method).fit(loss_fn, params, [batch], progress=False)
+
+    loss_fn, params, batch, factors = fitted(device)
+    for name, curvature in fitted("cpu")[3].blocks.items():
+        torch.testing.assert_close(factors.blocks[name].dense().cpu(), curvature.dense(), rtol=1e-9, atol=1e-12)
+    factors.save(tmp_path / "factors.h5")
+    loaded = hessians.load(tmp_path / "factors.h5")
+    transforms = [precondition(loaded, power=-0.5)] + ([] if method == "ekfac" else [kfac_whiten(loaded, dim=3)])
+    for transform in transforms:
+        rows = per_example_grads(loss_fn, params, batch, transform=chain(blocks, transform))
+        assert {row.device.type for row in rows.values()} == {device}

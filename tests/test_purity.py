@@ -18,6 +18,7 @@ from influence import (
     explain,
     fold,
     functionalize,
+    hessians,
     per_example_grads,
     per_example_grads_fn,
     per_token_grads,
@@ -26,6 +27,7 @@ from influence import (
     similarity,
     sinks,
     split_heads,
+    two_sided,
     unit_norm,
 )
 from influence.func.engines import TORCH_MESSAGES
@@ -42,6 +44,7 @@ def gpt2() -> nn.Module:
 
 
 BATCH = {"input_ids": torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])}
+INDEXED = BATCH | {"index": torch.arange(2)}
 
 
 def everything(model: nn.Module) -> dict[str, Callable[[], Any]]:
@@ -65,8 +68,34 @@ def everything(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "per token, loss": lambda: per_token_grads(loss_fn, params, BATCH, position="loss"),
         "explain": lambda: str(explain(loss_fn, params, BATCH)),
         "similarity": lambda: (similarity.nearest(rows, rows, k=1), similarity.products(loss_fn, params, BATCH)),
+        **{
+            name: lambda fit=fit: fit.fit(loss_fn, params, [INDEXED], transform=as_blocks(bias=True))
+            for name, fit in (
+                ("kfac", hessians.kfac),
+                ("tkfac", hessians.tkfac),
+                ("shampoo", hessians.shampoo),
+                ("ekfac", hessians.ekfac),
+            )
+        },
+        "autocorrelation": lambda: hessians.autocorrelation.fit(loss_fn, params, [INDEXED], transform=sketch),
+        "whitened": lambda: whitened(loss_fn, params),
+        "products": lambda: solved(loss_fn, params),
         "fold": lambda: fold(lambda batch: planned(params, batch), [BATCH], {"gram": sinks.gram()}),
     }
+
+
+def whitened(loss_fn: Any, params: dict[str, Tensor]) -> Any:
+    factors = hessians.ekfac.fit(loss_fn, params, [INDEXED])
+    both = two_sided(factors).query
+    return per_example_grads(loss_fn, params, BATCH, transform=both), str(factors), factors.digest
+
+
+def solved(loss_fn: Any, params: dict[str, Tensor]) -> Any:
+    rhs = per_example_grads(loss_fn, params, BATCH)
+    for make in (hessians.products.hessian_product, hessians.products.ggn_product, hessians.products.fisher_product):
+        make(loss_fn, params, [BATCH])(rhs)
+    product = hessians.products.ggn_product(loss_fn, params, [BATCH])
+    return hessians.cg.solve(product, rhs, 10.0, tolerance=1e-3)
 
 
 def sketch_all(loss_fn: Any, params: dict[str, Tensor]) -> Any:
