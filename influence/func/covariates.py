@@ -4,6 +4,7 @@ What curvature needs of a factor `x [n, s, d]` is its Gram matrix over positions
 example's energy. A factor of one-hot tokens or of a convolution's groups has both without being formed.
 """
 
+from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -58,11 +59,69 @@ class Dense(NamedTuple):
         weighted = x if weight is None else x * weight[:, None, None]
         if self.diagonal:
             return (weighted * x).sum((0, 1))
-        return weighted.flatten(0, 1).mT @ x.flatten(0, 1)
+        return symmetric_product(weighted.flatten(0, 1), x.flatten(0, 1))
 
     def energy(self) -> Float[Tensor, " n"]:
         """Return each example's sum of squares."""
         return widen(self.x).square().sum((1, 2))
+
+
+PANELS = 4
+"""Panels of columns in which a symmetric product is formed: `(PANELS + 1) / (2 PANELS)` of the whole one's work."""
+
+WIDE = 768
+"""Entries from which on the panels save more than they cost."""
+
+
+def symmetric_product(a: Float[Tensor, "m d"], b: Float[Tensor, "m d"]) -> Float[Tensor, "d d"]:
+    """Return `a^T b`, which is known to be symmetric, by its lower triangle of panels: torch has no such product.
+
+    Example:
+        >>> import torch
+        >>> symmetric_product(torch.ones(3, 2), torch.ones(3, 2))
+        tensor([[3., 3.],
+                [3., 3.]])
+    """
+    d = a.shape[1]
+    if d < WIDE:
+        return a.mT @ b
+    out = a.new_empty(d, d)
+    edges = [d * k // PANELS for k in range(PANELS + 1)]
+    for begin, end in pairwise(edges):
+        panel = a[:, begin:].mT @ b[:, begin:end]
+        out[begin:, begin:end] = panel
+        out[begin:end, end:] = panel[end - begin :].mT
+    return out
+
+
+class Affine(NamedTuple):
+    """Vectors `[n, s, d]` with a one behind each, which is never written there.
+
+    Attributes:
+        x: the vectors; zero where a position is padding.
+        real: which positions count; `None` for all.
+    """
+
+    x: Float[Tensor, "n s d"]
+    real: Bool[Tensor, "n s"] | None
+
+    def gram(self, weight: Float[Tensor, " n"] | None = None) -> Shaped[Tensor, "d *d"]:
+        """Return the weighted sum of outer products, `[d + 1, d + 1]`."""
+        x = widen(self.x)
+        weighted = x if weight is None else x * weight[:, None, None]
+        count = self._counts(x) if weight is None else self._counts(x) * weight
+        corner = symmetric_product(weighted.flatten(0, 1), x.flatten(0, 1))
+        edge = weighted.sum((0, 1))
+        return torch.cat([torch.cat([corner, edge[:, None]], 1), torch.cat([edge, count.sum()[None]])[None]])
+
+    def energy(self) -> Float[Tensor, " n"]:
+        """Return each example's sum of squares, the ones included."""
+        x = widen(self.x)
+        return x.square().sum((1, 2)) + self._counts(x)
+
+    def _counts(self, like: Tensor) -> Float[Tensor, " n"]:
+        n, s = self.x.shape[:2]
+        return like.new_full((n,), s) if self.real is None else self.real.sum(1).to(like)
 
 
 class Tokens(NamedTuple):

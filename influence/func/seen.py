@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence.func.axes import NO_POSITION, Axis
 from influence.func.contributions import EMBEDDING_NAMES, Route, Scene, base_name, column
-from influence.func.covariates import Covariate, Dense, Grouped, Tokens
+from influence.func.covariates import Affine, Covariate, Dense, Grouped, Tokens
 from influence.func.factors import OneHot, Patches, positions
 from influence.func.probe import Call
 from influence.func.rules import CONV_NAMES, linear_input, linear_names
@@ -57,6 +57,9 @@ def _see_linear(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
     inputs = positions(x.detach().to(scene.values[weight].dtype), axis, n, None)
 
     def known(side: Side, beside: Any, max_side: int) -> Covariate:
+        if beside is not None and behind(side, beside.right) and side.size <= max_side:
+            x = inputs[..., side.start : side.stop]
+            return Affine(x if tokens is None else x * tokens[..., None], tokens)
         seen = side.apply(inputs)
         seen = seen if beside is None else seen + column(beside, seen)
         return Dense(seen if tokens is None else seen * tokens[..., None], seen.shape[-1] > max_side)
@@ -77,6 +80,11 @@ def _see_linear(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
         lambda g, side, max_side: Dense(side.apply(g), side.size > max_side),
         lambda g: g.sum(-2),
     )
+
+
+def behind(side: Side, beside: Side) -> bool:
+    """Whether a bias's side only puts a one behind what a weight's side only selects."""
+    return side.selects and beside.selects and (side.before, side.after) == (0, 1) and beside.after == 0
 
 
 def _see_conv(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
