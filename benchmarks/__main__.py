@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import collect, peers, report
+from benchmarks import agree, collect, curvature, peers, ranks, report
 from benchmarks.models import MODELS
+from benchmarks.report import Check
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -17,9 +19,47 @@ def main() -> int:
 
     suite = suites.add_parser("collect", help="projected per-example gradients against the floor, hooks and peers")
     suite.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    _measuring(suite, collect.VARIANTS)
+    suite.set_defaults(run=_collect)
+
+    suite = suites.add_parser("curvature", help="K-FAC, EK-FAC and their use against the floor and kronfluence")
+    _measuring(suite, curvature.VARIANTS)
+    suite.set_defaults(run=_curvature)
+
+    suite = suites.add_parser("agree", help="EK-FAC scores beside kronfluence's: Pearson correlation and scale")
+    suite.add_argument("--threads", type=int, default=1)
+    suite.add_argument("--json", type=Path, help="where to write (default: nowhere)")
+    suite.add_argument("--quick", action="store_true", help="fewer examples, nothing judged: whether it runs")
+    suite.set_defaults(run=_agree)
+
+    suite = suites.add_parser("ranks", help="projected scores beside exact K-FAC ones: rank correlation by dimension")
+    suite.add_argument("--threads", type=int, default=2)
+    suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
+    suite.add_argument("--quick", action="store_true", help="a small, barely trained model: whether it runs")
+    suite.set_defaults(run=_ranks)
+
+    one = suites.add_parser("memory", help="the memory of one variant, as JSON")
+    of = one.add_subparsers(dest="of", required=True)
+    for name, variants in (("collect", collect.VARIANTS), ("curvature", curvature.VARIANTS)):
+        suite = of.add_parser(name)
+        if name == "collect":
+            suite.add_argument("--model", choices=MODELS, required=True)
+        suite.add_argument("--variant", choices=variants, required=True)
+        suite.add_argument("--threads", type=int, default=1)
+        suite.add_argument("--quick", action="store_true")
+    one.set_defaults(run=_memory)
+
+    arguments = parser.parse_args()
+    return arguments.run(parser, arguments)
+
+
+def _measuring(suite: argparse.ArgumentParser, variants: Mapping[str, object]) -> None:
+    """Add the arguments of a suite that measures variants."""
     suite.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default: 15)")
     suite.add_argument("--threads", type=int, default=1, help="1 is judged by processor time, more by wall time")
-    suite.add_argument("--only", nargs="+", choices=collect.VARIANTS, metavar="VARIANT", help="time these alone")
+    suite.add_argument(
+        "--only", nargs="+", choices=variants, metavar="VARIANT", help=f"time these alone: {', '.join(variants)}"
+    )
     suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
     suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed; implies --peers")
     suite.add_argument("--quick", action="store_true", help="tiny shapes and 3 rounds: whether it runs, not how fast")
@@ -29,57 +69,99 @@ def main() -> int:
         action=argparse.BooleanOptionalAction,
         help="run the peers, a missing one fails (default: those that are installed)",
     )
-    suite.set_defaults(run=_collect)
-
-    one = suites.add_parser("memory", help="the memory of one variant of collect, as JSON")
-    one.add_argument("--model", choices=MODELS, required=True)
-    one.add_argument("--variant", choices=collect.VARIANTS, required=True)
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--quick", action="store_true")
-    one.set_defaults(run=_memory)
-
-    arguments = parser.parse_args()
-    return arguments.run(parser, arguments)
 
 
 def _collect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    if arguments.check and (arguments.quick or arguments.only or arguments.no_memory):
-        parser.error("--check judges a full run: leave out --quick, --only and --no-memory")
+    wanted = _wanted(parser, arguments)
     if arguments.check and arguments.model not in ("neox", "all"):
         parser.error("--check has targets for --model neox (or all)")
-    wanted = arguments.check if arguments.peers is None else arguments.peers
-    skipped = {name for name in collect.PEERS if arguments.peers is False or not (wanted or peers.importable(name))}
-    names = arguments.only or [name for name in collect.VARIANTS if name not in skipped]
     found = collect.run(
         list(MODELS) if arguments.model == "all" else [arguments.model],
-        rounds=3 if arguments.quick else arguments.rounds,
-        threads=arguments.threads,
-        quick=arguments.quick,
-        names=names,
-        memory=not arguments.no_memory,
+        **_settings(arguments, collect.VARIANTS, collect.PEERS, wanted),
     )
-    met = True
+    checks = []
     if arguments.check:
         # The bars are the NeoX's; the other models are reported.
         judged = next(summary for summary in found["models"] if summary["model"] == "neox")
         checks = collect.targets(judged, with_peers=wanted)
-        found["checks"] = [check._asdict() for check in checks]
-        met = all(check.met for check in checks)
+    status = _finish(arguments, found, checks)
+    if checks and not checks[0].met:
+        print("The run is void.")
+    return status
+
+
+def _curvature(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    wanted = _wanted(parser, arguments)
+    if arguments.check and arguments.rounds < 15:
+        parser.error("--check judges 15 rounds at least")
+    found = curvature.run(**_settings(arguments, curvature.VARIANTS, curvature.PEERS, wanted))
+    return _finish(arguments, found, curvature.targets(found, with_peers=wanted) if arguments.check else [])
+
+
+def _agree(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    found = agree.run(threads=arguments.threads, quick=arguments.quick)
+    checks = [] if arguments.quick else agree.targets(found)
+    if checks:
         print(f"\n{report.verdict(checks)}")
-        if not checks[0].met:
-            print("The run is void.")
-    path = arguments.json
-    if path is None and not (arguments.quick or arguments.only):
-        path = RESULTS / f"collect-{arguments.threads}-threads.json"
+    if arguments.json is not None:
+        report.write(found, arguments.json)
+    return 0 if all(check.met for check in checks) else 1
+
+
+def _ranks(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    found = ranks.run(threads=arguments.threads, quick=arguments.quick)
+    path = arguments.json or (None if arguments.quick else RESULTS / "ranks.json")
     if path is not None:
         report.write(found, path)
         print(f"\nwrote {path}")
-    return 0 if met else 1
+    return 0
 
 
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    collect.print_memory(arguments.model, arguments.variant, arguments.threads, arguments.quick)
+    if arguments.of == "collect":
+        collect.print_memory(arguments.model, arguments.variant, arguments.threads, arguments.quick)
+    else:
+        curvature.print_memory(arguments.variant, arguments.threads, arguments.quick)
     return 0
+
+
+def _wanted(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
+    """Whether the peers must run."""
+    if arguments.check and (arguments.quick or arguments.only or arguments.no_memory):
+        parser.error("--check judges a full run: leave out --quick, --only and --no-memory")
+    return arguments.check if arguments.peers is None else arguments.peers
+
+
+def _settings(
+    arguments: argparse.Namespace, variants: Mapping[str, object], packages: Mapping[str, str], wanted: bool
+) -> dict:
+    """What a suite's `run` is given; `packages` says which variant needs which peer."""
+    left_out = {
+        name
+        for name, package in packages.items()
+        if arguments.peers is False or not (wanted or peers.importable(package))
+    }
+    return {
+        "rounds": 3 if arguments.quick else arguments.rounds,
+        "threads": arguments.threads,
+        "quick": arguments.quick,
+        "names": arguments.only or [name for name in variants if name not in left_out],
+        "memory": not arguments.no_memory,
+    }
+
+
+def _finish(arguments: argparse.Namespace, found: dict, checks: list[Check]) -> int:
+    """Print the verdict, write everything, and return the exit status."""
+    if checks:
+        found["checks"] = [check._asdict() for check in checks]
+        print(f"\n{report.verdict(checks)}")
+    path = arguments.json
+    if path is None and not (arguments.quick or arguments.only):
+        path = RESULTS / f"{found['benchmark']}-{arguments.threads}-threads.json"
+    if path is not None:
+        report.write(found, path)
+        print(f"\nwrote {path}")
+    return 0 if all(check.met for check in checks) else 1
 
 
 if __name__ == "__main__":

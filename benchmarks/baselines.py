@@ -5,7 +5,7 @@ function of nothing that does one batch. Steps that project return `{block: [n, 
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,56 @@ def hooks(work: Workload, matrices: Matrices, pruned: bool = False) -> Callable[
     return step
 
 
+def covariance_hooks(work: Workload, panels: int = 4) -> Callable[[], Matrices]:
+    """K-FAC's sums by hooks used as well as they can be: what a covariance fit costs at the least.
+
+    A Gram matrix is symmetric, so only its lower triangle is computed, in column panels (0.67 to 0.73 of the time of
+    the whole product here; half would be the limit, and torch offers no `syrk`). An input that several layers share is
+    summed once. The column of ones is never made: its products are the input's column sums and a count.
+
+    Returns:
+        A step that adds a batch and returns the lower triangles `{block: (Σ g gᵀ, Σ ã ãᵀ)}` so far.
+    """
+    model, seen, sums = twin(work.model), {}, {}
+
+    def add(key: tuple[str, str], x: Tensor, ones: bool) -> None:
+        rows, width = len(x), x.shape[1]
+        if key not in sums:
+            sums[key] = x.new_zeros(width + ones, width + ones)
+        wide = -(-width // panels)
+        for start in range(0, width, wide):
+            panel = slice(start, min(start + wide, width))
+            sums[key][start:width, panel].addmm_(x[:, start:].mT, x[:, panel])
+        if ones:
+            sums[key][width, :width] += x.sum(0)
+            sums[key][width, width] += rows
+
+    def hook(name: str) -> Hook:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0]
+            if id(x) not in seen:
+                seen.clear()  # layers that share an input follow one another
+                seen[id(x)] = name, x  # kept alive, so that its id is nobody else's
+                add((name, "right"), x.detach().flatten(0, -2), True)
+            shared[name] = seen[id(x)][0]
+            output.register_hook(lambda g: add((name, "left"), g.flatten(0, -2), False))
+
+        return keep
+
+    shared: dict[str, str] = {}
+    for name in work.blocks:
+        model.get_submodule(name).register_forward_hook(hook(name))
+
+    def step() -> Matrices:
+        inputs = work.inputs().requires_grad_()
+        loss = work.losses(model, inputs, work.labels).sum()
+        seen.clear()
+        torch.autograd.grad(loss, inputs)
+        return {name: (sums[name, "left"], sums[shared[name], "right"]) for name in work.blocks}
+
+    return step
+
+
 def vmap_then_project(work: Workload, matrices: Matrices) -> Callable[[], Rows]:
     """`vmap(grad)` of the full weights, as the torch.func tutorial has it, then the projection."""
     params = {name: work.model.get_parameter(name) for name in work.targets}
@@ -102,7 +152,11 @@ def training_step(work: Workload) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def dense_rows(
-    work: Workload, matrices: Matrices, moments: Mapping[str, Tensor] | None = None, eps: float = 0.0
+    work: Workload,
+    matrices: Matrices,
+    moments: Mapping[str, Tensor] | None = None,
+    eps: float = 0.0,
+    bias: bool = False,
 ) -> Rows:
     """The oracle: each example's full weight gradients by autograd, one at a time; scale, then project.
 
@@ -111,18 +165,68 @@ def dense_rows(
         matrices: `L` and `R` per block.
         moments: Second moments per weight; gradients are divided by `sqrt(v) + eps`.
         eps: As said.
+        bias: Whether a block's bias is its last column.
     """
-    model = twin(work.model, work.targets)
-    params = {name: model.get_parameter(name) for name in work.targets}
     rows: dict[str, list[Tensor]] = {name: [] for name in work.blocks}
+    for grads in dense_gradients(work, bias):
+        for name, gradient in grads.items():
+            if moments is not None:
+                gradient = gradient / (moments[f"{name}.weight"].flatten(1).sqrt() + eps)
+            left, right = matrices[name]
+            rows[name].append(left @ gradient @ right.mT)
+    return {name: torch.stack(per_example) for name, per_example in rows.items()}
+
+
+def dense_gradients(work: Workload, bias: bool = False) -> Iterator[Rows]:
+    """The full gradients `{block: [o, i]}` of one example after another, by autograd; with `bias`, `[o, i + 1]`.
+
+    Args:
+        work: Its weights and batch.
+        bias: Whether a block's bias is its last column.
+    """
+    names = [name for block in work.blocks for name in (f"{block}.weight", f"{block}.bias")[: 1 + bias]]
+    model = twin(work.model, names)
+    params = [model.get_parameter(name) for name in names]
     for inputs, label in zip(work.inputs(), work.labels, strict=True):
         loss = work.losses(model, inputs[None], label[None]).sum()
-        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
-        if moments is not None:
-            grads = {name: g / (moments[name].sqrt() + eps) for name, g in grads.items()}
-        for name, row in project({name: g[None] for name, g in grads.items()}, matrices).items():
-            rows[name].append(row)
-    return {name: torch.cat(per_example) for name, per_example in rows.items()}
+        grads = dict(zip(names, torch.autograd.grad(loss, params), strict=True))
+        yield {
+            block: torch.cat([grads[f"{block}.weight"], grads[f"{block}.bias"][:, None]], 1)
+            if bias
+            else grads[f"{block}.weight"].flatten(1)
+            for block in work.blocks
+        }
+
+
+def dense_factors(work: Workload) -> tuple[Matrices, Matrices]:
+    """Sums over a batch of both factors of every linear block's gradient, for labels from the data.
+
+    Returns:
+        K-FAC's `{block: (Σ g gᵀ, Σ ã ãᵀ)}`, and TKFAC's, in which an example's `g gᵀ` is weighted by its `Σ ‖ã‖²` and
+        its `ã ãᵀ` by its `Σ ‖g‖²`.
+    """
+    model, seen, outputs = twin(work.model), {}, {}
+
+    def keep(name: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name], outputs[name] = args[0].detach(), output
+
+        return hook
+
+    for name in work.blocks:
+        model.get_submodule(name).register_forward_hook(keep(name))
+    loss = work.losses(model, work.inputs().requires_grad_(), work.labels).sum()
+    grads = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+    plain, traced = {}, {}
+    for name, g in grads.items():
+        x = F.pad(seen[name], (0, 1), value=1.0)
+        each = [(a.mT @ a, b.mT @ b) for a, b in zip(g, x, strict=True)]
+        plain[name] = (sum(left for left, _ in each), sum(right for _, right in each))
+        traced[name] = (
+            sum(right.trace() * left for left, right in each),
+            sum(left.trace() * right for left, right in each),
+        )
+    return plain, traced
 
 
 def project(full: Mapping[str, Tensor], matrices: Matrices) -> Rows:
@@ -135,10 +239,15 @@ def project(full: Mapping[str, Tensor], matrices: Matrices) -> Rows:
     return rows
 
 
-def worst_error(rows: Rows, expected: Rows) -> float:
-    """The largest `‖Δ‖ / ‖expected‖` over blocks."""
+def worst_error(rows: Mapping, expected: Mapping) -> float:
+    """The largest `‖Δ‖ / ‖expected‖` over blocks, and over the sides of each where they are pairs."""
     if rows.keys() != expected.keys():
         raise ValueError(f"blocks differ: {sorted(rows.keys() ^ expected.keys())}")
+    if any(isinstance(row, tuple) for row in expected.values()):
+        sides = range(2)
+        return max(
+            worst_error(*({name: row[k] for name, row in both.items()} for both in (rows, expected))) for k in sides
+        )
     return max(float((rows[name] - row).norm() / row.norm()) for name, row in expected.items())
 
 

@@ -6,42 +6,22 @@ hand-written hooks are above `HOOKS_BAR` × floor is void: the machine, or our b
 """
 
 import math
-import sys
-import traceback
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, measure, peers, report
+from benchmarks import baselines, measure, peers, variants
 from benchmarks.models import MODELS, Workload
 from benchmarks.report import Check, at_least, at_most
+from benchmarks.variants import Prepared
 
 DIM = 16
 EPS = 1e-8
-TOLERANCE = 1e-4
 HOOKS_BAR = 1.12
 LOOP_EXAMPLES = 2
-
-
-class Prepared(NamedTuple):
-    """A variant that is ready to run.
-
-    Attributes:
-        step: Does one batch.
-        expected: The rows that it must return, computed when asked; None where it returns none.
-        scale: A whole batch costs this many steps.
-        note: For the table.
-    """
-
-    step: measure.Step
-    expected: Callable[[], baselines.Rows] | None = None
-    scale: float = 1.0
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +55,10 @@ class Bench:
         """What every variant that projects must return."""
         return baselines.dense_rows(self.work, self.matrices)
 
+    def error(self, rows: baselines.Rows) -> float:
+        """How far a variant's rows are from those of the dense loop."""
+        return baselines.worst_error(rows, self.rows)
+
     @cached_property
     def function(self) -> tuple[Callable, dict[str, Tensor]]:
         """`functionalize` of the workload's model, loss and targets."""
@@ -98,35 +82,37 @@ def floor(bench: Bench) -> Prepared:
 
 
 def hooks(bench: Bench) -> Prepared:
-    return Prepared(baselines.hooks(bench.work, bench.matrices), lambda: bench.rows)
+    return Prepared(baselines.hooks(bench.work, bench.matrices), bench.error)
 
 
 def hooks_pruned(bench: Bench) -> Prepared:
     step = baselines.hooks(bench.work, bench.matrices, pruned=True)
-    return Prepared(step, lambda: bench.rows, note="no gradient of the inputs: below the floor's work")
+    return Prepared(step, bench.error, note="no gradient of the inputs: below the floor's work")
 
 
 def batched(bench: Bench) -> Prepared:
-    return Prepared(bench.ours(engine="batched"), lambda: bench.rows)
+    return Prepared(bench.ours(engine="batched"), bench.error)
 
 
 def vmap(bench: Bench) -> Prepared:
-    return Prepared(bench.ours(engine="vmap"), lambda: bench.rows)
+    return Prepared(bench.ours(engine="vmap"), bench.error)
 
 
 def compiled(bench: Bench) -> Prepared:
-    return Prepared(bench.ours(compile=True), lambda: bench.rows)
+    return Prepared(bench.ours(compile=True), bench.error)
 
 
 def vmap_then_project(bench: Bench) -> Prepared:
-    return Prepared(baselines.vmap_then_project(bench.work, bench.matrices), lambda: bench.rows)
+    return Prepared(baselines.vmap_then_project(bench.work, bench.matrices), bench.error)
 
 
 def loop(bench: Bench) -> Prepared:
     step = bench.ours(engine="loop", count=LOOP_EXAMPLES)
-    expected = lambda: {name: row[:LOOP_EXAMPLES] for name, row in bench.rows.items()}  # noqa: E731
     return Prepared(
-        step, expected, bench.work.n / LOOP_EXAMPLES, f"timed on {LOOP_EXAMPLES} of {bench.work.n} examples"
+        step,
+        lambda rows: baselines.worst_error(rows, {name: row[:LOOP_EXAMPLES] for name, row in bench.rows.items()}),
+        bench.work.n / LOOP_EXAMPLES,
+        f"timed on {LOOP_EXAMPLES} of {bench.work.n} examples",
     )
 
 
@@ -138,12 +124,19 @@ def adam(bench: Bench) -> Prepared:
     from influence import Moments, scale_by_adam
 
     step = bench.ours(scale_by_adam(Moments(bench.moments), eps=EPS))
-    return Prepared(step, lambda: baselines.dense_rows(bench.work, bench.matrices, bench.moments, EPS))
+    return Prepared(
+        step,
+        lambda rows: baselines.worst_error(rows, baselines.dense_rows(bench.work, bench.matrices, bench.moments, EPS)),
+    )
 
 
 def bergson(bench: Bench) -> Prepared:
     step, matrices = peers.bergson(bench.work, DIM)
-    return Prepared(step, lambda: baselines.dense_rows(bench.work, matrices), note="its own matrices")
+    return Prepared(
+        step,
+        lambda rows: baselines.worst_error(rows, baselines.dense_rows(bench.work, matrices)),
+        note="its own matrices",
+    )
 
 
 # The name in the table, what prepares it.
@@ -160,35 +153,10 @@ VARIANTS: dict[str, Callable[[Bench], Prepared]] = {
     "scale_by_adam": adam,
     "bergson": bergson,
 }
-PEERS = ("bergson",)
+PEERS = {"bergson": "bergson"}
 EAGER = ("batched", "vmap")
 # Variants that form full gradients, a block at a time.
 COUNTED = ("scale_by_adam",)
-
-
-@dataclass
-class Row:
-    """What was measured of one variant.
-
-    Attributes:
-        name: The variant.
-        note: For the table.
-        scale: Steps per batch.
-        error: From the dense loop, relative.
-        failed: Why there is nothing else.
-        gradients_alive: The most full weight gradients alive at once, in units of the largest block's `[n, o, i]`.
-        times: Raw.
-        memory: In a process of its own.
-    """
-
-    name: str
-    note: str = ""
-    scale: float = 1.0
-    error: float | None = None
-    failed: str | None = None
-    gradients_alive: float | None = None
-    times: measure.Times = field(default_factory=lambda: measure.Times([], []))
-    memory: measure.Memory | None = None
 
 
 def run(models: Sequence[str], *, rounds: int, threads: int, quick: bool, names: Sequence[str], memory: bool) -> dict:
@@ -207,10 +175,12 @@ def run(models: Sequence[str], *, rounds: int, threads: int, quick: bool, names:
         bench = Bench(MODELS[model](quick))
         # Bergson reads causal language models only.
         chosen = [name for name in names if name not in PEERS or isinstance(bench.work.batch, dict)]
-        rows = measure_model(bench, chosen, rounds)
+        rows = variants.run(model, bench, VARIANTS, chosen, rounds, watch=partial(count, bench))
         if memory:
             for row in rows.values():
-                measure_memory(row, model, threads, quick)
+                variants.measure_memory(
+                    row, model, ["collect", "--model", model, "--threads", str(threads), *["--quick"] * quick]
+                )
         summary = summarise(bench.work, rows, clock)
         found["models"].append(summary)
         print(table(summary, found["settings"]), flush=True)
@@ -218,35 +188,11 @@ def run(models: Sequence[str], *, rounds: int, threads: int, quick: bool, names:
     return found
 
 
-def measure_model(bench: Bench, names: Sequence[str], rounds: int) -> dict[str, Row]:
-    """Prepare, verify and time the variants; one that raises becomes a failed row and leaves the others alone."""
-    rows, steps = {}, {}
-    for name in names:
-        rows[name] = row = Row(name)
-        _say(f"{bench.work.name}: {name}")
-        try:
-            prepared = VARIANTS[name](bench)
-            row.note, row.scale = prepared.note, prepared.scale
-            with warnings.catch_warnings():
-                # A compiled variant that runs eagerly after all is no compiled variant.
-                warnings.filterwarnings("error", message="not compiled|the compiled step differs")
-                result = prepared.step()
-            if prepared.expected is not None:
-                row.error = baselines.worst_error(result, prepared.expected())
-                if not row.error <= TOLERANCE:
-                    raise ValueError(f"wrong numbers: {row.error:.1e} from the dense loop")
-            prepared.step()  # a second call repeats the plan's check: no part of what a step costs
-            if name in COUNTED:
-                row.gradients_alive = gradients_alive(bench.work, prepared.step)
-                row.note = f"{row.gradients_alive:.2f} blocks' full gradients alive at once"
-            steps[name] = prepared.step
-        except Exception as problem:
-            row.failed = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-            traceback.print_exc()
-    timed = measure.interleave(steps, rounds, on_round=lambda done: _say(f"{bench.work.name}: round {done}/{rounds}"))
-    for name, times in timed.items():
-        rows[name].times = times
-    return rows
+def count(bench: Bench, row: variants.Row, step: measure.Step) -> None:
+    """Count the full gradients alive in a step of a variant that forms them a block at a time."""
+    if row.name in COUNTED:
+        row.extra["gradients_alive"] = gradients_alive(bench.work, step)
+        row.note = f"{row.extra['gradients_alive']:.2f} blocks' full gradients alive at once"
 
 
 def gradients_alive(work: Workload, step: measure.Step) -> float:
@@ -258,19 +204,6 @@ def gradients_alive(work: Workload, step: measure.Step) -> float:
     return alive.peak / (work.n * max(weight.nbytes for weight in weights))
 
 
-def measure_memory(row: Row, model: str, threads: int, quick: bool) -> None:
-    """Fill in the memory of a variant that ran, from a process of its own."""
-    if row.failed:
-        return
-    _say(f"{model}: memory of {row.name}")
-    arguments = ["memory", "--model", model, "--variant", row.name, "--threads", str(threads)]
-    try:
-        row.memory = measure.memory_of("benchmarks", arguments + ["--quick"] * quick)
-    except RuntimeError as problem:
-        row.failed = "its memory could not be measured"
-        _say(str(problem))
-
-
 def print_memory(model: str, variant: str, threads: int, quick: bool) -> None:
     """Measure the memory of one variant in this process and print it as JSON."""
     torch.set_num_threads(threads)
@@ -278,42 +211,20 @@ def print_memory(model: str, variant: str, threads: int, quick: bool) -> None:
     measure.print_memory(lambda: VARIANTS[variant](bench).step)
 
 
-def summarise(work: Workload, rows: dict[str, Row], clock: str) -> dict:
+def summarise(work: Workload, rows: dict[str, variants.Row], clock: str) -> dict:
     """One model's rows with their ratios, and the raw times they come from."""
-    seconds = {name: getattr(row.times, clock) for name, row in rows.items() if row.times.wall}
-    base = rows["floor"].memory if "floor" in rows else None
-    variants = []
-    for name, row in rows.items():
-        entry = {"name": name, "note": row.note, "failed": row.failed, "error": row.error, "scale": row.scale}
-        entry["gradients_alive"] = row.gradients_alive
-        if name in seconds:
-            entry["seconds"] = row.scale * measure.ratio(seconds[name], [1.0] * len(seconds[name])).median
-            for other in ("floor", "hooks"):
-                if other in seconds:
-                    entry[f"over_{other}"] = measure.ratio(seconds[name], seconds[other], row.scale)._asdict()
-            if "bergson" in seconds:
-                entry["throughput_over_bergson"] = measure.ratio(
-                    seconds["bergson"], seconds[name], 1 / row.scale
-                )._asdict()
-            entry["raw"] = row.times._asdict()
-        if row.memory:
-            entry["memory"] = row.memory._asdict()
-            if base:
-                entry["memory"]["above_floor"] = row.memory.step / base.step - 1
-        variants.append(entry)
-    return {"model": work.name, "shape": work.shape, "blocks": len(work.blocks), "variants": variants}
+    entries, seconds = variants.summarise(rows, clock, ("floor", "hooks")), variants.times_of(rows, clock)
+    for entry in entries:
+        name = entry["name"]
+        if name in seconds and "bergson" in seconds:
+            ratio = measure.ratio(seconds["bergson"], seconds[name], 1 / rows[name].scale)
+            entry["throughput_over_bergson"] = ratio._asdict()
+    return {"model": work.name, "shape": work.shape, "blocks": len(work.blocks), "variants": entries}
 
 
 def targets(summary: dict, *, with_peers: bool) -> list[Check]:
     """Every target, judged on one model; the first says whether the run counts at all."""
-    found = {entry["name"]: entry for entry in summary["variants"]}
-
-    def read(name: str, *path: str) -> float | None:
-        value = found.get(name, {})
-        for key in path:
-            value = value.get(key) if value else None
-        return value
-
+    read = variants.reader(summary["variants"])
     eager = min(EAGER, key=lambda name: read(name, "over_floor", "median") or math.inf)
     checks = [
         at_most("hooks / floor (above it the run is void)", read("hooks", "over_floor", "median"), HOOKS_BAR),
@@ -331,9 +242,7 @@ def targets(summary: dict, *, with_peers: bool) -> list[Check]:
             ),
             at_least("throughput of compiled / bergson", read("compiled", "throughput_over_bergson", "median"), 1.6),
         ]
-    return checks + [
-        Check(f"{name} ran", None, entry["failed"], False) for name, entry in found.items() if entry["failed"]
-    ]
+    return checks + variants.failures(summary["variants"])
 
 
 def table(summary: dict, settings: dict) -> str:
@@ -342,29 +251,9 @@ def table(summary: dict, settings: dict) -> str:
         f"\n{summary['model']}: {summary['shape']}, {summary['blocks']} blocks, projected to {settings['dim']} × "
         f"{settings['dim']}; {settings['rounds']} rounds, {settings['threads']} thread(s), {settings['clock']} time\n"
     )
-    return title + report.table(COLUMNS, [_line(entry) for entry in summary["variants"]])
+    return title + variants.table(summary["variants"], "× bergson", _throughput)
 
 
-COLUMNS = ("variant", "ms", "× floor", "quartiles", "× bergson", "peak MiB", "above floor", "held MiB", "error", "")
-
-
-def _line(entry: dict) -> tuple[str, ...]:
-    if entry["failed"]:
-        return entry["name"], "FAILED", *[""] * (len(COLUMNS) - 3), entry["failed"]
-    over, faster, memory = (entry.get(key) for key in ("over_floor", "throughput_over_bergson", "memory"))
-    return (
-        entry["name"],
-        f"{1e3 * entry['seconds']:.0f}",
-        f"{over['median']:.3f}" if over else "",
-        f"{over['low']:.3f}–{over['high']:.3f}" if over else "",
-        f"{faster['median']:.2f}" if faster else "",
-        f"{memory['step'] / 2**20:.0f}" if memory else "",
-        f"{memory['above_floor']:+.1%}" if memory and "above_floor" in memory else "",
-        f"{memory['held'] / 2**20:.0f}" if memory else "",
-        f"{entry['error']:.0e}" if entry["error"] is not None else "",
-        entry["note"],
-    )
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _throughput(entry: dict) -> str:
+    faster = entry.get("throughput_over_bergson")
+    return f"{faster['median']:.2f}" if faster else ""

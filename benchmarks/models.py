@@ -113,7 +113,7 @@ def llama(quick: bool = False) -> Workload:
 def conv(quick: bool = False) -> Workload:
     """A residual network with GroupNorm on 3 × 32 × 32 images: 11 convolutions, strided and 1 × 1 ones among them."""
     examples, width = (4, 32) if quick else (32, 64)
-    model = _build(lambda: ResidualNet(width))
+    model = build(lambda: ResidualNet(width))
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(examples, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 10, (examples,), generator=generator)
@@ -132,6 +132,37 @@ def conv(quick: bool = False) -> Workload:
         labels=labels,
         losses=losses,
     )
+
+
+def plain(quick: bool = False) -> Workload:
+    """A transformer of separate `nn.Linear`s (all that kronfluence can see): 4 layers, 256 wide, 4 heads, MLP 1024.
+
+    Vocabulary 1024, 64 × 128 tokens; 24 linear blocks with biases, the head left out. Queries, keys and values are fed
+    one tensor. Labels are given position by position, already shifted.
+    """
+    layers, width, vocabulary, examples, tokens = (2, 64, 128, 8, 32) if quick else (4, 256, 1024, 64, 128)
+    model = build(lambda: PlainTransformer(layers, width, vocabulary))
+    draw = torch.Generator().manual_seed(1)
+    ids, labels = torch.randint(0, vocabulary, (2, examples, tokens), generator=draw)
+    embedding = model.embedding.weight
+    return Workload(
+        name="plain",
+        shape=f"{examples} × {tokens} tokens",
+        model=model,
+        batch={"input_ids": ids, "labels": labels, "index": torch.arange(examples)},
+        loss="cross_entropy",
+        targets=_targets(model.layers, nn.Linear, prefix="layers."),
+        inputs=lambda: F.embedding(ids, embedding),
+        labels=labels,
+        losses=position_losses,
+    )
+
+
+def position_losses(net: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Each example's cross-entropy summed over positions, from embeddings `[n, t, d]`."""
+    logits = net(inputs_embeds=inputs)
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return flat.view(len(inputs), -1).sum(1)
 
 
 MODELS: dict[str, Callable[[bool], Workload]] = {"neox": neox, "llama": llama, "conv": conv}
@@ -172,8 +203,43 @@ class ResidualBlock(nn.Module):
         return self.short(x) + self.conv2(F.relu(self.norm2(y)))
 
 
+class PlainTransformer(nn.Module):
+    """A decoder without positions (causal attention sees order by itself), before-norm, with an untied head."""
+
+    def __init__(self, layers: int, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.Sequential(*(PlainLayer(width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Tokens `[n, t]`, or their embeddings, to logits `[n, t, v]`."""
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.head(self.norm(self.layers(x)))
+
+
+class PlainLayer(nn.Module):
+    """Four heads of attention and an MLP of four times the width, each a linear map of its own."""
+
+    heads = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, t, d]` to the same."""
+        y = self.norm1(x)
+        q, k, v = (map_(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for map_ in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 def _language_model(name: str, family: type[nn.Module], config: object, *, examples: int, tokens: int) -> Workload:
-    model = _build(lambda: family(config))
+    model = build(lambda: family(config))
     ids = torch.randint(0, config.vocab_size, (examples, tokens), generator=torch.Generator().manual_seed(1))
     # The labels are shifted, not the logits: slicing the logits copies them, 4 % of the whole step.
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
@@ -197,7 +263,7 @@ def _language_model(name: str, family: type[nn.Module], config: object, *, examp
     )
 
 
-def _build(build: Callable[[], nn.Module]) -> nn.Module:
+def build(build: Callable[[], nn.Module]) -> nn.Module:
     """A frozen model in eval mode, initialised from a fixed seed that leaves the global generator alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ def bergson(work: Workload, dim: int) -> tuple[Callable[[], dict[str, Tensor]], 
     Returns:
         A step that returns the rows of its buffer as `{block: [n, p, p]}`, and the matrices it drew.
     """
-    with _torch_settings_kept():
+    with torch_settings_kept():
         from bergson import GradientProcessor, IndexConfig, InMemoryCollector
         from bergson.collector.collector import fwd_bwd_factory
         from datasets import Dataset
@@ -70,7 +70,7 @@ def bergson(work: Workload, dim: int) -> tuple[Callable[[], dict[str, Tensor]], 
 
 
 @contextlib.contextmanager
-def _torch_settings_kept() -> Iterator[None]:
+def torch_settings_kept() -> Iterator[None]:
     """A peer's import must not change how the other variants run."""
     threads, precision, attention = torch.get_num_threads(), torch.get_float32_matmul_precision(), _attention()
     yield

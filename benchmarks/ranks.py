@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import measure
+
 DIMS = (8, 16, 32, 64)
 SEEDS = (0, 1, 2)
 DAMPING = 0.1
@@ -94,8 +96,8 @@ def batches(ids: Tensor, size: int = 64) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids[i : i + size], "index": index[i : i + size]} for i in range(0, len(ids), size)]
 
 
-def run(quick: bool = False) -> list[Ranked]:
-    """Train, score and compare; prints the table."""
+def run(threads: int = 2, quick: bool = False) -> dict:
+    """Train, score and compare; prints the table and returns it with the machine and the settings."""
     from influence import (
         as_blocks,
         chain,
@@ -110,6 +112,7 @@ def run(quick: bool = False) -> list[Ranked]:
         similarity,
     )
 
+    torch.set_num_threads(threads)
     model, train, held_out = trained(30 if quick else 400, quick)
     loss_fn, params = functionalize(model, loss="cross_entropy", targets="model.layers.*proj.weight")
     seen, documents, queries = batches(train[:1024]), batches(train[:512]), batches(held_out)
@@ -172,4 +175,10 @@ def run(quick: bool = False) -> list[Ranked]:
         cells = {line.dim: line for line in table if line.variant == name}
         shown = (f"{cells[p].spearman:.3f} ± {cells[p].spread:.3f}" if p in cells else "" for p in DIMS)
         print(f"{name:24}" + "".join(f"{cell:>16}" for cell in shown))
-    return table
+    return {
+        "benchmark": "ranks",
+        "machine": measure.machine(),
+        "versions": measure.versions("torch", "transformers", "influence"),
+        "settings": {"dims": DIMS, "seeds": SEEDS, "damping": DAMPING, "threads": threads, "quick": quick},
+        "lines": [line._asdict() for line in table],
+    }

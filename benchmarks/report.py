@@ -36,7 +36,7 @@ def verdict(checks: Sequence[Check]) -> str:
     """One line per target."""
     lines = []
     for check in checks:
-        value = "not measured" if check.value is None else f"{check.value:.3f}"
+        value = "not measured" if check.value is None else f"{check.value:.5g}"
         lines.append(f"{'ok    ' if check.met else 'MISSED'}  {check.name}: {value} ({check.bound})")
     return "\n".join(lines)
 
