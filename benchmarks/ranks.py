@@ -10,8 +10,8 @@ averaged over queries; the random ones over seeds as well.
 | whiten, then project | `kfac_whiten(factors, dim=p)` |
 | eigenbasis, cut | `eigen_whiten(factors, dim=p)` |
 | project, then K-FAC | `project(p)`, K-FAC fitted on the projected rows |
-| invert, then project | `one_sided(factors, dim=p)`: `H^{-1}` on the query's whole gradient, then both sides projected |
-| project, then dense | `project(p)`, the dense second moment of the projected rows (TrackStar's form), where `p² ≤ 1024` |
+| invert, then project | `one_sided(factors, dim=p)`: `H^{-1}` on the query's whole gradient, then both projected |
+| project, then dense | `project(p)`, the dense second moment of the projected rows (TrackStar), where `p² ≤ 1024` |
 | project alone | `project(p)`, no curvature, against the K-FAC ranking |
 """
 

@@ -20,6 +20,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
+from influence.func.covariates import Affine, Dense, symmetric_product
 from influence.hessians.labels import Labels
 from tests import cases
 from tests.oracles import kronecker
@@ -517,3 +518,20 @@ def test_factors_are_saved_whole_and_refuse_damage(tmp_path: Any) -> None:
         path.write_bytes(bytes(data))
         with pytest.raises(ValueError, match="damaged: the checksum of '0/values_0' differs"):
             hessians.load(path)
+
+
+@pytest.mark.parametrize("d", [5, 767, 801])
+def test_symmetric_products_are_whole_whatever_their_panels(d: int) -> None:
+    # wide sides are formed by panels of their lower triangle; odd widths leave a panel of another size
+    x, weight = data(3, 7, d), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    flat = x.flatten(0, 1)
+    assert error(symmetric_product(flat, flat), flat.mT @ flat) <= 1e-13
+    real = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [True] * 7])
+    masked = x * real[..., None]
+    ones = torch.cat([masked, real[..., None].to(x)], -1)
+    for w in (None, weight):
+        by = ones if w is None else ones * w[:, None, None]
+        expected = by.flatten(0, 1).mT @ ones.flatten(0, 1)
+        assert error(Affine(masked, real).gram(w), expected) <= 1e-13
+        assert error(Dense(ones).gram(w), expected) <= 1e-13
+    torch.testing.assert_close(Affine(masked, real).energy(), ones.square().sum((1, 2)))

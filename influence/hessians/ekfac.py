@@ -185,7 +185,8 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
 
     def about(plan: Plan) -> About:
         shapes = {name: c.shape for name, c in factors.blocks.items()}
-        return describe(f"e{factors.method}", loss_fn, params, chosen, labels, shapes)
+        before = any(c.corrected is not None for c in factors.blocks.values())
+        return describe(factors.method if before else f"e{factors.method}", loss_fn, params, chosen, labels, shapes)
 
     return FitStep(loss_fn, params, first, make, about)
 
