@@ -507,7 +507,7 @@ def test_curvature_that_is_zero_everywhere_is_refused() -> None:
         for n, c in factors.blocks.items()
     }
     zero = replace(factors, blocks=nothing, labels=Labels("data"))
-    with pytest.raises(ValueError, match=r"the curvature of block '0' is zero"):
+    with pytest.raises(ValueError, match="no block has any curvature"):
         select_damping(zero, loss_fn, params, batches, regularization=0.1)
 
 

@@ -195,7 +195,6 @@ def test_folded_is_unfolded_by_every_engine(name: str) -> None:
     expected = chain(BLOCKS, transform).apply(raw, loss_fn.layout)
     for engine in ("batched", "vmap", "loop"):
         got = per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, transform), engine=engine)
-        assert similarity.dot(got, got).shape == (6, 6)
         for block, row in got.items():
             assert error(row, expected[block]) <= 1e-12, (engine, block)
     blocks = per_example_grads(loss_fn, params, batch, transform=BLOCKS)

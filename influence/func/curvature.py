@@ -80,8 +80,7 @@ class Curvature:
     def condition(self) -> float:
         """The largest eigenvalue over the smallest; infinite where that is zero up to rounding."""
         low, high = self.extremes
-        rounding = max(self.shape, default=1) * torch.finfo(self.bases[0].values.dtype).eps
-        return high / low if low > rounding * high else float("inf")
+        return high / low if low > rounding_of(self) * high else float("inf")
 
     def rotate(self, rows: Shaped[Tensor, "n ..."], back: bool = False) -> Shaped[Tensor, "n ..."]:
         """Take rows `[n, *shape]` into the eigenbasis, `[n, *grid]`, or back."""
@@ -154,7 +153,9 @@ def decompose(covariance: Shaped[Tensor, "d *d"], name: str) -> Basis:
     if wide.ndim == 2:
         values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
         vectors = vectors.to(dtype)
-    rounding = 10 * wide.shape[0] * torch.finfo(dtype).eps * float(values.abs().max()) if values.numel() else 0.0
+    # a diagonal is a sum of squares; a matrix's zeros come out as rounding of its largest eigenvalue
+    tolerance = 0.0 if wide.ndim == 1 else 10 * wide.shape[0] ** 0.5 * torch.finfo(dtype).eps
+    rounding = tolerance * float(values.abs().max()) if values.numel() else 0.0
     lowest = float(values.min()) if values.numel() else 0.0
     if lowest < -rounding:
         raise ValueError(
@@ -189,7 +190,7 @@ def inverse_weights(
     | `damped` | `1 / (λ + c λ̄)` |
     | `absolute` | `1 / (λ + c)` |
     | `tikhonov` | `λ / (λ² + (c λ̄)²)` |
-    | `pseudoinverse` | `1 / λ` where `λ > c λ̄`, else 0 |
+    | `pseudoinverse` | `1 / λ` where `λ > c λ̄` and above rounding, else 0 |
     | `factored` | `1 / ((λ_S + √δ/π)(λ_A + π √δ))`, `δ = c λ̄`, `π = √(λ̄_A / λ̄_S)` (Martens & Grosse 2015) |
 
     Another power `r` in [-1, 0] takes the weight to the power `-r`. With one side `factored` is `damped`.
@@ -215,6 +216,8 @@ def inverse_weights(
         tensor([0.2400, 0.8571, 6.0000], dtype=torch.float64)
     """
     check_inversion(power, damping, inversion)
+    if power == 0:
+        return Weights(tuple(torch.ones_like(basis.values, dtype=torch.float64) for basis in curvature.bases))
     mean = curvature.mean
     if mean <= 0 and inversion not in ("absolute", "pseudoinverse"):
         raise ValueError(
@@ -226,15 +229,15 @@ def inverse_weights(
     values = curvature.eigenvalues.double()
     shift = {"damped": damping * mean, "factored": damping * mean, "absolute": damping, "pseudoinverse": 0.0}
     if inversion == "tikhonov":
-        below = values.square() + (damping * mean) ** 2
-        weight = torch.where(values > 0, values / torch.where(values > 0, below, 1.0), 0.0)
+        _check_invertible(values + damping * mean, curvature, 0.0, inversion, name)
+        weight = values / (values.square() + (damping * mean) ** 2)
     elif inversion == "pseudoinverse":
-        kept = (values > damping * mean) & (values > 0)
+        kept = (values > damping * mean) & (values > rounding_of(curvature) * values.max())
         weight = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
     else:
         _check_invertible(values + shift[inversion], curvature, shift[inversion], inversion, name)
         weight = 1 / (values + shift[inversion])
-    powered = weight.pow(-power) if power else torch.ones_like(weight)
+    powered = weight.pow(-power)
     return Weights((powered,)) if len(curvature.bases) == 1 else Weights(None, powered)
 
 
@@ -266,9 +269,14 @@ def _factored(curvature: Curvature, power: float, delta: float, name: str) -> tu
     return damped[0].pow(power), damped[1].pow(power)
 
 
+def rounding_of(curvature: Curvature) -> float:
+    """Return the share of the largest eigenvalue below which an eigenvalue is rounding."""
+    return max(curvature.shape, default=1) * torch.finfo(curvature.bases[0].values.dtype).eps
+
+
 def _check_invertible(damped: Tensor, curvature: Curvature, shift: float, inversion: str, name: str) -> None:
     """Refuse to divide by zero, or by what is zero up to the rounding of the covariance."""
-    rounding = 0.0 if shift else max(curvature.shape) * torch.finfo(curvature.bases[0].values.dtype).eps
+    rounding = 0.0 if shift else rounding_of(curvature)
     smallest, largest = float(damped.min()), float(damped.max())
     if smallest <= rounding * largest:
         raise ValueError(

@@ -15,6 +15,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(canonical(value), sort_keys=True).encode()).hexdigest()
 
 
+def weights_hash(loss_fn: Any, params: Mapping[str, Tensor]) -> str:
+    """Return the hash of everything a loss function computes with: the parameters, and those it closes over."""
+    frozen = getattr(loss_fn, "frozen", {})
+    return fingerprint({**frozen, **params})
+
+
 def canonical(value: Any) -> Any:
     """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
     if isinstance(value, Tensor):

@@ -46,7 +46,7 @@ class GatherPlan(NamedTuple):
     Attributes:
         batched: what the batched engine executes.
         uses: for each block with factors, how often it is used.
-        rows: for each other block, why it has rows instead.
+        rows: for each other block that is used, why it has rows instead.
         max_side: a side of more entries is kept as a diagonal.
     """
 
@@ -66,6 +66,8 @@ def make_gather(batched: BatchedPlan, max_side: int) -> GatherPlan:
     rows: dict[str, str] = {}
     for block in batched.folded.blocks:
         keys = [key for key in batched.routes if any(part.source in key.params for part in block.parts)]
+        if not keys:
+            continue
         why = _unfactored(block, keys, batched.routes)
         if why:
             rows[block.name] = why
@@ -75,8 +77,6 @@ def make_gather(batched: BatchedPlan, max_side: int) -> GatherPlan:
 
 
 def _unfactored(block: Block, keys: Sequence[UseKey], routes: Mapping[UseKey, Route]) -> str:
-    if not keys:
-        return "not used by the loss"
     if block.parts[0].right is None:
         return "a vector"
     weight = block.parts[0].source
@@ -121,7 +121,7 @@ class Gather(Runner):
         }
         super().__init__(plan.batched, scene, zeros)
         self.gather, self.joint, self.mask = plan, joint, mask
-        self.sums: dict[str, BlockSums] = {name: {} for name in (*plan.uses, *plan.rows)}
+        self.sums: dict[str, BlockSums] = {block.name: {} for block in plan.batched.folded.blocks}
         self.positions: dict[str, int] = {}
         self._waiting: dict[str, list[Pair]] = {}
         self._seen: dict[tuple, tuple[Any, Tensor]] = {}
@@ -186,8 +186,9 @@ class Gather(Runner):
         beside = None if riding is None else riding.part
         if self.joint is not None:
             return use.known(side, beside, self.gather.max_side)
-        key = (id(use.source), _side_key(side), None if beside is None else _side_key(beside.right))
-        source, gram = self._seen.get(key, (None, None))
+        beside_key = None if beside is None else _side_key(beside.right)
+        key = (id(use.source), use.source._version, _side_key(side), beside_key)
+        source, gram = self._seen.get(key, (None, None)) if use.shares else (None, None)
         if source is None or source() is not use.source or gram is None:
             gram = use.known(side, beside, self.gather.max_side).gram()
             self._seen[key] = (weakref.ref(use.source), gram)

@@ -63,6 +63,8 @@ class ModuleLoss:
     Attributes:
         layout: the layout of all its parameters.
         reduction: `"sum"` or `"mean"`.
+        frozen: the parameters that are not differentiated.
+        encoder_decoder: whether two streams of positions meet in it.
         likelihood: what labels the model would give, where the loss says so; otherwise `None`.
     """
 
@@ -80,7 +82,8 @@ class ModuleLoss:
         task: str,
     ) -> None:
         """Close over everything but the parameters to differentiate."""
-        self._skeleton, self._frozen, self._reference, self._task = skeleton, frozen, reference, task
+        self._skeleton, self.frozen, self._reference, self._task = skeleton, frozen, reference, task
+        self.encoder_decoder = bool(getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
         known = {"cross_entropy": categorical, "squared_error": gaussian}
@@ -94,7 +97,7 @@ class ModuleLoss:
 
     def outputs(self, params: Params, batch: Batch) -> Any:
         """Return the model's output."""
-        return call_model(self._skeleton, {**self._frozen, **params}, batch, self._task)
+        return call_model(self._skeleton, {**self.frozen, **params}, batch, self._task)
 
     def positions(self, params: Params, batch: Batch) -> tuple[Float[Tensor, "n t"], Bool[Tensor, "n t"]]:
         """Return the loss of every position, and which are labelled.

@@ -6,7 +6,6 @@ r"""Preconditioning: inverse powers of a curvature as transforms of rows.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,11 +22,30 @@ from influence.func.transform import BLOCKS_AT_HAND, Step, Transform
 class BlockCurvature(Protocol):
     """What a fit of `hessians` returns, as far as a transform needs it."""
 
-    method: str
-    blocks: Mapping[str, Curvature]
-    under: str
-    description: str
-    transform: Transform | None
+    @property
+    def method(self) -> str:
+        """How it was fitted."""
+        ...
+
+    @property
+    def blocks(self) -> Mapping[str, Curvature]:
+        """The curvature of each block."""
+        ...
+
+    @property
+    def under(self) -> str:
+        """Fingerprint of the transform whose rows these are the curvature of."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """That transform, as it was written."""
+        ...
+
+    @property
+    def transform(self) -> Transform | None:
+        """That transform, if it is at hand."""
+        ...
 
     @property
     def digest(self) -> str:
@@ -53,12 +71,16 @@ def precondition(
     `1/((λ_S + √δ/π)(λ_A + π√δ))`, `δ = cλ̄`, for `"factored"`, all to the power `-r`. The separable one folds into the
     probe; the others cost two rotations of a whole gradient, `4 o i (o + i)` FLOPs per example and block.
 
+    Curvature is bound to rows, not to weights: factors of one checkpoint may precondition the rows of another, as a sum
+    over checkpoints wants.
+
     Args:
         factors: what a fit returned.
         power: `r` in [-1, 0].
         damping: `c ≥ 0`, relative to the block's mean eigenvalue (`"absolute"`: as it is).
         inversion: how small eigenvalues are met.
-        missing: `"error"`, or `"identity"`, which lets blocks without curvature through as they are.
+        missing: `"error"`, or `"identity"`, which lets blocks without curvature through as they are: those that the
+            factors do not have, and those whose curvature is zero or rounding.
 
     Returns:
         The transform; rows must have come through the transform which the factors were fitted under.
@@ -87,7 +109,7 @@ def precondition(
         return made[name]
 
     def extend(folded: Folded) -> Folded:
-        covered = coherent(factors, folded, missing)
+        covered = coherent(factors, folded, missing, inversion)
         for name in covered:
             weights(name)
         if folded.finish:
@@ -114,7 +136,7 @@ def precondition(
     return Transform((Step("precondition", settings, extend, AFTER, needs=("as_blocks",)),))
 
 
-def coherent(factors: BlockCurvature, folded: Folded, missing: str) -> frozenset[str]:
+def coherent(factors: BlockCurvature, folded: Folded, missing: str, inversion: str) -> frozenset[str]:
     """Return the rows that have curvature, having checked that it is theirs.
 
     Raises:
@@ -137,12 +159,44 @@ def coherent(factors: BlockCurvature, folded: Folded, missing: str) -> frozenset
             "leave them out (exclude=…), or pass missing='identity'"
         )
     for name, shape in shapes.items():
-        if name in factors.blocks and prod(factors.blocks[name].shape) != prod(shape):
+        if name in factors.blocks and factors.blocks[name].shape != shape:
             raise ValueError(
                 f"block {name!r} has rows of shape {list(shape)}, and the factors' are of "
                 f"{list(factors.blocks[name].shape)}: they are another model's, or the bias was in one alone"
             )
-    return frozenset(shapes) - frozenset(absent)
+    dead = [] if inversion == "absolute" else [name for name in shapes if name in without_curvature(factors)]
+    if dead and missing == "error":
+        raise ValueError(
+            f"the curvature of {len(dead)} blocks is zero, or rounding beside the others' ({', '.join(dead[:5])}): no "
+            "gradient reached them, and inverting that would make noise as large as everything else. Leave them out of "
+            "the targets (exclude=…), use inversion='absolute', or pass missing='identity'"
+        )
+    return frozenset(shapes) - frozenset(absent) - frozenset(dead)
+
+
+def fitted_under(factors: BlockCurvature, transform: Transform | None) -> Transform:
+    """Return the transform which factors were fitted under.
+
+    Raises:
+        ValueError: if it is neither at hand nor given, or another is given.
+    """
+    chosen = transform if transform is not None else factors.transform
+    if chosen is None:
+        raise ValueError(
+            f"these factors were loaded from a file, and their transform {factors.description} cannot be restored from "
+            "it: pass transform="
+        )
+    if chosen.fingerprint != factors.under:
+        raise ValueError(f"these factors were fitted under {factors.description}; got transform={chosen}")
+    return chosen
+
+
+def without_curvature(factors: BlockCurvature) -> frozenset[str]:
+    """Return the blocks whose curvature is zero, or the square of rounding beside the largest: a key's bias, say."""
+    means = {name: c.mean for name, c in factors.blocks.items()}
+    largest = max(means.values(), default=0.0)
+    rounding = {name: torch.finfo(c.bases[0].values.dtype).eps for name, c in factors.blocks.items()}
+    return frozenset(name for name, mean in means.items() if mean <= rounding[name] ** 2 * largest)
 
 
 def _matrix(vectors: Tensor | None, weights: Float[Tensor, " d"]) -> Shaped[Tensor, "d *d"]:

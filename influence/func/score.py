@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.normalize import unit_norm
-from influence.func.precondition import BlockCurvature, precondition
+from influence.func.precondition import BlockCurvature, fitted_under, precondition
 from influence.func.project import project
 from influence.func.similarity import dot
 from influence.func.transform import CollectedRows, Transform, chain
@@ -24,12 +24,13 @@ class Sides(NamedTuple):
     query: Transform
     train: Transform
 
-    def scores(self, queries: Rows, train: Rows) -> Float[Tensor, "q n"]:
+    def scores(self, queries: Rows, train: Rows, unchecked: bool = False) -> Float[Tensor, "q n"]:
         """Return the inner products of query rows and training rows, each collected under its own side.
 
         Args:
             queries: rows collected under `query`.
             train: rows collected under `train`.
+            unchecked: accept rows that do not say how they were made (a slice, or from elsewhere) as they are.
 
         Returns:
             `⟨query, train⟩`, positive where the example helps the query.
@@ -39,17 +40,24 @@ class Sides(NamedTuple):
         """
         for rows, side, name in ((queries, self.query, "query"), (train, self.train, "train")):
             made = rows.transform if isinstance(rows, CollectedRows) else None
-            if made is None:
+            if made is None and not unchecked:
                 raise ValueError(
-                    f"the {name} rows do not say how they were made; collect them with transform=sides.{name}"
+                    f"the {name} rows do not say how they were made; collect them with transform=sides.{name}, or pass "
+                    "unchecked=True if you are sure that they are of this side"
                 )
-            if made.fingerprint != side.fingerprint:
+            if made is not None and made.fingerprint != side.fingerprint:
                 raise ValueError(f"the {name} rows were made by {made}; this side is {side}")
         return dot(queries, train)
 
 
 def one_sided(
-    factors: BlockCurvature, damping: float = 0.1, inversion: str = "damped", dim: int | None = None, seed: int = 0
+    factors: BlockCurvature,
+    damping: float = 0.1,
+    inversion: str = "damped",
+    dim: int | None = None,
+    seed: int = 0,
+    missing: str = "error",
+    transform: Transform | None = None,
 ) -> Sides:
     """Return `H^{-1}` on the query and nothing on the training side: `g_q^T H^{-1} g_t`.
 
@@ -57,19 +65,28 @@ def one_sided(
         factors: the factors; their transform comes first on both sides.
         damping: `c`.
         inversion: the inversion.
-        dim: project both sides after that; the query's whole gradient is formed, the training side folds.
+        dim: project both sides after that; the query's whole gradient is formed, the training side folds. The sketch's
+            noise grows with `‖H^{-1} g_q‖ ‖g_t‖`: `two_sided`, or `eigen_whiten` on both, need a smaller `dim`.
         seed: of the projection.
+        missing: as in `precondition`.
+        transform: the transform the factors were fitted under, where a loaded file could not restore it.
 
     Returns:
         Both sides.
     """
-    start, end = _around(factors, dim, seed)
-    inverse = precondition(factors, power=-1.0, damping=damping, inversion=inversion)
+    start, end = _around(factors, dim, seed, transform)
+    inverse = precondition(factors, power=-1.0, damping=damping, inversion=inversion, missing=missing)
     return Sides(chain(start, inverse, end), chain(start, end))
 
 
 def two_sided(
-    factors: BlockCurvature, damping: float = 0.1, inversion: str = "damped", dim: int | None = None, seed: int = 0
+    factors: BlockCurvature,
+    damping: float = 0.1,
+    inversion: str = "damped",
+    dim: int | None = None,
+    seed: int = 0,
+    missing: str = "error",
+    transform: Transform | None = None,
 ) -> Sides:
     """Return `H^{-1/2}` on both sides, then unit norm: the cosine in the metric of `H^{-1}`.
 
@@ -79,20 +96,19 @@ def two_sided(
         inversion: the inversion; `"factored"` folds into the probe.
         dim: project after whitening, before the norm is taken.
         seed: of the projection.
+        missing: as in `precondition`.
+        transform: the transform the factors were fitted under, where a loaded file could not restore it.
 
     Returns:
         Both sides, which are the same.
     """
-    start, end = _around(factors, dim, seed)
-    root = precondition(factors, power=-0.5, damping=damping, inversion=inversion)
+    start, end = _around(factors, dim, seed, transform)
+    root = precondition(factors, power=-0.5, damping=damping, inversion=inversion, missing=missing)
     both = chain(start, root, end, unit_norm())
     return Sides(both, both)
 
 
-def _around(factors: BlockCurvature, dim: int | None, seed: int) -> tuple[Transform, Transform]:
-    if factors.transform is None:
-        raise ValueError(
-            f"these factors were loaded from a file, and their transform {factors.description} cannot be restored from "
-            "it: chain it with precondition(…) yourself"
-        )
-    return factors.transform, Transform() if dim is None else project(dim, seed=seed)
+def _around(
+    factors: BlockCurvature, dim: int | None, seed: int, transform: Transform | None
+) -> tuple[Transform, Transform]:
+    return fitted_under(factors, transform), Transform() if dim is None else project(dim, seed=seed)

@@ -29,6 +29,7 @@ class Seen:
         bias: a bias of the same use.
         source: the tensor that came in.
         known_is_left: whether what came in belongs to the left side of the blocks.
+        shares: whether another use of `source` by the same kind of operation sees the same factor.
         count: number of real positions.
         known: `(side, the bias's part or None, max_side) -> covariate` of what came in.
         gradient: arranges the output gradient.
@@ -40,6 +41,7 @@ class Seen:
     bias: str | None
     source: Tensor
     known_is_left: bool
+    shares: bool
     count: int
     known: Callable[[Side, Any, int], Covariate]
     gradient: Callable[[Tensor], Tensor]
@@ -74,6 +76,7 @@ def _see_linear(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
         bias,
         x,
         x_is_first != scene.params[weight].transposed,
+        True,
         inputs.shape[0] * inputs.shape[1] if tokens is None else int(tokens.sum()),
         known,
         gradient,
@@ -120,6 +123,7 @@ def _see_conv(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
         bias,
         x,
         False,
+        False,
         patches.shape[0] * patches.shape[1],
         known,
         lambda g: g.flatten(2).mT,
@@ -155,6 +159,7 @@ def _see_embedding(call: Call, route: Route, scene: Scene, mask: Mask) -> Seen:
         None,
         ids,
         True,
+        False,
         int(live.sum()),
         known,
         lambda g: positions(g, out_axis, n, None) * live[..., None],

@@ -14,6 +14,7 @@ from influence.func.batched import Captured, capture
 from influence.func.folding import flat, same_dtype, vectors
 from influence.func.losses import widen
 from influence.func.plan import EngineError, make_plan
+from influence.func.transform import CollectedRows
 from influence.types import Batch, LossFn, Params, Rows
 
 
@@ -28,7 +29,7 @@ def dot(a: Rows, b: Rows) -> Float[Tensor, "n m"]:
         The products.
 
     Raises:
-        ValueError: if the blocks differ.
+        ValueError: if the blocks differ, or both sides went through the whole inverse of a curvature.
 
     Example:
         >>> import torch
@@ -40,8 +41,24 @@ def dot(a: Rows, b: Rows) -> Float[Tensor, "n m"]:
     if shapes[0] != shapes[1]:
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[:4]
         raise ValueError(f"rows of different blocks have no inner product; they differ in {differing}")
+    _check_powers(a, b)
     left, right = same_dtype(flat(a), flat({name: b[name] for name in a}))
     return left @ right.mT
+
+
+def _check_powers(a: Rows, b: Rows) -> None:
+    """Refuse rows which together went through more than one inverse of a curvature.
+
+    Raises:
+        ValueError: naming both transforms.
+    """
+    steps = [rows.transform.steps if isinstance(rows, CollectedRows) else () for rows in (a, b)]
+    powers = [sum(step.settings.get("power", 0.0) for step in made) for made in steps]
+    if sum(powers) < -1:
+        raise ValueError(
+            f"this product would apply an inverse more than once: powers {powers[0]:g} and {powers[1]:g} of a "
+            "curvature. Put the whole inverse on one side, or its root on either, as one_sided and two_sided do"
+        )
 
 
 def cosine(a: Rows, b: Rows, eps: float = 1e-12) -> Float[Tensor, "n m"]:

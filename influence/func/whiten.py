@@ -1,7 +1,8 @@
 r"""Whitening: `H^{-1/2}` of rows, and the projection that it goes into.
 
-Whitened rows have inner products `g^T H^{-1} h`. The whitening goes before the projection, `R cov^{-1/2}` per side:
-after it every direction matters alike, and a random projection loses little; the other way round it loses most of it.
+Whitened rows have inner products `g^T H^{-1} h`. The whitening goes into the projection, `R cov^{-1/2}` per side, so
+both fold into the probe. `R` may be random, which is unbiased, or the strongest eigenvectors, which rank better at the
+same size: docs/curvature.md has the measurements.
 """
 
 from dataclasses import dataclass, replace
@@ -30,9 +31,9 @@ def kfac_whiten(
     $$L = P_S (S + \sqrt\delta/\pi\, I)^{-1/2}, \quad R = P_A (A + \pi\sqrt\delta\, I)^{-1/2}, \quad \delta = c λ̄$$
 
     so that `⟨white(g), white(h)⟩ = g^T H^{-1} h` with `H^{-1}` the `factored` inversion at the same damping: exactly at
-    full dimension, in expectation over seeds with `dim`. Whitening before projecting is what keeps the ranking: after
-    it, every direction matters alike, and a random projection loses little. Folds into the probe: collection costs what
-    `project(dim)` costs.
+    full dimension, in expectation over seeds with `dim`, and readable at a smaller `dim` by `down_project`. Whitening
+    makes every direction matter alike, so a random sketch needs a large `dim`: `eigen_whiten` ranks better at the same
+    one. Folds into the probe: collection costs what `project(dim)` costs.
 
     Args:
         factors: Kronecker factors with their own spectrum (K-FAC, TKFAC, Shampoo).
@@ -94,7 +95,7 @@ def eigen_whiten(
         raise ValueError(f"missing must be 'error' or 'identity'; got {missing!r}")
 
     def extend(folded: Folded) -> Folded:
-        covered = coherent(factors, folded, missing)
+        covered = coherent(factors, folded, missing, inversion)
         if folded.finish:
             raise ValueError("eigen_whiten folds into the sides of a block, so it comes before unit_norm")
         return replace(folded, blocks=tuple(_turn(block, covered) for block in folded.blocks))
@@ -121,7 +122,7 @@ def eigen_whiten(
         "inversion": inversion,
         "missing": missing,
     }
-    refuses = AFTER | {"project": "the eigenbasis is that of whole rows", "unit_norm": "whitening comes before it"}
+    refuses = AFTER | {"unit_norm": "whitening comes before it"}
     return Transform((Step("eigen_whiten", settings, extend, refuses, needs=("as_blocks",)),))
 
 
@@ -137,8 +138,11 @@ def strongest(curvature: Curvature, damping: float, inversion: str, dim: int | N
 
 
 def whitened_energy(curvature: Curvature, damping: float, inversion: str) -> Tensor:
-    """Return `λ m` for every eigenvector: how much of `E‖H^{-1/2} g‖²` lies along it."""
-    return curvature.eigenvalues.double() * inverse_weights(curvature, -1.0, damping, inversion).grid
+    """Return `λ m` for every eigenvector: how much of `E‖H^{-1/2} g‖²` lies along it; zeros for a zero curvature."""
+    values = curvature.eigenvalues.double()
+    if curvature.moment(1) == 0:
+        return torch.zeros_like(values)
+    return values * inverse_weights(curvature, -1.0, damping, inversion).grid
 
 
 def kept_energy(factors: BlockCurvature, dim: int, damping: float = 0.1, inversion: str = "damped") -> dict[str, float]:
@@ -154,8 +158,13 @@ def kept_energy(factors: BlockCurvature, dim: int, damping: float = 0.1, inversi
         inversion: the inversion.
 
     Returns:
-        A share in [0, 1] per block.
+        A share in [0, 1] per block; 0 for a block without curvature.
+
+    Raises:
+        ValueError: if `dim` is less than 1.
     """
+    if dim < 1:
+        raise ValueError(f"kept_energy(dim={dim}): dim must be at least 1")
     shares = {}
     for name, curvature in factors.blocks.items():
         energy = whitened_energy(curvature, damping, inversion)
@@ -171,7 +180,8 @@ def kept_energy(factors: BlockCurvature, dim: int, damping: float = 0.1, inversi
 def _rows_of(vectors: Tensor | None, kept: Tensor, values: Tensor) -> Float[Tensor, "p d"]:
     """Return the chosen eigenvectors as rows."""
     if vectors is None:
-        return torch.eye(values.shape[0], dtype=torch.float64, device=values.device)[kept]
+        rows = torch.zeros(len(kept), len(values), dtype=torch.float64, device=values.device)
+        return rows.scatter_(1, kept[:, None], 1.0)
     return vectors.double().mT[kept]
 
 

@@ -3,7 +3,7 @@ r"""Autocorrelation: the dense second moment of every block's rows, for rows tha
 $$H = \frac1N \sum_n x_n x_n^\top, \qquad x_n = \text{vec}(\text{row}_n)$$
 
 of rows after any transform: projected, scaled, normalised. It is exact for the rows it sees; what a projection threw
-away before, no curvature of the rest brings back, so prefer `kfac_whiten`, which whitens before it projects.
+away before, no curvature of the rest brings back: `eigen_whiten` chooses what is kept by the curvature itself.
 """
 
 from collections.abc import Iterable
@@ -19,8 +19,9 @@ from influence.func.losses import widen
 from influence.func.plan import Plan, make_plan
 from influence.func.transform import Transform
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, describe, label_rows, run, sum_sink
+from influence.hessians.fitting import About, FitStep, Sums, describe, run, sum_sink
 from influence.hessians.labels import Labels
+from influence.hessians.rows import label_rows
 from influence.types import Batch, LossFn, Params
 
 MAX_ROW = 16384

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from influence.func.batches import batch_size
 from influence.func.curvature import Curvature, inverse_weights, replaced
-from influence.func.losses import widen
-from influence.func.plan import Plan, make_plan
+from influence.func.plan import Plan
+from influence.func.precondition import fitted_under, without_curvature
 from influence.func.transform import Transform
 from influence.hessians import ekfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, describe, label_rows, run, sum_sink
+from influence.hessians.fitting import About, FitStep, Sums, describe, run, sum_sink
 from influence.hessians.labels import Labels
+from influence.hessians.rows import squares_by_rows
 from influence.types import Batch, LossFn, Params
 
 DEFINITE = ("damped", "absolute", "factored")
@@ -141,8 +142,8 @@ def select_damping(
         >>> select_damping(factors, loss_fn, params, [batch], regularization=1.0, candidates=grid).best
         0.2
     """
-    chosen = ekfac.under(factors, transform)
-    factors.check_weights(params)
+    chosen = fitted_under(factors, transform)
+    factors.check_model(loss_fn, params)
     grid = _grid(factors, candidates, inversion)
     source = _labels(factors, loss_fn, labels)
     source.check(loss_fn)
@@ -165,6 +166,8 @@ def select_damping(
     measured = _measure(factors, loss_fn, params, batches, chosen, source, progress)
     per_block, sizes = {}, {}
     for name, curvature in factors.blocks.items():
+        if name in without_curvature(factors):
+            continue
         seen = measured.blocks[name].eigenvalues.flatten().double()
         alive = _alive(curvature, seen)
         if alive.any():
@@ -277,7 +280,8 @@ def _grid(
     if not rising:
         raise ValueError(f"candidates must be positive, finite and ascending, at least one; got {grid.tolist()[:6]}")
     for name, curvature in factors.blocks.items():
-        inverse_weights(curvature, -1.0, float(grid[0]), inversion, f"block {name!r}")
+        if name not in without_curvature(factors):
+            inverse_weights(curvature, -1.0, float(grid[0]), inversion, f"block {name!r}")
     return grid
 
 
@@ -326,17 +330,8 @@ def _by_rows(factors: Factors, loss_fn: LossFn, params: Params, chosen: Transfor
     """Plan sums of squares of rotated rows: for dense bases, which do not separate."""
 
     def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, chosen, "auto")
-
-        def sums(params: Params, batch: Batch) -> Sums:
-            total: dict[str, dict[str, Tensor]] = {}
-            for rows in label_rows(plan, loss_fn, params, batch, factors.labels):
-                for name, row in rows.items():
-                    squares = factors.blocks[name].rotate(widen(row)).square().sum(0)
-                    total[name] = {"squares": total[name]["squares"] + squares if name in total else squares}
-            return Sums(total, {}, batch_size(batch))
-
-        return plan, sums
+        turn = lambda name, row: factors.blocks[name].rotate(row)  # noqa: E731
+        return squares_by_rows(loss_fn, params, batch, chosen, factors.labels, turn)
 
     def about(plan: Plan) -> About:
         shapes = {name: c.shape for name, c in factors.blocks.items()}

@@ -20,12 +20,23 @@ from influence.func.curvature import replaced
 from influence.func.fold import Sink
 from influence.func.folding import Block, Folded, Part, with_sides
 from influence.func.plan import Plan, make_plan
+from influence.func.precondition import fitted_under
 from influence.func.reduce import piecewise, reducing, squares
 from influence.func.transform import Step, Transform, chain
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, checked, describe, label_rows, lasts, run, sum_sink
-from influence.hessians.labels import Labels
+from influence.hessians.fitting import (
+    About,
+    FitStep,
+    Sums,
+    check_batches,
+    checked,
+    describe,
+    lasts,
+    run,
+    sum_sink,
+)
+from influence.hessians.rows import squares_by_rows
 from influence.types import Batch, LossFn, Params
 
 
@@ -60,6 +71,7 @@ def fit(
     Raises:
         ValueError: if batches can be seen only once.
     """
+    check_batches(batches)
     if iter(batches) is iter(batches):
         raise ValueError("EK-FAC sees the batches twice: pass a list (or anything that can be iterated again)")
     fitted = kfac.fit(
@@ -155,8 +167,8 @@ def rotation(factors: Factors) -> Transform:
 
 
 def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transform | None, first: Batch) -> FitStep:
-    chosen = under(factors, transform)
-    factors.check_weights(params)
+    chosen = fitted_under(factors, transform)
+    factors.check_model(loss_fn, params)
     if not any(len(c.bases) == 2 for c in factors.blocks.values()):
         raise ValueError(
             f"{factors!r} has no Kronecker factors to correct: dense and diagonal curvature is exact in its own basis"
@@ -168,7 +180,7 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
         plan = make_plan(loss_fn, params, batch, checked(turned), "auto")
         folded = turned.bind(plan.layout)
         if plan.batched is None or folded.finish:
-            return _by_rows(loss_fn, params, batch, turned, labels)
+            return squares_by_rows(loss_fn, params, batch, turned, labels)
         pieces = piecewise(folded)
         batched = plan.batched._replace(folded=pieces, feeds=make_feeds(pieces))
 
@@ -191,40 +203,10 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
     return FitStep(loss_fn, params, first, make, about)
 
 
-def _by_rows(loss_fn: LossFn, params: Params, batch: Batch, turned: Transform, labels: Labels) -> tuple[Plan, Any]:
-    plan = make_plan(loss_fn, params, batch, turned, "auto")
-
-    def sums(params: Params, batch: Batch) -> Sums:
-        total: dict[str, Tensor] = {}
-        for rows in label_rows(plan, loss_fn, params, batch, labels):
-            for name, row in rows.items():
-                total[name] = squares(total.get(name), row)
-        return Sums({name: {"squares": value} for name, value in total.items()}, {}, batch_size(batch))
-
-    return plan, sums
-
-
 def _filled(factors: Factors, found: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Return every block's sum; a block that no gradient reached has zeros."""
-    like = next(iter(found.values()))
+    like = next(iter(found.values()), torch.zeros(()))
     return {
         name: {"squares": found[name] if name in found else like.new_zeros(c.shape)}
         for name, c in factors.blocks.items()
     }
-
-
-def under(factors: Factors, transform: Transform | None) -> Transform:
-    """Return the transform which factors were fitted under.
-
-    Raises:
-        ValueError: if it is neither at hand nor given, or another is given.
-    """
-    chosen = transform if transform is not None else factors.transform
-    if chosen is None:
-        raise ValueError(
-            f"these factors were loaded from a file, and their transform {factors.description} cannot be restored from "
-            "it: pass transform="
-        )
-    if chosen.fingerprint != factors.under:
-        raise ValueError(f"these factors were fitted under {factors.description}; got transform={chosen}")
-    return chosen

@@ -1,7 +1,7 @@
 r"""Factors: what every curvature fit returns. A value with units, provenance and a picture of itself.
 
 The curvature of a block is the mean over documents of the loss as reduced, `H ≈ (1/N) Σ_n …`; nothing is summed over
-documents, so factors of different data have one scale and damping has one meaning.
+documents, so factors of one method on different data have one scale.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from influence.func.blocks import as_blocks
 from influence.func.curvature import Basis, Curvature, inverse_weights
-from influence.func.fingerprint import fingerprint
+from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.layout import Layout
 from influence.func.plan import human
 from influence.func.transform import Transform, unblock
 from influence.hessians.labels import Labels
-from influence.types import Params, Rows
+from influence.types import LossFn, Params, Rows
 
 SCHEMA = 1
 
@@ -94,7 +94,7 @@ class Factors:
 
     @property
     def trace(self) -> float:
-        """Trace over all blocks: the mean squared norm of a document's gradient."""
+        """Trace over all blocks. EK-FAC's and Shampoo's is the mean squared norm of a document's gradient."""
         return sum(c.moment(1) for c in self.blocks.values())
 
     @property
@@ -142,13 +142,19 @@ class Factors:
         assert found is not None
         return {name: found[0][name] for name in vectors}
 
-    def check_weights(self, params: Params) -> None:
-        """Refuse parameters other than those the factors were fitted at.
+    def check_model(self, loss_fn: LossFn, params: Params) -> None:
+        """Refuse a loss or parameters (frozen ones included) other than those the factors were fitted at.
 
         Raises:
-            ValueError: naming both hashes.
+            ValueError: naming what differs.
         """
-        weights = fingerprint(dict(params))
+        reduction = getattr(loss_fn, "reduction", "own")
+        if reduction != self.reduction:
+            raise ValueError(
+                f"these factors are of a loss with reduction={self.reduction!r}; this one has {reduction!r}, so its "
+                "curvature has other units"
+            )
+        weights = weights_hash(loss_fn, params)
         if weights != self.weights:
             raise ValueError(
                 f"these factors were fitted at other weights (hash {self.weights[:12]}…, these parameters have "

@@ -3,26 +3,26 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain as joined
 from itertools import islice
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from influence.func.batched import cotangent_rows, tapped_losses
 from influence.func.blocks import as_blocks
 from influence.func.covariates import add_grams
-from influence.func.curvature import Curvature
-from influence.func.engines import loop_rows, vmap_rows
-from influence.func.fingerprint import fingerprint
+from influence.func.curvature import Curvature, decompose
+from influence.func.fingerprint import weights_hash
 from influence.func.fold import Sink, fold
+from influence.func.losses import IGNORED
 from influence.func.plan import Plan
 from influence.func.planned import Planned
 from influence.func.project import project
 from influence.func.transform import Transform, chain
 from influence.hessians.factors import Factors
 from influence.hessians.labels import Labels
-from influence.types import Batch, LossFn, Params, Rows
+from influence.types import Batch, LossFn, Params
 
 BlockSums: TypeAlias = dict[str, Tensor]
 
@@ -77,7 +77,8 @@ class About(NamedTuple):
     notes: Mapping[str, str]
 
     def factors(self, sums: Sums, blocks: Mapping[str, Curvature]) -> Factors:
-        """Return the factors made of sums."""
+        """Return the factors made of sums; the notes say where they are coarser than their method's."""
+        notes = {name: note for name, c in blocks.items() if (note := self._note(name, c, sums.blocks[name]))}
         return Factors(
             self.method,
             blocks,
@@ -89,8 +90,25 @@ class About(NamedTuple):
             repr(self.transform),
             self.transform,
             self.weights,
-            self.notes,
+            notes,
         )
+
+    def _note(self, name: str, curvature: Curvature, sums: BlockSums) -> str:
+        if curvature.moment(1) == 0:
+            return "zero: no gradient reached it"
+        if curvature.kind == "diagonal":
+            return f"diagonal: {self.notes.get(name, 'a vector')}"
+        if len(curvature.bases) == 1:
+            return ""
+        sides = zip(("left", "right"), curvature.bases, strict=True)
+        short = [side for side, basis in sides if basis.vectors is None]
+        return f"its {' and '.join(short)} side is a diagonal" if short else ""
+
+
+def diagonal(shape: tuple[int, ...], total: Tensor | None, documents: int, what: str) -> Curvature:
+    """Return the diagonal curvature of a block without factors; zero if no gradient reached it."""
+    whole = torch.zeros(prod(shape)) if total is None else total / documents
+    return Curvature(shape, (decompose(whole, what),))
 
 
 Make: TypeAlias = Callable[[Params, Batch], tuple[Plan, Callable[[Params, Batch], Sums]]]
@@ -141,6 +159,7 @@ def run(
     """Plan on the first batch, fold every batch, and return the factors."""
     from tqdm import tqdm
 
+    check_batches(batches)
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
@@ -149,6 +168,19 @@ def run(
     size = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     shown = tqdm(joined([first], rest), desc=what, total=size, unit="batch", disable=None if progress else True)
     return fold(step, shown, {"factors": sink(step)})["factors"]
+
+
+def check_batches(batches: Iterable[Batch]) -> None:
+    """Refuse one batch where several are expected.
+
+    Raises:
+        ValueError: saying what came.
+    """
+    one = isinstance(batches, Mapping | Tensor) or (
+        isinstance(batches, tuple) and bool(batches) and all(isinstance(item, Tensor) for item in batches)
+    )
+    if one:
+        raise ValueError(f"batches is one batch, a {type(batches).__name__}; pass a list of batches, [batch]")
 
 
 def default_transform(transform: Transform | None) -> Transform:
@@ -173,15 +205,36 @@ def describe(
 ) -> About:
     """Return what a fit's sums are sums of."""
     reduction = getattr(loss_fn, "reduction", "own")
-    return About(method, transform, labels, reduction, fingerprint(dict(params)), shapes, notes or {})
+    notes = {} if notes is None else notes
+    return About(method, transform, labels, reduction, weights_hash(loss_fn, params), shapes, notes)
 
 
-def padding(batch: Batch) -> Bool[Tensor, "n s"] | None:
-    """Return which positions of a batch are tokens; `None` where all are."""
+def padding(loss_fn: LossFn, batch: Batch) -> Bool[Tensor, "n s"] | None:
+    """Return which positions of a batch are tokens; `None` where all are.
+
+    Raises:
+        ValueError: if an encoder and a decoder have paddings of their own.
+    """
+    two = getattr(loss_fn, "encoder_decoder", False) or (
+        isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
+    )
+    if two and _padded_streams(batch):
+        raise ValueError(
+            "an encoder and a decoder have positions of their own, and which of them a layer reads cannot be told, so "
+            "padding of one would count as data of the other. Fit on batches whose examples have one length on either "
+            "side, without padding (one example a batch will do), or use hessians.shampoo, which needs rows alone"
+        )
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
         return None
     return mask.bool()
+
+
+def _padded_streams(batch: Batch) -> bool:
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    labels = batch.get("labels")
+    ignored = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
+    return ignored or any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
 
 
 def lasts(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
@@ -193,44 +246,3 @@ def lasts(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         held = [after]
     for item in held:
         yield item, True
-
-
-def label_rows(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch, labels: Labels) -> Iterator[Rows]:
-    """Yield the rows that each cotangent brings, after the plan's transform.
-
-    Args:
-        plan: the plan.
-        loss_fn: the loss function.
-        params: the parameters.
-        batch: the batch.
-        labels: where labels come from.
-
-    Yields:
-        Rows `{block: [n, …]}`, once for data labels, once per draw for sampled ones.
-    """
-    if labels.source == "data" and plan.batched is None:
-        rows_of = vmap_rows if plan.engine == "vmap" else loop_rows
-        yield plan.folded.rows(rows_of(loss_fn, params, batch))
-        return
-    if plan.batched is None:
-        yield from _surrogate_rows(plan, loss_fn, params, batch, labels)
-        return
-    with torch.enable_grad():
-        (out, said), taps = tapped_losses(plan.batched, lambda p, b: labels.head(loss_fn, p, b), params, batch)
-        for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
-            yield plan.folded.finish_rows(cotangent_rows(out, cotangent, taps.zeros, retain=not last))
-
-
-def _surrogate_rows(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch, labels: Labels) -> Iterator[Rows]:
-    """Yield rows of `⟨cotangent, outputs⟩`, a loss like any other, where the batched engine cannot serve."""
-    with torch.no_grad():
-        out, said = labels.head(loss_fn, params, batch)
-        cotangents = list(labels.cotangents(loss_fn, said, out, batch))
-
-    def surrogate(values: Params, both: Any) -> Tensor:
-        outputs, _ = labels.head(loss_fn, values, both["batch"])
-        return (outputs * both["cotangent"]).sum((1, 2))
-
-    rows_of = vmap_rows if plan.engine == "vmap" else loop_rows
-    for cotangent in cotangents:
-        yield plan.folded.rows(rows_of(surrogate, params, {"batch": batch, "cotangent": cotangent}))

@@ -18,7 +18,7 @@ from influence.func.batched import BatchedPlan, make_feeds
 from influence.func.batches import batch_size
 from influence.func.curvature import Basis, Curvature, decompose
 from influence.func.fold import Sink
-from influence.func.gather import Joint, gather, make_gather
+from influence.func.gather import GatherPlan, Joint, gather, make_gather
 from influence.func.per_token import with_positions
 from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.transform import Transform
@@ -30,6 +30,7 @@ from influence.hessians.fitting import (
     checked,
     default_transform,
     describe,
+    diagonal,
     lasts,
     padding,
     run,
@@ -140,8 +141,8 @@ def finalize(about: About, sums: Sums) -> Factors:
     blocks = {}
     for name, shape in about.shapes.items():
         mine = sums.blocks[name]
-        if "diagonal" in mine:
-            blocks[name] = Curvature(shape, (basis(mine["diagonal"], sums.documents, f"block {name!r}"),))
+        if "left" not in mine or "right" not in mine:
+            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, f"block {name!r}")
             continue
         left = basis(mine["left"], sums.documents, f"block {name!r} (left)")
         right = basis(mine["right"], max(sums.positions[name], 1), f"block {name!r} (right)")
@@ -181,17 +182,19 @@ def plan_gather(
     def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
         plan = make_plan(loss_fn, params, batch, checked(chosen), "auto")
         batched = separable(method, plan, chosen)
-        mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            batched = with_positions(batched, loss_fn, params, batch, mask.shape[1])
         gathered = make_gather(batched, max_side)
-        notes.update({name: f"diagonal: {why}" for name, why in gathered.rows.items()})
+        notes.update(gathered.rows)
+        located: list[GatherPlan] = []  # where positions are, found on the first batch that has padding
 
         def sums(params: Params, batch: Batch) -> Sums:
-            n = batch_size(batch)
+            n, mask = batch_size(batch), padding(loss_fn, batch)
+            if mask is not None and not located:
+                placed = with_positions(batched, loss_fn, params, batch, mask.shape[1])
+                located.append(gathered._replace(batched=placed))
+            here = gathered if mask is None else located[0]
             with torch.enable_grad():
                 head = partial(labels.head, loss_fn)
-                out, said, found = gather(gathered, joint, head, params, batch, n, padding(batch))
+                out, said, found = gather(here, joint, head, params, batch, n, mask)
                 for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
                     found.backward(out, cotangent, retain=not last)
             return Sums(found.sums, found.positions, n)

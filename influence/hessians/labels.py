@@ -70,6 +70,9 @@ class Labels(NamedTuple):
         outputs, root = out.detach(), check_weight(said.weight.detach()).sqrt()
         if self.source == "exact":
             live = (root != 0).any(0).nonzero().flatten().tolist()
+            if not live:
+                yield torch.zeros_like(outputs)
+                return
             for root_of_class in likelihood.expectation(outputs):
                 weighted = (root[..., None] * root_of_class).to(outputs.dtype)
                 for t in live:
@@ -91,12 +94,13 @@ class Labels(NamedTuple):
             ValueError: if the batch does not say.
         """
         index: Any = batch.get("index") if isinstance(batch, Mapping) else None
-        if not isinstance(index, Tensor) or index.is_floating_point() or index.shape != (n,):
+        whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+        if not whole or index.shape != (n,):
             raise ValueError(
                 "labels='sampled' draws each example's labels from its own key, so a batch must say which rows of the "
                 "dataset it holds: pass a dictionary with 'index', int64 [n] (or use labels='data' or 'exact')"
             )
-        return index
+        return index.long()
 
 
 def rank(root: Float[Tensor, "n t"]) -> Int[Tensor, "n t"]:

@@ -27,12 +27,13 @@ from influence.hessians.fitting import (
     Sums,
     default_transform,
     describe,
-    label_rows,
+    diagonal,
     run,
     sum_sink,
 )
 from influence.hessians.kfac import MAX_SIDE
 from influence.hessians.labels import Labels
+from influence.hessians.rows import label_rows
 from influence.types import Batch, LossFn, Params
 
 
@@ -105,6 +106,11 @@ def _plan(
 
     def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
         plan = make_plan(loss_fn, params, batch, chosen, "auto")
+        if any(block.into != block.name for block in plan.folded.blocks):
+            raise ValueError(
+                f"shampoo has sides of blocks, and {chosen} adds all blocks into one vector, whose diagonal in random "
+                "coordinates says nothing. Use hessians.autocorrelation, which has its dense second moment"
+            )
 
         def sums(params: Params, batch: Batch) -> Sums:
             total: dict[str, BlockSums] = {}
@@ -140,8 +146,8 @@ def finalize(about: About, sums: Sums) -> Factors:
     blocks = {}
     for name, shape in about.shapes.items():
         mine, what = sums.blocks[name], f"block {name!r}"
-        if "diagonal" in mine:
-            blocks[name] = Curvature(shape, (decompose(mine["diagonal"] / sums.documents, what),))
+        if "left" not in mine:
+            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, what)
             continue
         trace = mine["left"].trace() if mine["left"].ndim == 2 else mine["left"].sum()
         left = decompose(mine["left"] / sums.documents, f"{what} (left)")

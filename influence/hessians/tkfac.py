@@ -5,7 +5,9 @@ S^* = \mathbb{E}[\operatorname{tr}(A_n)\, S_n] / \delta,$$
 $$\delta = \mathbb{E}[\operatorname{tr} A_n \operatorname{tr} S_n]$$
 
 with `A_n = Σ_s ã ã^T` and `S_n = Σ_s g g^T` of one example, so that nothing depends on how examples are batched. With
-one position per example the trace is exactly that of the Fisher; with more it counts every pair of positions.
+one position per example the trace is exactly that of the Fisher. With more (a convolution's groups count too) it counts
+every pair of positions, so it is about as many times too large as there are: relative damping does not see that,
+absolute damping does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,7 @@ from influence.func.gather import BlockSums, Pair
 from influence.func.transform import Transform
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, run, sum_sink
+from influence.hessians.fitting import About, FitStep, Sums, diagonal, run, sum_sink
 from influence.hessians.labels import Labels
 from influence.types import Batch, LossFn, Params
 
@@ -102,8 +104,8 @@ def finalize(about: About, sums: Sums) -> Factors:
     blocks = {}
     for name, shape in about.shapes.items():
         mine, what = sums.blocks[name], f"block {name!r}"
-        if "diagonal" in mine:
-            blocks[name] = Curvature(shape, (decompose(mine["diagonal"] / sums.documents, what),))
+        if "traces" not in mine:
+            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, what)
             continue
         traces = mine["traces"] if mine["traces"] > 0 else mine["traces"] + 1
         left = decompose(mine["left"] / sums.documents, f"{what} (left)")

@@ -8,7 +8,7 @@ The layout, for whoever reads it with h5py alone: each tensor is a contiguous da
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    name = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        with h5py.File(name, "w") as file:
+        with h5py.File(name, "x") as file:
             for key, tensor in tensors.items():
                 data = tensor.detach().cpu().contiguous().numpy()
                 dataset = file.create_dataset(key, data=data.astype(data.dtype.newbyteorder("<")))
@@ -42,11 +41,11 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
             text = json.dumps(about)
             file.attrs.update(kind=kind, schema=schema, about=text, sha256=hashlib.sha256(text.encode()).hexdigest())
             file.flush()
-        _sync(Path(name))
+        _sync(name)
         os.replace(name, path)
         _sync(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
 
 
