@@ -1,16 +1,96 @@
-"""The one table of model families: which axis of which attention weight its heads tile. Imports no transformers.
+"""The one table of model families: where their layers, attention, MLP and embeddings live, and where the heads are.
 
-A family is found by `config.model_type`. Weights are matched by the end of their parameter's name.
+Imports no transformers. Parts are found by the names of parameters alone, so models of unknown families have them too;
+heads need the family, `config.model_type`.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from influence.func.layout import Heads
 
+LAYERS = ("h", "layers", "layer", "block", "blocks")
+"""Names of lists of repeated layers. A list of another name is known by its items: they have parameters in common."""
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "attention": (
+        *("attn", "attention", "self_attn", "self_attention", "crossattention"),
+        *("SelfAttention", "EncDecAttention"),
+    ),
+    "mlp": ("mlp", "fc1", "fc2", "intermediate", "output", "DenseReluDense", "feed_forward", "ffn"),
+}
+"""Names of the modules of a layer which are its attention, and those which are its MLP; the first that matches."""
+OUTSIDE: Mapping[str, tuple[str, ...]] = {
+    "unembedding": ("lm_head", "cls", "classifier", "score", "qa_outputs"),
+    "embedding": (
+        *("wte", "wpe", "embed_in", "embed_tokens", "embed_positions", "word_embeddings", "embeddings", "shared"),
+    ),
+}
+"""Names of the modules outside the layers which read tokens or images in, and those which read the answer out."""
+
+
+class Place(NamedTuple):
+    """Where a parameter is in its model.
+
+    Attributes:
+        part: `attention`, `mlp`, `embedding`, `unembedding` or `other`.
+        stack: path of the list of repeated layers that holds it, if any does.
+        layer: its layer in that list.
+        within: its name inside the layer, or its whole name.
+    """
+
+    part: str
+    stack: str | None
+    layer: int | None
+    within: str
+
+
+def places(names: Iterable[str]) -> dict[str, Place]:
+    """Return where every parameter of a model is.
+
+    A repeated layer is an item of the outermost numbered list whose items hold modules and have parameters in common,
+    or which has a usual name.
+
+    Args:
+        names: names of all its parameters.
+
+    Returns:
+        The places, by name.
+
+    Example:
+        >>> places(["wte.weight", "h.0.attn.c_attn.weight", "h.0.ln_1.weight"])["h.0.attn.c_attn.weight"]
+        Place(part='attention', stack='h', layer=0, within='attn.c_attn.weight')
+    """
+    names = list(names)
+    owners: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for name in names:
+        for stack, layer, within in _numbered(name):
+            owners[stack, within].add(layer)
+    stacks = {stack for (stack, _), layers in owners.items() if len(layers) > 1 or stack.split(".")[-1] in LAYERS}
+    found = {}
+    for name in names:
+        held = next((at for at in _numbered(name) if at[0] in stacks), None)
+        found[name] = Place(_part(held[2], PARTS), *held) if held else Place(_part(name, OUTSIDE), None, None, name)
+    return found
+
+
+def _part(name: str, vocabulary: Mapping[str, tuple[str, ...]]) -> str:
+    modules = {*name.split(".")[:-1]}
+    return next((part for part, usual in vocabulary.items() if modules & {*usual}), "other")
+
+
+def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
+    """Yield every `(list, number, name within the item)` of a name, outermost first; items without modules are none."""
+    path = name.split(".")
+    for at, component in enumerate(path[:-2]):
+        if component.isdecimal():
+            yield ".".join(path[:at]), int(component), ".".join(path[at + 1 :])
+
 
 class Attention(NamedTuple):
     """How a family's attention weights hold their heads.
+
+    Weights are matched by the end of their parameter's name.
 
     Attributes:
         queries: suffixes of query weights.
@@ -27,6 +107,7 @@ class Attention(NamedTuple):
 
 LLAMA = Attention(("self_attn.q_proj",), ("self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
 BERT = Attention(("attention.self.query",), ("attention.self.key", "attention.self.value"), ("attention.output.dense",))
+T5 = ("SelfAttention", "EncDecAttention")
 
 ATTENTION: Mapping[str, Attention] = {
     "gpt2": Attention(outputs=("attn.c_proj",), fused=("attn.c_attn", "concatenated")),
@@ -38,6 +119,12 @@ ATTENTION: Mapping[str, Attention] = {
     "gptj": Attention(("attn.q_proj",), ("attn.k_proj", "attn.v_proj"), ("attn.out_proj",)),
     "bert": BERT,
     "roberta": BERT,
+    "vit": Attention(("attention.q_proj",), ("attention.k_proj", "attention.v_proj"), ("attention.o_proj",)),
+    "t5": Attention(
+        tuple(f"{kind}.q" for kind in T5),
+        tuple(f"{kind}.{which}" for kind in T5 for which in "kv"),
+        tuple(f"{kind}.o" for kind in T5),
+    ),
     **dict.fromkeys(
         (
             *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2"),
@@ -58,6 +145,8 @@ def heads_of(config: Any, block: str) -> Heads | None:
     Returns:
         The heads.
     """
+    if "language_model." in block:  # of a model that also sees
+        config = getattr(config, "text_config", config)
     family = ATTENTION.get(getattr(config, "model_type", ""))
     if family is None:
         return None
@@ -86,7 +175,7 @@ def _falcon(config: Any, count: int) -> tuple[str, int]:
     return ("concatenated", 1) if config.multi_query else ("interleaved", count)
 
 
-MASK_READERS = ("bloom", "falcon", "opt")
+MASK_READERS = ("bloom", "falcon", "opt", "t5")
 """Families which read more than visibility from a padding mask (positions, ALiBi): they get it as it came."""
 
 

@@ -286,8 +286,20 @@ CASES = [
         ),
         ("no Kronecker factors to correct",),
     ),
+    Bad(
+        "a quantised layer",
+        lambda: functionalize(nn.Sequential(nn.Linear(2, 2), Quantised(2, 2))),
+        ("1 layers (1, …) are quantised", "influence.models.load(precision="),
+    ),
     Bad("a file of something else", lambda: hessians.load(__file__), ("is no HDF5 file",)),
 ]
+
+
+class Quantised(nn.Linear):
+    """What a library of quantised layers brings."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
 
 BATCH = {
     "input": torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [3.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),

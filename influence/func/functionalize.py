@@ -71,6 +71,12 @@ def functionalize(
         ['weight']
     """
     _check_options(model, loss, reduction, mode, label_smoothing, reference)
+    quantised = [name for name, module in model.named_modules() if is_quantised(module)]
+    if quantised:
+        raise ValueError(
+            f"{len(quantised)} layers ({quantised[0]}, …) are quantised by {type(model.get_submodule(quantised[0]))}, "
+            "which no pure function can run: load the model by influence.models.load(precision='int4' or 'int8')"
+        )
     named = {name: p.detach() for name, p in model.named_parameters() if p.is_floating_point()}
     chosen = select(list(named), targets, exclude)
     frozen = {name: p.detach() for name, p in model.named_parameters() if name not in set(chosen)}
@@ -87,6 +93,11 @@ def functionalize(
     other = _reference(model, reference, loss)
     spec = ModuleLoss(skeleton, frozen, _layout(model), loss, reduction, label_smoothing, other, _task(model))
     return spec, {name: named[name] for name in chosen}
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight in a library's own format, which is lost when a function is made of it."""
+    return type(module).__module__.split(".")[0] in ("bitsandbytes", "gptqmodel", "awq", "auto_gptq")
 
 
 def _check_options(
