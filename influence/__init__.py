@@ -1,6 +1,8 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
-from influence import hessians
+from importlib import import_module
+from types import ModuleType
+
 from influence.func import similarity, sinks
 from influence.func.blocks import as_blocks, split_heads
 from influence.func.fold import Sink, fold
@@ -46,3 +48,13 @@ __all__ = [
     "two_sided",
     "unit_norm",
 ]
+
+ROOMS = ("hessians",)
+"""Rooms that are imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a room on its first use."""
+    if name in ROOMS:
+        return import_module(f"influence.{name}")
+    raise AttributeError(f"module 'influence' has no attribute {name!r}")

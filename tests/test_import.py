@@ -30,3 +30,13 @@ def own_seconds() -> float:
 def test_import_costs_little_on_top_of_torch() -> None:
     # a loaded machine can only make it slower: the best of five is the import's own
     assert min(own_seconds() for _ in range(5)) <= 0.3
+
+
+def test_rooms_are_there_when_asked_for() -> None:
+    code = (
+        "import sys, influence; assert 'influence.hessians' not in sys.modules; print(influence.hessians.kfac.__name__)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False influence.hessians.kfac"
+    out = subprocess.run([sys.executable, "-c", "import influence; influence.nothing"], capture_output=True, text=True)
+    assert "module 'influence' has no attribute 'nothing'" in out.stderr
