@@ -33,9 +33,7 @@ def test_import_costs_little_on_top_of_torch() -> None:
 
 
 def test_rooms_are_there_when_asked_for() -> None:
-    code = (
-        "import sys, influence; assert 'influence.hessians' not in sys.modules; print(influence.hessians.kfac.__name__)"
-    )
+    code = "import sys, influence; print('influence.hessians' in sys.modules, influence.hessians.kfac.__name__)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False influence.hessians.kfac"
     out = subprocess.run([sys.executable, "-c", "import influence; influence.nothing"], capture_output=True, text=True)

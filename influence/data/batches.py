@@ -1,0 +1,130 @@
+"""Shards to padded batches, made ahead of use."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from influence.data.packing import pack
+from influence.data.tokenized import Tokenized
+from influence.func.losses import IGNORED
+
+
+def batches(
+    shards: Tokenized | Iterable[Tokenized],
+    token_budget: int,
+    *,
+    max_rows: int | None = None,
+    prefetch: int = 4,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of shards, each packed by itself.
+
+    A batch is `{"input_ids", "attention_mask", "labels": int64 [n, s], "index": int64 [n]}`, and `"weight": float [n]`
+    where the data have weights; padded on the right, labels -100 there and wherever there is none. Labels are not
+    shifted: `labels[t]` is the token at `t`. An empty document is a row of padding.
+
+    Args:
+        shards: a dataset as one shard, or shards: `shards(tokenized, size, rank=…, world=…)`, or `stream(…)`.
+        token_budget: most positions of a batch, padding included.
+        max_rows: most examples of a batch.
+        prefetch: how many batches a thread makes ahead of use; 0 makes each when it is asked for.
+
+    Returns:
+        The batches: the same for every `prefetch`.
+
+    Raises:
+        ValueError: if an example is longer than the budget: before the first batch for shards in memory, when its shard
+            comes for a stream.
+    """
+    source = [shards] if isinstance(shards, Tokenized) else shards
+    if isinstance(source, list):
+        for shard in source:
+            pack(shard.lengths.amax(0, keepdim=True) if len(shard) else shard.lengths, token_budget, max_rows)
+    made = _made(source, token_budget, max_rows)
+    return _ahead(made, prefetch) if prefetch > 0 else made
+
+
+def collate(shard: Tokenized, rows: Int[Tensor, " n"]) -> dict[str, Tensor]:
+    """Return some examples of a shard as one padded batch.
+
+    Args:
+        shard: the shard.
+        rows: their places in the shard.
+
+    Returns:
+        The batch.
+
+    Example:
+        >>> shard = Tokenized(torch.tensor([5, 6, 7]).int(), None, torch.tensor([0, 1, 3]), torch.tensor([8, 9]))
+        >>> collate(shard, torch.tensor([0, 1]))["labels"]
+        tensor([[   5, -100],
+                [   6,    7]])
+    """
+    begin, end = shard.offsets[rows, None], shard.offsets[rows + 1, None]
+    place = begin + torch.arange(max(1, int((end - begin).max())))
+    real = place < end
+    ids = _padded(shard.ids, place, real, shard.pad)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "labels": ids.where(real, IGNORED) if shard.labels is None else _padded(shard.labels, place, real, IGNORED),
+        "index": shard.index[rows],
+    }
+    return batch if shard.weight is None else batch | {"weight": shard.weight[rows]}
+
+
+def _padded(
+    flat: Int[Tensor, " t"], place: Int[Tensor, "n s"], real: Bool[Tensor, "n s"], fill: int
+) -> Int[Tensor, "n s"]:
+    """Return the numbers at some places, and another where there is none."""
+    if not len(flat):
+        return torch.full(place.shape, fill)
+    return flat[place.clamp_max(len(flat) - 1)].long().where(real, fill)
+
+
+def _made(shards: Iterable[Tokenized], token_budget: int, max_rows: int | None) -> Iterator[dict[str, Tensor]]:
+    for shard in shards:
+        for rows in pack(shard.lengths, token_budget, max_rows):
+            yield collate(shard, rows)
+
+
+def _ahead(made: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield what an iterator yields, taken from it by a thread which is `count` items ahead at most."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(count)
+    closed = threading.Event()
+
+    def put(item: tuple[str, Any]) -> None:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in made:
+                put(("batch", batch))
+                if closed.is_set():
+                    return
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    thread = threading.Thread(target=work, name="influence.data.batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,156 @@
+"""Conversations as text, with the spans of it which the assistant says.
+
+A span comes from the template itself: from its `{% generation %}` blocks, or, where it has none, as the part of the
+text that changes when what the turn says is replaced by a character that occurs nowhere else. Texts are never searched
+for what a turn says: a template may strip it, and another turn may say the same.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from influence.data.documents import Document, Message
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the model generates."""
+
+PRIVATE = "\ue000\ue001\ue002\ue003"
+"""Characters without a meaning: one that a conversation does not use stands for a turn's content."""
+
+
+class Span(NamedTuple):
+    """A labelled part of a text.
+
+    Attributes:
+        begin: its first character.
+        end: the character after its last.
+        stop: where the turn ends: the token that closes it lies between `end` and `stop`, if there is one.
+    """
+
+    begin: int
+    end: int
+    stop: int
+
+
+class Marked(NamedTuple):
+    """A text and its labelled spans.
+
+    Attributes:
+        text: the text.
+        spans: what of it is labelled, in order; `None` for all.
+        bare: whether it lacks the special tokens which the tokenizer puts around a text.
+    """
+
+    text: str
+    spans: tuple[Span, ...] | None
+    bare: bool
+
+
+Render: TypeAlias = Callable[[Sequence[Message]], tuple[str, list[tuple[int, int]]]]
+"""Messages to their text and the `{% generation %}` blocks in it."""
+
+
+def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
+    """Return the function from documents to marked texts, and whether it uses a chat template.
+
+    Without a chat template the turns are concatenated as they are, with the tokenizer's end-of-sequence token after
+    each of the assistant's.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return lambda document: _concatenated(document, tokenizer.eos_token or ""), False
+    source = tokenizer.get_chat_template()
+    generated = GENERATION.search(source) is not None
+
+    def render(messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        # apply_chat_template(return_assistant_tokens_mask=True) drops every span after one that begins with a character
+        # the tokenizer drops, and runs to the end where one ends so; its character spans are right
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=source,
+            return_assistant_tokens_mask=generated,
+            **tokenizer.special_tokens_map,
+        )
+        texts, blocks = rendered
+        return texts[0], list(blocks[0]) if generated else []
+
+    def mark(document: Document) -> Marked:
+        if document.text is not None:
+            return Marked(document.text, None, bare=True)
+        return (_by_blocks if generated else _by_difference)(document.messages, render)
+
+    return mark, True
+
+
+def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
+    """Take the spans from the template's own blocks."""
+    text, blocks = render(messages)
+    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = []
+    for number, (begin, end) in enumerate(blocks):
+        tail = text[end:]
+        if len(blocks) == len(answers) and answers[number] + 1 < len(messages):
+            shorter, inner = render(messages[: answers[number] + 1])
+            tail = tail[: _common(tail, shorter[inner[-1][1] :] if inner else "")]
+        spans.append(Span(begin, end, end + len(tail)))
+    return Marked(text, tuple(spans), bare=False)
+
+
+def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
+    """Take as a span what changes with a turn's content.
+
+    Raises:
+        ValueError: if the template does more with a content than to put it, stripped or not, in one place.
+    """
+    text = render(messages)[0]
+    spans = []
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        around = _around(messages, k, render)
+        if around is None or not _fits(text, *around):
+            raise ValueError(
+                f"the chat template does not put the content of message {k} ({message['content'][:40]!r}) into the "
+                "text in one place with the rest unchanged, so its tokens cannot be told apart: give the template "
+                "{% generation %} … {% endgeneration %} around what the assistant says, or pass rows with input_ids "
+                "and labels"
+            )
+        head, tail = around
+        end = len(text) - len(tail)
+        if k + 1 < len(messages):
+            alone = _around(messages[: k + 1], k, render)
+            tail = tail[: _common(tail, alone[1] if alone else "")]
+        spans.append(Span(len(head), end, end + len(tail)))
+    return Marked(text, tuple(spans), bare=False)
+
+
+def _around(messages: Sequence[Message], k: int, render: Render) -> tuple[str, str] | None:
+    """Return what a rendering has before and after the content of turn `k`, if it has it once."""
+    said = "".join(message["content"] for message in messages)
+    mark = next((character for character in PRIVATE if character not in said), PRIVATE[0])
+    pieces = render([*messages[:k], {**messages[k], "content": mark}, *messages[k + 1 :]])[0].split(mark)
+    return (pieces[0], pieces[1]) if len(pieces) == 2 else None
+
+
+def _fits(text: str, head: str, tail: str) -> bool:
+    return len(head) + len(tail) <= len(text) and text.startswith(head) and text.endswith(tail)
+
+
+def _concatenated(document: Document, closing: str) -> Marked:
+    """Put turns one after the other, as they are."""
+    if document.text is not None:
+        return Marked(document.text, None, bare=True)
+    text, spans = "", []
+    for message in document.messages:
+        begin, text = len(text), text + message["content"]
+        if message["role"] == "assistant":
+            ending = "" if closing and text.endswith(closing) else closing
+            spans.append(Span(begin, len(text), len(text) + len(ending)))
+            text += ending
+    return Marked(text, tuple(spans), bare=True)
+
+
+def _common(a: str, b: str) -> int:
+    """Return the length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

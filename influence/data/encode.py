@@ -1,0 +1,180 @@
+"""Text to token ids and labels, special tokens once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from influence.data.chat import Marked, Span
+from influence.func.losses import IGNORED
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens.
+
+    Attributes:
+        ids: token ids of each document.
+        labels: as long, with -100 where there is none; `None` where every token is its own label.
+        cut: how many documents were truncated.
+    """
+
+    ids: list[list[int]]
+    labels: list[list[int]] | None
+    cut: int
+
+
+class Frame(NamedTuple):
+    """The special tokens which a tokenizer puts around a text."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """Return the special tokens that a tokenizer puts around a text.
+
+    Raises:
+        ValueError: if it does more than to put tokens around.
+    """
+    words = ("a", "0", ".", *(tokenizer.decode([i]) for i in range(min(64, len(tokenizer)))))
+    for word in words:
+        inner = tokenizer(word, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(word)["input_ids"]
+        for k in range(len(whole) - len(inner) + 1 if inner else 0):
+            if whole[k : k + len(inner)] == inner:
+                return Frame(whole[:k], whole[k + len(inner) :])
+    raise ValueError("the tokenizer's special tokens are not a prefix and a suffix: pass rows with input_ids instead")
+
+
+def encoder(
+    tokenizer: Any, limit: int | None, end_of_turn: bool, separator: int | None = None
+) -> Callable[[Sequence[Marked | None]], Encoded]:
+    """Decide how marked texts become tokens.
+
+    Args:
+        tokenizer: a fast tokenizer of `transformers`.
+        limit: cut documents to so many tokens; what the tokenizer puts at the end stays.
+        end_of_turn: label the special token that ends a labelled turn.
+        separator: put this token after each plain text that does not end in it.
+
+    Returns:
+        A function of marked texts, `None` for an empty document, which gets no special token either.
+
+    Raises:
+        ValueError: if the tokenizer cannot say which characters a token came from.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters a token came from: use a fast tokenizer "
+            "(AutoTokenizer.from_pretrained), or pass rows with input_ids and labels"
+        )
+    frame = frame_of(tokenizer)
+    around = len(frame.prefix) + len(frame.suffix)
+    if limit is not None and limit <= around:
+        raise ValueError(f"max_length={limit} leaves no room beside the tokenizer's {around} special tokens")
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+
+    def encode(texts: Sequence[Marked | None]) -> Encoded:
+        said = [text for text in texts if text is not None]
+        spanned = any(text.spans is not None for text in said)
+        if not said:
+            return Encoded([[] for _ in texts], None, 0)
+        got = tokenizer(
+            [text.text for text in said],
+            add_special_tokens=False,
+            return_offsets_mapping=spanned,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        offsets = iter(got["offset_mapping"] if spanned else [[]] * len(said))
+        bodies, cut = iter(got["input_ids"]), 0
+        ids: list[list[int]] = []
+        labels: list[list[int]] = []
+        for text in texts:
+            body, where = ([], []) if text is None else (next(bodies), next(offsets))
+            if text is None or not body:
+                ids.append([])
+                labels.append([])
+                continue
+            if text.spans is None:
+                marked, last = [True] * len(body) if spanned else [], True
+            else:
+                marked = mark_tokens(text, body, where, special, end_of_turn)
+                last = end_of_turn and bool(text.spans) and text.spans[-1].end == len(text.text)
+            prefix, suffix = frame if text.bare else Frame([], [])
+            prefix = [] if body[: len(prefix)] == prefix else prefix
+            suffix = [] if body[len(body) - len(suffix) :] == suffix else suffix
+            if separator is not None and text.spans is None and [*body, *suffix][-1:] != [separator]:
+                suffix = [*suffix, separator]
+            room = len(body) if limit is None else limit - len(prefix) - len(suffix)
+            cut += len(body) > room
+            tokens = [*prefix, *body[:room], *suffix]
+            ids.append(tokens)
+            if spanned:
+                keep = [*[text.spans is None] * len(prefix), *marked[:room], *[last] * len(suffix)]
+                labels.append([token if kept else IGNORED for token, kept in zip(tokens, keep, strict=True)])
+        return Encoded(ids, labels if spanned else None, cut)
+
+    return encode
+
+
+def mark_tokens(
+    text: Marked, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: set[int], end_of_turn: bool
+) -> list[bool]:
+    """Return which tokens are labelled: those with a character in a span, and the special token that ends it.
+
+    A turn ends with the first special token of its tail that has nothing but whitespace before it, or with one that a
+    span has among its last.
+    """
+    marked, begin = [False] * len(ids), 0
+    reach = _reach(offsets)
+    for span in text.spans or ():
+        while begin < len(ids) and reach[begin][1] <= span.begin:
+            begin += 1
+        end = begin
+        while end < len(ids) and reach[end][0] < span.end:
+            end += 1
+        closing = _inner_closing(text.text, ids, reach, begin, end, special)
+        if closing is None and end_of_turn:
+            closing = _outer_closing(text.text, ids, reach, end, span, special)
+            end = end if closing is None else closing + 1
+        elif closing is not None and not end_of_turn:
+            end = closing
+        marked[begin:end] = [True] * (end - begin)
+    return marked
+
+
+def _reach(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return each token's characters; a token whose whitespace was trimmed to nothing has it back."""
+    reach, before = [], 0
+    for begin, end in offsets:
+        reach.append((begin, end) if begin < end else (min(begin, before), end))
+        before = end
+    return reach
+
+
+def _inner_closing(
+    text: str, ids: Sequence[int], reach: Sequence[tuple[int, int]], begin: int, end: int, special: set[int]
+) -> int | None:
+    """Return the first of the special tokens with which a span ends, whitespace apart."""
+    found = None
+    for k in range(end - 1, begin - 1, -1):
+        if ids[k] in special:
+            found = k
+        elif text[slice(*reach[k])].strip():
+            break
+    return found
+
+
+def _outer_closing(
+    text: str, ids: Sequence[int], reach: Sequence[tuple[int, int]], end: int, span: Span, special: set[int]
+) -> int | None:
+    """Return the special token that ends a turn after its span."""
+    for k in range(end, len(ids)):
+        if reach[k][1] > span.stop:
+            return None
+        if ids[k] in special:
+            return k
+        if text[slice(*reach[k])].strip():
+            return None
+    return None

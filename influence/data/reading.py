@@ -1,0 +1,199 @@
+"""How slices of a dataset become tokens, decided once."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.data.chat import marker
+from influence.data.context import context_length
+from influence.data.documents import TextFormat, present, reader
+from influence.data.encode import encoder
+from influence.data.sources import Rows, column_names
+from influence.data.tokenized import Tokenized, flat
+from influence.func.losses import IGNORED
+
+PLAIN = TextFormat()
+"""Tokenised rows, or the column `text`."""
+
+
+class Reading(NamedTuple):
+    """How slices of a dataset become tokens.
+
+    Attributes:
+        columns: the columns to read.
+        read: a slice's first row and its rows, to tokens.
+        prompts: rows, to what the last answer of each answers.
+        notice: what the user should know.
+    """
+
+    columns: list[str]
+    read: Callable[[int, Rows], Tokenized]
+    prompts: Callable[[Rows], list[str]]
+    notice: str
+
+
+def reading(
+    dataset: Any, tokenizer: Any, form: TextFormat, limit: int | None, separate: bool, scored: str | None
+) -> Reading:
+    """Decide how slices become tokens.
+
+    Args:
+        dataset: the dataset.
+        tokenizer: a fast tokenizer, or `None` for tokenised rows.
+        form: which columns hold the text.
+        limit: cut documents to so many tokens.
+        separate: end plain texts in the tokenizer's end-of-sequence token.
+        scored: a column of numbers to read too.
+
+    Returns:
+        The functions that do it.
+
+    Raises:
+        ValueError: if a column or the tokenizer is missing.
+    """
+    columns = column_names(dataset)
+    also = [] if scored is None else present([scored], columns, "another name")
+    if "input_ids" in columns and form == replace(PLAIN, end_of_turn=form.end_of_turn):
+        ready = [name for name in columns if name in ("input_ids", "labels", "attention_mask")]
+        return Reading(_union(ready, also), partial(_read_tokens, limit, pad_of(tokenizer)), _prompt_tokens, "")
+    named, document_of = reader(form, columns)
+    if tokenizer is None:
+        raise ValueError(f"text in {', '.join(map(repr, named))} needs a tokenizer: pass tokenizer=")
+    mark, templated = marker(tokenizer)
+    encode = encoder(tokenizer, limit, form.end_of_turn, tokenizer.eos_token_id if separate else None)
+    pad, notice = pad_of(tokenizer), ""
+    if not templated and (form.conversation_column or form.completion_column):
+        notice = "the tokenizer has no chat template: turns were concatenated as they are"
+        warnings.warn(notice, stacklevel=3)
+
+    def read(first: int, rows: Rows) -> Tokenized:
+        marked = []
+        for i, row in enumerate(rows):
+            try:
+                document = document_of(row)
+                marked.append(None if document.empty else mark(document))
+            except Exception as error:  # a chat template may raise anything; the row is what the user needs to know
+                raise ValueError(f"row {first + i}: {error}") from error
+        encoded = encode(marked)
+        tokenized = flat(encoded.ids, encoded.labels, first, pad)
+        return replace(tokenized, counts=tokenized.counts._replace(truncated=encoded.cut))
+
+    def prompts(rows: Rows) -> list[str]:
+        documents = [document_of(row) for row in rows]
+        if any(document.text for document in documents):
+            raise ValueError(
+                "rewards compare answers to equal prompts, and plain text has none: pass completion_column"
+            )
+        return [document.prompt() for document in documents]
+
+    return Reading(_union(named, also), read, prompts, notice)
+
+
+def pad_of(tokenizer: Any) -> int:
+    """Return the id that fills a batch: it is masked, so any will do where a tokenizer has none."""
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((int(number) for number in known if number is not None), 0)
+
+
+def longest(tokenizer: Any, max_length: int | None, truncation: bool, chunk_length: int | None) -> int | None:
+    """Return how long a document may be, checked against what is asked for.
+
+    Raises:
+        ValueError: if the arguments exclude one another.
+    """
+    limit = context_length(tokenizer) if max_length is None else max_length
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_length must be at least 1; got {limit}")
+    if truncation and chunk_length is not None:
+        raise ValueError(
+            "pass truncation=True, which drops what is too long, or chunk_length, which keeps it, not both"
+        )
+    if truncation and limit is None:
+        raise ValueError("truncation=True needs max_length: the tokenizer knows no limit (see context_length)")
+    if chunk_length is not None and limit is not None and chunk_length > limit:
+        raise ValueError(f"chunk_length={chunk_length} is longer than max_length={limit}")
+    return limit
+
+
+def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
+    """Return documents of which none is too long.
+
+    Raises:
+        ValueError: saying how many are.
+    """
+    lengths = tokenized.lengths
+    if limit is not None and len(lengths) and int(lengths.max()) > limit:
+        long, worst = int((lengths > limit).sum()), int(lengths.argmax())
+        raise ValueError(
+            f"{long} of {len(lengths)} documents are longer than max_length={limit} tokens; the longest, row "
+            f"{int(tokenized.index[worst])}, has {int(lengths[worst])}: pass truncation=True to cut them, "
+            "chunk_length= to cut all documents into chunks, or a larger max_length if the model can see as much"
+        )
+    return tokenized
+
+
+def numbers(rows: Rows, name: str, first: int) -> Float[Tensor, " n"]:
+    """Return a column of numbers; `None` is NaN.
+
+    Raises:
+        ValueError: if a value is no number.
+    """
+    values = [row[name] for row in rows]
+    for i, value in enumerate(values):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"column {name!r} must hold numbers; row {first + i} has {value!r}")
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[Tensor, " n"]:
+    """Return values that are all finite.
+
+    Raises:
+        ValueError: naming the rows whose value is not.
+    """
+    rows = ((~values.isfinite()).nonzero().flatten() + first).tolist()
+    if rows:
+        raise ValueError(f"column {name!r} has {len(rows)} values that are no finite numbers: rows {rows[:10]}")
+    return values
+
+
+def _union(names: list[str], more: list[str]) -> list[str]:
+    return list(dict.fromkeys([*names, *more]))
+
+
+def _read_tokens(limit: int | None, pad: int, first: int, rows: Rows) -> Tokenized:
+    """Return rows that are tokens already, without the padding they may have."""
+    ids, labels, cut = [], [], 0
+    for i, row in enumerate(rows):
+        mask = row.get("attention_mask") or [1] * len(row["input_ids"] or [])
+        parts = [row["input_ids"] or [], *([row["labels"] or []] if "labels" in row else [])]
+        if any(len(part) != len(mask) for part in parts):
+            raise ValueError(
+                f"row {first + i}: input_ids, labels and attention_mask must be of one length; got "
+                f"{[len(part) for part in parts]} and {len(mask)}"
+            )
+        kept = [[number for number, real in zip(part, mask, strict=True) if real] for part in parts]
+        cut += limit is not None and len(kept[0]) > limit
+        ids.append(kept[0][:limit])
+        labels.append(kept[-1][:limit])
+    tokenized = flat(ids, labels if rows and "labels" in rows[0] else None, first, pad)
+    return replace(tokenized, counts=tokenized.counts._replace(truncated=cut))
+
+
+def _prompt_tokens(rows: Rows) -> list[str]:
+    """Return the tokens before the first labelled one."""
+    if any("labels" not in row for row in rows):
+        raise ValueError("rewards compare answers to equal prompts: tokenised rows need labels, -100 on the prompt")
+    found = []
+    for row in rows:
+        labels = row["labels"] or []
+        begin = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+        found.append(str((row["input_ids"] or [])[:begin]))
+    return found

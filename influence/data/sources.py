@@ -1,0 +1,201 @@
+"""Where rows come from: the Hub, files, saved datasets, memory; and how they are read, slice by slice."""
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Rows: TypeAlias = list[dict[str, Any]]
+"""A slice of a dataset."""
+
+BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+"""Local files by suffix, and what `datasets` calls their reader."""
+
+
+def load(
+    source: Any,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    data_kwargs: str | Mapping[str, Any] | None = None,
+    streaming: bool = False,
+) -> Any:
+    """Load a dataset.
+
+    Args:
+        source: a Hub id; a local file (.csv, .json, .jsonl, .parquet, .arrow, .txt) or a pattern of them; a folder
+            which `save_to_disk` wrote; a `datasets` object; or a list of dictionaries.
+        split: a split, a slice or a sum of them, such as `"train[:10%]+test"`. By default the only split there is, or
+            `"train"`.
+        subset: the configuration of a Hub dataset.
+        data_kwargs: more arguments for `datasets.load_dataset`: a mapping, or one written in JSON or YAML.
+        streaming: return an `IterableDataset`, read as it is used.
+
+    Returns:
+        A `datasets.Dataset`, or an `IterableDataset`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if there is no such split, no row, or an argument makes no sense here.
+
+    Example:
+        >>> load([{"text": "a"}, {"text": "b"}]).column_names
+        ['text']
+    """
+    import datasets
+
+    kwargs = mapping_of(data_kwargs)
+    local = not isinstance(source, str | Path) or _is_saved(Path(source))
+    if local and (kwargs or subset is not None):
+        raise ValueError("subset and data_kwargs are arguments of datasets.load_dataset; this source does not use it")
+    if isinstance(source, str | Path):
+        if not local:
+            return _read(str(source), split, subset, kwargs, streaming)
+        source = datasets.load_from_disk(str(source))
+    elif isinstance(source, Sequence) and not isinstance(source, datasets.Dataset):
+        source = _from_list(source)
+    if isinstance(source, datasets.IterableDataset):
+        if split is not None:
+            raise ValueError(f"an IterableDataset has no splits; got split={split!r}: use .skip(n).take(m) instead")
+        return source
+    if isinstance(source, datasets.Dataset):
+        source = {str(source.split or "train"): source}
+    if not isinstance(source, Mapping):
+        raise ValueError(
+            "source must be a Hub id, a path, a datasets.Dataset, an IterableDataset or a list of dictionaries; got "
+            f"{type(source).__name__}"
+        )
+    chosen = _not_empty(_choose(source, split))
+    return chosen.to_iterable_dataset() if streaming and isinstance(chosen, datasets.Dataset) else chosen
+
+
+def mapping_of(data_kwargs: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return keyword arguments given as a mapping, or as one written in JSON or YAML.
+
+    Example:
+        >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
+        {'delimiter': ',', 'names': ['a', 'b=c']}
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        read = yaml.safe_load(data_kwargs) if isinstance(data_kwargs, str) else data_kwargs
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"data_kwargs is no JSON or YAML: {' '.join(str(error).split())}; got {data_kwargs!r}"
+        ) from error
+    if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
+        raise ValueError(f'data_kwargs must be a mapping such as {{"delimiter": ","}}; got {data_kwargs!r}')
+    return dict(read or {})
+
+
+def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Rows]]:
+    """Yield a dataset in contiguous slices.
+
+    Args:
+        dataset: a `Dataset` or an `IterableDataset`.
+        size: rows per slice; the last may have fewer.
+        columns: read only these.
+
+    Yields:
+        The number of the slice's first row, and its rows.
+    """
+    import datasets
+
+    chosen = dataset.with_format(None)
+    if columns is not None:
+        chosen = chosen.select_columns(list(columns))
+    if isinstance(chosen, datasets.Dataset):
+        for begin in range(0, len(chosen), size):
+            lists = chosen[begin : begin + size]
+            yield begin, [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+        return
+    begin, rows = 0, iter(chosen)
+    while piece := list(islice(rows, size)):
+        yield begin, piece
+        begin += len(piece)
+
+
+def column_names(dataset: Any) -> list[str]:
+    """Return the names of a dataset's columns; a stream that does not know them is asked for its first row.
+
+    Raises:
+        ValueError: if it has no row to ask.
+    """
+    names = dataset.column_names
+    if names:
+        return list(names)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("the dataset is empty: it has no row")
+    return list(first)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, Any], streaming: bool) -> Any:
+    """Read files or the Hub."""
+    import datasets
+
+    if streaming and split is not None and not split.isidentifier():
+        raise ValueError(f"a stream has whole splits only, got split={split!r}: use load(…).skip(n).take(m)")
+    path = Path(source)
+    if path.suffix in BUILDERS and "://" not in source:
+        if not glob.glob(source):
+            raise FileNotFoundError(f"no file {source}")
+        if subset is not None:
+            raise ValueError(f"a file has no subsets; got subset={subset!r} for {source}")
+        kwargs = {"data_files": source} | kwargs
+        source = BUILDERS[path.suffix]
+    elif path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"the folder {source} is empty")
+    read = datasets.load_dataset(source, subset, streaming=streaming, **kwargs)
+    return _not_empty(_choose(read, split) if isinstance(read, Mapping) else read)
+
+
+def _from_list(rows: Sequence[Any]) -> Any:
+    """Return a dataset made of dictionaries; what a row lacks is None."""
+    import datasets
+
+    strange = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if strange is not None:
+        raise ValueError(f"a list of rows must hold dictionaries only; got a {type(strange).__name__}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def _choose(splits: Mapping[Any, Any], split: str | None) -> Any:
+    """Return a split, or the slices of splits which an expression names."""
+    import datasets
+
+    named = {str(name): dataset for name, dataset in splits.items()}
+    if split in named:
+        return named[split]
+    if split is None:
+        if len(named) != 1 and "train" not in named:
+            raise ValueError(f"the dataset has the splits {', '.join(named)}: pass split=")
+        return named["train"] if "train" in named else next(iter(named.values()))
+    if not all(isinstance(dataset, datasets.Dataset) for dataset in named.values()):
+        raise ValueError(f"no split {split!r}; there are {', '.join(named)}")
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(d) for name, d in named.items()})
+    except (ValueError, AssertionError) as error:
+        sizes = ", ".join(f"{name} ({len(dataset)} rows)" for name, dataset in named.items())
+        raise ValueError(f"no split {split!r}; there are {sizes}, their slices [a:b] and sums +") from error
+    pieces = []
+    for part in parts:
+        whole = named[part.splitname]
+        stop = len(whole) if part.to is None else part.to
+        pieces.append(whole.select(range(part.from_ or 0, stop)))
+    return pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
+
+
+def _not_empty(dataset: Any) -> Any:
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset) and not len(dataset):
+        raise ValueError("the dataset is empty: it has no row")
+    return dataset
