@@ -181,16 +181,21 @@ class Runner:
         """Return an operation's result with its contribution to the zeros attached."""
         fed = [feed for name in call.params for feed in self.scene.feeds[name]]
         names = list(dict.fromkeys(feed.block.into for feed in fed))
-        results = tensors_of(out)
         saved, backward = RULES[route.rule](call, route, self.scene)
         finish = Contribution(
             backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None
         )
-        tapped = Tap.apply(finish, len(results), len(saved), *results, *saved, *(self.zeros[name] for name in names))
-        if isinstance(out, Tensor):
-            return tapped
-        fresh = iter(tapped if len(results) > 1 else (tapped,))
-        return type(out)(next(fresh) if isinstance(item, Tensor) else item for item in out)
+        return attach(out, saved, finish, [self.zeros[name] for name in names])
+
+
+def attach(out: Any, saved: Sequence[Tensor], backward: Backward | Any, zeros: Sequence[Tensor]) -> Any:
+    """Return an operation's result whose backward hands `backward(saved, gs)` to the zeros, one for each."""
+    results = tensors_of(out)
+    tapped = Tap.apply(backward, len(results), len(saved), *results, *saved, *zeros)
+    if isinstance(out, Tensor):
+        return tapped
+    fresh = iter(tapped if len(results) > 1 else (tapped,))
+    return type(out)(next(fresh) if isinstance(item, Tensor) else item for item in out)
 
 
 ALIVE = 1 << 20

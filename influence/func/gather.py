@@ -9,18 +9,17 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.batched import BatchedPlan, Runner, Tap, same_left
+from influence.func.anchored import Anchored
+from influence.func.batched import BatchedPlan, attach, same_left
 from influence.func.contributions import Feed, Route, Scene
 from influence.func.covariates import Covariate, add_grams
 from influence.func.folding import Block
-from influence.func.probe import Call, UseKey, probe
+from influence.func.probe import Call, UseKey
+from influence.func.reduce import squares
 from influence.func.seen import USES, Mask, Seen
 from influence.func.sides import Side
-from influence.types import Rows
 
 BlockSums: TypeAlias = dict[str, Tensor]
 """Sums of one block over a batch, by name."""
@@ -94,13 +93,12 @@ def _unfactored(block: Block, keys: Sequence[UseKey], routes: Mapping[UseKey, Ro
     return f"its bias is also used by itself ({alone[0]})" if alone else ""
 
 
-class Gather(Runner):
+class Gather(Anchored):
     """The watcher of one run.
 
     Attributes:
         sums: what was gathered, by block.
         positions: how many real positions each block saw.
-        anchor: a zero that every tap depends on: its gradient is asked for so that every backward runs.
     """
 
     def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Mask, scene: Scene) -> None:
@@ -112,14 +110,7 @@ class Gather(Runner):
             mask: which positions are tokens, where some are not.
             scene: the run.
         """
-        like = next(iter(scene.values.values()))
-        self.anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
-        zeros = {
-            block.name: scene.values[block.parts[0].source].new_zeros(()).expand(scene.n, *block.shape).requires_grad_()
-            for block in plan.batched.folded.blocks
-            if block.name in plan.rows
-        }
-        super().__init__(plan.batched, scene, zeros)
+        super().__init__(plan.batched, scene, plan.rows)
         self.gather, self.joint, self.mask = plan, joint, mask
         self.sums: dict[str, BlockSums] = {block.name: {} for block in plan.batched.folded.blocks}
         self.positions: dict[str, int] = {}
@@ -128,14 +119,9 @@ class Gather(Runner):
 
     def backward(self, out: Tensor, cotangent: Tensor, retain: bool) -> None:
         """Pull one cotangent back and add what it brings."""
-        if not out.requires_grad:
-            raise ValueError("no use of a parameter reaches the outputs of this batch")
-        zeros = [self.anchor, *self.zeros.values()]
-        found = torch.autograd.grad(out, zeros, cotangent, retain_graph=retain, allow_unused=True)[1:]
-        for (name, zero), row in zip(self.zeros.items(), found, strict=True):
-            wide = torch.zeros(zero.shape[1:], dtype=zero.dtype, device=zero.device) if row is None else row
-            squares = wide if row is None else _squares(wide)
-            self.add(name, {"diagonal": squares.flatten()})
+        for name, row in self.pull(out, cotangent, retain):
+            if row is not None:
+                self.add(name, {"diagonal": squares(None, row).flatten()})
         for name in list(self._waiting):
             assert self.joint is not None
             self.add(name, self.joint(self._waiting.pop(name)))
@@ -173,8 +159,7 @@ class Gather(Runner):
                 self.add(feed.block.name, {"right" if known_is_left else "left": summed[key]})
             return [feed.part.left.apply(total(g)) for feed in biases] + [None]
 
-        zeros = [self.zeros[feed.block.name] for feed in biases]
-        return Tap.apply(backward, 1, 0, out, *zeros, self.anchor)
+        return attach(out, [], backward, [*(self.zeros[feed.block.name] for feed in biases), self.anchor])
 
     def know(self, feed: Feed, use: Seen) -> Covariate | None:
         """Sum the factor that is known now: the same input through the same side is summed once."""
@@ -204,11 +189,6 @@ class Gather(Runner):
             self._waiting.setdefault(feed.block.name, []).append(pair)
 
 
-def _squares(row: Float[Tensor, "n ..."]) -> Float[Tensor, "..."]:
-    wide = row if row.dtype == torch.float64 else row.float()
-    return wide.square().sum(0)
-
-
 def _side_key(side: Side | None) -> tuple:
     if side is None:
         return ()
@@ -220,34 +200,3 @@ def _side_key(side: Side | None) -> tuple:
         side.after,
         id(side.matrix) if side.matrix is not None else 0,
     )
-
-
-def gather(
-    plan: GatherPlan,
-    joint: Joint | None,
-    head: "Callable[[Rows, Any], tuple[Tensor, Any]]",
-    values: Rows,
-    batch: Any,
-    n: int,
-    mask: Mask,
-) -> tuple[Tensor, Any, Gather]:
-    """Run a function of parameters with every use watched.
-
-    Args:
-        plan: which blocks have factors.
-        joint: sums of both factors together, or `None`.
-        head: `(params, batch) -> (output, what it says of it)`.
-        values: the parameters.
-        batch: the batch.
-        n: its number of examples.
-        mask: which positions are tokens, where some are not.
-
-    Returns:
-        The output, what the head says of it, and the run: call `run.backward` with cotangents.
-    """
-    plain = {name: p.detach() for name, p in values.items()}
-    scene = Scene(n, None, dict(plan.batched.folded.layout.params), plan.batched.feeds, plain)
-    run = Gather(plan, joint, mask, scene)
-    probes = {name: probe(p, name, (name,), run) for name, p in plain.items()}
-    out, said = head(probes, batch)  # type: ignore[arg-type]
-    return out, said, run

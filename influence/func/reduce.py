@@ -9,15 +9,15 @@ from dataclasses import replace
 from math import prod
 from typing import Any, TypeAlias
 
-import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from influence.func.batched import ALIVE, BatchedPlan, Runner, Tap
+from influence.func.anchored import Anchored
+from influence.func.batched import ALIVE, BatchedPlan, attach
 from influence.func.contributions import Piece, Route, Scene, some_of
 from influence.func.folding import Block, Folded
 from influence.func.losses import widen
-from influence.func.probe import Call, probe, tensors_of
+from influence.func.probe import Call
 from influence.func.rules import RULES
 from influence.types import Rows
 
@@ -25,32 +25,23 @@ Reduction: TypeAlias = Callable[[Tensor | None, Tensor], Tensor]
 """`(total or None, rows [n, …]) -> total`: it may add in place to a total which it made."""
 
 
-class Reduce(Runner):
+class Reduce(Anchored):
     """The watcher of one run.
 
     Attributes:
         sums: what was summed, by block.
-        anchor: a zero that every tap depends on: its gradient is asked for so that every backward runs.
     """
 
     def __init__(self, plan: BatchedPlan, reduction: Reduction, scene: Scene) -> None:
         """Start a run."""
-        like = next(iter(scene.values.values()))
-        self.anchor = torch.zeros((), dtype=like.dtype, device=like.device, requires_grad=True)
         self.once = used_once(plan)
-        zeros = {
-            block.into: scene.values[block.parts[0].source].new_zeros(()).expand(scene.n, *block.shape).requires_grad_()
-            for block in plan.folded.blocks
-            if block.name not in self.once
-        }
-        super().__init__(plan, scene, zeros)
+        super().__init__(plan, scene, {block.name for block in plan.folded.blocks} - self.once)
         self.reduction, self.sums = reduction, dict[str, Tensor]()
 
     def tap(self, call: Call, out: Any, route: Route) -> Any:
         """Reduce a use's rows when its output gradient arrives."""
         feeds = {feed.slot: feed for name in call.params for feed in self.scene.feeds[name]}
         kept = list(dict.fromkeys(f.block.into for f in feeds.values() if f.block.name not in self.once))
-        results = tensors_of(out)
         saved, rule = RULES[route.rule](call, route, self.scene)
 
         def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -64,12 +55,7 @@ class Reduce(Runner):
                     found[block.into] = found[block.into] + row if block.into in found else row
             return [*(found.get(name) for name in kept), None]
 
-        zeros = [self.zeros[name] for name in kept]
-        tapped = Tap.apply(backward, len(results), len(saved), *results, *saved, *zeros, self.anchor)
-        if isinstance(out, Tensor):
-            return tapped
-        fresh = iter(tapped if len(results) > 1 else (tapped,))
-        return type(out)(next(fresh) if isinstance(item, Tensor) else item for item in out)
+        return attach(out, saved, backward, [*(self.zeros[name] for name in kept), self.anchor])
 
     def reduce(self, block: Block, piece: Tensor | Piece) -> None:
         """Reduce a block's rows, a few examples at a time."""
@@ -80,11 +66,7 @@ class Reduce(Runner):
 
     def backward(self, out: Tensor, cotangent: Tensor, retain: bool) -> None:
         """Pull one cotangent back and add what it brings."""
-        if not out.requires_grad:
-            raise ValueError("no use of a parameter reaches the outputs of this batch")
-        zeros = [self.anchor, *self.zeros.values()]
-        found = torch.autograd.grad(out, zeros, cotangent, retain_graph=retain, allow_unused=True)[1:]
-        for name, row in zip(self.zeros, found, strict=True):
+        for name, row in self.pull(out, cotangent, retain):
             if row is not None:
                 self.sums[name] = self.reduction(self.sums.get(name), row)
 
@@ -122,31 +104,3 @@ def piecewise(folded: Folded) -> Folded:
     """Return a folded transform whose rows are formed a few examples at a time."""
     blocks = tuple(b if b.linear else replace(b, linear=(Whole(),)) for b in folded.blocks)
     return replace(folded, blocks=blocks)
-
-
-def reducing(
-    plan: BatchedPlan,
-    reduction: Reduction,
-    head: Callable[[Any, Any], tuple[Tensor, Any]],
-    values: Rows,
-    batch: Any,
-    n: int,
-) -> tuple[Tensor, Any, Reduce]:
-    """Run a function of parameters whose rows are reduced as they appear.
-
-    Args:
-        plan: what the batched engine executes.
-        reduction: what becomes of rows.
-        head: `(params, batch) -> (output, what it says of it)`.
-        values: the parameters.
-        batch: the batch.
-        n: its number of examples.
-
-    Returns:
-        The output, what the head says of it, and the run: call `run.backward` with cotangents.
-    """
-    plain = {name: p.detach() for name, p in values.items()}
-    run = Reduce(plan, reduction, Scene(n, None, dict(plan.folded.layout.params), plan.feeds, plain))
-    probes = {name: probe(p, name, (name,), run) for name, p in plain.items()}
-    out, said = head(probes, batch)
-    return out, said, run

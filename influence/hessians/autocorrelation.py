@@ -11,17 +11,17 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from influence.func.batches import batch_size
+from torch import Tensor
+
 from influence.func.curvature import Curvature, decompose
 from influence.func.fold import Sink
 from influence.func.folding import vectors
-from influence.func.losses import widen
 from influence.func.plan import Plan, make_plan
 from influence.func.transform import Transform
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, describe, run, sum_sink
+from influence.hessians.fitting import About, BlockSums, FitStep, Sums, describe, run, sum_sink
 from influence.hessians.labels import Labels
-from influence.hessians.rows import label_rows
+from influence.hessians.rows import sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 MAX_ROW = 16384
@@ -98,21 +98,17 @@ def _plan(loss_fn: LossFn, params: Params, transform: Transform, labels: Labels,
         plan = make_plan(loss_fn, params, batch, transform, "auto")
         _check(plan, labels)
 
-        def sums(params: Params, batch: Batch) -> Sums:
-            total: dict[str, dict[str, Any]] = {}
-            for rows in label_rows(plan, loss_fn, params, batch, labels):
-                for name, row in rows.items():
-                    x = widen(vectors(row))
-                    gram = x.mT @ x
-                    total[name] = {"gram": total[name]["gram"] + gram if name in total else gram}
-            return Sums(total, {}, batch_size(batch))
-
-        return plan, sums
+        return plan, sums_of_rows(plan, loss_fn, labels, _gram)
 
     def about(plan: Plan) -> About:
         return describe("autocorrelation", loss_fn, params, transform, labels, plan.folded.row_shapes)
 
     return FitStep(loss_fn, params, first, make, about)
+
+
+def _gram(name: str, row: Tensor) -> BlockSums:
+    x = vectors(row)
+    return {"gram": x.mT @ x}
 
 
 def _check(plan: Plan, labels: Labels) -> None:

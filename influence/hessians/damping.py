@@ -23,14 +23,14 @@ from torch import Tensor
 
 from influence.func.batches import batch_size
 from influence.func.curvature import Curvature, inverse_weights, replaced
-from influence.func.plan import Plan
+from influence.func.plan import Plan, make_plan
 from influence.func.precondition import fitted_under, without_curvature
 from influence.func.transform import Transform
 from influence.hessians import ekfac
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import About, FitStep, Sums, describe, run, sum_sink
 from influence.hessians.labels import Labels
-from influence.hessians.rows import squares_by_rows
+from influence.hessians.rows import squares_of, sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 DEFINITE = ("damped", "absolute", "factored")
@@ -330,8 +330,9 @@ def _by_rows(factors: Factors, loss_fn: LossFn, params: Params, chosen: Transfor
     """Plan sums of squares of rotated rows: for dense bases, which do not separate."""
 
     def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        turn = lambda name, row: factors.blocks[name].rotate(row)  # noqa: E731
-        return squares_by_rows(loss_fn, params, batch, chosen, factors.labels, turn)
+        plan = make_plan(loss_fn, params, batch, chosen, "auto")
+        turned = lambda name, row: squares_of(name, factors.blocks[name].rotate(row))  # noqa: E731
+        return plan, sums_of_rows(plan, loss_fn, factors.labels, turned)
 
     def about(plan: Plan) -> About:
         shapes = {name: c.shape for name, c in factors.blocks.items()}

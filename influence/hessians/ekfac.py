@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence.func.anchored import watched
 from influence.func.batched import make_feeds
 from influence.func.batches import batch_size
 from influence.func.curvature import replaced
@@ -21,7 +22,7 @@ from influence.func.fold import Sink
 from influence.func.folding import Block, Folded, Part, with_sides
 from influence.func.plan import Plan, make_plan
 from influence.func.precondition import fitted_under
-from influence.func.reduce import piecewise, reducing, squares
+from influence.func.reduce import Reduce, piecewise, squares
 from influence.func.transform import Step, Transform, chain
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
@@ -36,7 +37,7 @@ from influence.hessians.fitting import (
     run,
     sum_sink,
 )
-from influence.hessians.rows import squares_by_rows
+from influence.hessians.rows import squares_of, sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 
@@ -180,7 +181,8 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
         plan = make_plan(loss_fn, params, batch, checked(turned), "auto")
         folded = turned.bind(plan.layout)
         if plan.batched is None or folded.finish:
-            return squares_by_rows(loss_fn, params, batch, turned, labels)
+            plan = make_plan(loss_fn, params, batch, turned, "auto")
+            return plan, sums_of_rows(plan, loss_fn, labels, squares_of)
         pieces = piecewise(folded)
         batched = plan.batched._replace(folded=pieces, feeds=make_feeds(pieces))
 
@@ -188,7 +190,8 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
             n = batch_size(batch)
             with torch.enable_grad():
                 head = partial(labels.head, loss_fn)
-                out, said, found = reducing(batched, squares, head, params, batch, n)
+                watcher = partial(Reduce, batched, squares)
+                out, said, found = watched(batched, watcher, head, params, batch)
                 for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
                     found.backward(out, cotangent, retain=not last)
             return Sums(_filled(factors, found.sums), {}, n)

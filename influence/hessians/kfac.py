@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence.func.anchored import watched
 from influence.func.batched import BatchedPlan, make_feeds
 from influence.func.batches import batch_size
 from influence.func.curvature import Basis, Curvature, decompose
 from influence.func.fold import Sink
-from influence.func.gather import GatherPlan, Joint, gather, make_gather
+from influence.func.gather import Gather, GatherPlan, Joint, make_gather
 from influence.func.per_token import with_positions
 from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.transform import Transform
@@ -194,7 +195,8 @@ def plan_gather(
             here = gathered if mask is None else located[0]
             with torch.enable_grad():
                 head = partial(labels.head, loss_fn)
-                out, said, found = gather(here, joint, head, params, batch, n, mask)
+                watcher = partial(Gather, here, joint, mask)
+                out, said, found = watched(here.batched, watcher, head, params, batch)
                 for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
                     found.backward(out, cotangent, retain=not last)
             return Sums(found.sums, found.positions, n)

@@ -10,10 +10,9 @@ from influence.func.batched import cotangent_rows, tapped_losses
 from influence.func.batches import batch_size
 from influence.func.engines import loop_rows, vmap_rows
 from influence.func.losses import widen
-from influence.func.plan import Plan, make_plan
+from influence.func.plan import Plan
 from influence.func.reduce import squares
-from influence.func.transform import Transform
-from influence.hessians.fitting import Sums, lasts
+from influence.hessians.fitting import BlockSums, Sums, lasts
 from influence.hessians.labels import Labels
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -59,34 +58,33 @@ def _surrogate_rows(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch, l
         yield plan.folded.rows(rows_of(surrogate, params, {"batch": batch, "cotangent": cotangent}))
 
 
-def squares_by_rows(
-    loss_fn: LossFn,
-    params: Params,
-    first: Batch,
-    transform: Transform,
-    labels: Labels,
-    turn: Callable[[str, Tensor], Tensor] | None = None,
-) -> tuple[Plan, Callable[[Params, Batch], Sums]]:
-    """Plan sums of squared rows, all of a batch's at once, each turned first where that does not separate.
+def sums_of_rows(
+    plan: Plan, loss_fn: LossFn, labels: Labels, moments: Callable[[str, Tensor], BlockSums]
+) -> Callable[[Params, Batch], Sums]:
+    """Return the step that sums moments of a plan's rows, over every cotangent of the labels.
 
     Args:
+        plan: the plan.
         loss_fn: the loss function.
-        params: the parameters.
-        first: a first batch.
-        transform: what is wanted of the gradients.
         labels: whose gradients.
-        turn: `(block, rows) -> rows`.
+        moments: `(block, rows [n, …] in at least float32) -> sums over n`.
 
     Returns:
-        The plan and its step.
+        `(params, batch) -> Sums`.
     """
-    plan = make_plan(loss_fn, params, first, transform, "auto")
 
     def sums(params: Params, batch: Batch) -> Sums:
-        total: dict[str, Tensor] = {}
+        total: dict[str, BlockSums] = {}
         for rows in label_rows(plan, loss_fn, params, batch, labels):
             for name, row in rows.items():
-                total[name] = squares(total.get(name), row if turn is None else turn(name, widen(row)))
-        return Sums({name: {"squares": value} for name, value in total.items()}, {}, batch_size(batch))
+                mine = total.setdefault(name, {})
+                for key, value in moments(name, widen(row)).items():
+                    mine[key] = mine[key] + value if key in mine else value
+        return Sums(total, {}, batch_size(batch))
 
-    return plan, sums
+    return sums
+
+
+def squares_of(name: str, row: Tensor) -> BlockSums:
+    """Return the sum of a block's squared rows."""
+    return {"squares": squares(None, row)}

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from influence.func.batches import batch_size
 from influence.func.curvature import Curvature, decompose
 from influence.func.fold import Sink
 from influence.func.folding import vectors
-from influence.func.losses import widen
 from influence.func.plan import Plan, make_plan
 from influence.func.transform import Transform
 from influence.hessians.factors import Factors
@@ -33,7 +31,7 @@ from influence.hessians.fitting import (
 )
 from influence.hessians.kfac import MAX_SIDE
 from influence.hessians.labels import Labels
-from influence.hessians.rows import label_rows
+from influence.hessians.rows import sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 
@@ -112,16 +110,7 @@ def _plan(
                 "coordinates says nothing. Use hessians.autocorrelation, which has its dense second moment"
             )
 
-        def sums(params: Params, batch: Batch) -> Sums:
-            total: dict[str, BlockSums] = {}
-            for rows in label_rows(plan, loss_fn, params, batch, labels):
-                for name, row in rows.items():
-                    mine = total.setdefault(name, {})
-                    for key, value in _moments(row, max_side).items():
-                        mine[key] = mine[key] + value if key in mine else value
-            return Sums(total, {}, batch_size(batch))
-
-        return plan, sums
+        return plan, sums_of_rows(plan, loss_fn, labels, partial(_moments, max_side))
 
     def about(plan: Plan) -> About:
         return describe("shampoo", loss_fn, params, chosen, labels, plan.folded.row_shapes)
@@ -129,11 +118,10 @@ def _plan(
     return FitStep(loss_fn, params, first, make, about)
 
 
-def _moments(row: Tensor, max_side: int) -> BlockSums:
-    wide = widen(row)
+def _moments(max_side: int, name: str, row: Tensor) -> BlockSums:
     if row.ndim != 3:
-        return {"diagonal": vectors(wide).square().sum(0)}
-    by_left, by_right = wide.transpose(0, 1).flatten(1), wide.flatten(0, 1)
+        return {"diagonal": vectors(row).square().sum(0)}
+    by_left, by_right = row.transpose(0, 1).flatten(1), row.flatten(0, 1)
     o, i = row.shape[1:]
     return {
         "left": by_left.square().sum(1) if o > max_side else by_left @ by_left.mT,
