@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import agree, collect, curvature, peers, ranks, report
+from benchmarks import agree, collect, curvature, loader, peers, ranks, report, vocabulary
 from benchmarks.models import MODELS
 from benchmarks.report import Check
 
@@ -38,9 +38,21 @@ def main() -> int:
     suite.add_argument("--quick", action="store_true", help="a small, barely trained model: whether it runs")
     suite.set_defaults(run=_ranks)
 
+    for name, which, meaning in (
+        ("vocabulary", vocabulary, "projected rows at a vocabulary of 128,256: logits whole and in pieces"),
+        ("loader", loader, "tokens a second of the loader and of the model on its batches"),
+    ):
+        suite = suites.add_parser(name, help=meaning)
+        suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+        suite.add_argument("--threads", type=int, default=1)
+        suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
+        suite.add_argument("--quick", action="store_true", help="a small batch: whether it runs")
+        suite.set_defaults(run=_simple, suite_module=which)
+
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
     of = one.add_subparsers(dest="of", required=True)
-    for name, variants in (("collect", collect.VARIANTS), ("curvature", curvature.VARIANTS)):
+    variants_of = {"collect": collect.VARIANTS, "curvature": curvature.VARIANTS, "vocabulary": vocabulary.VARIANTS}
+    for name, variants in variants_of.items():
         suite = of.add_parser(name)
         if name == "collect":
             suite.add_argument("--model", choices=MODELS, required=True)
@@ -117,9 +129,19 @@ def _ranks(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _simple(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    suite = arguments.suite_module
+    found = suite.run(rounds=arguments.rounds, threads=arguments.threads, quick=arguments.quick)
+    judged = hasattr(suite, "targets") and not arguments.quick
+    arguments.only = None
+    return _finish(arguments, found, suite.targets(found) if judged else [])
+
+
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.of == "collect":
         collect.print_memory(arguments.model, arguments.variant, arguments.threads, arguments.quick)
+    elif arguments.of == "vocabulary":
+        vocabulary.print_memory(arguments.variant, arguments.threads, arguments.quick)
     else:
         curvature.print_memory(arguments.variant, arguments.threads, arguments.quick)
     return 0

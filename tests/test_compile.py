@@ -23,16 +23,18 @@ def mlp(n: int = 4) -> tuple[Any, dict[str, Tensor], tuple[Tensor, Tensor]]:
     return *functionalize(model), batch
 
 
-def llama(n: int = 3, s: int = 6) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+def llama(
+    n: int = 3, s: int = 6, words: int = 30, targets: str | None = None
+) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=30, max_position_embeddings=16,
+        vocab_size=words, max_position_embeddings=16,
     )  # fmt: skip
-    batch = {"input_ids": torch.randint(0, 30, (n, s))}
-    return *functionalize(LlamaForCausalLM(config)), batch
+    batch = {"input_ids": torch.randint(0, 30, (3, 6))}
+    return *functionalize(LlamaForCausalLM(config), targets=targets), batch
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -64,6 +66,24 @@ def test_a_transformer_compiles_whole_and_serves_other_batches_of_its_shape() ->
         got = rows_of(params, other)
     assert len(rows_of.step.graphs) == 1
     assert_close(got, per_example_grads(loss_fn, params, other, transform=SKETCH))
+
+
+def test_logits_in_pieces_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the pieces are an autograd.Function around torch.func transforms: recorded, not called
+    import influence.func.module_loss as module_loss
+    from influence.func import unembedding
+
+    sketch = chain(as_blocks(), project(3))
+    loss_fn, params, batch = llama(words=unembedding.LARGE, targets="*.layers.*_proj.weight")
+    expected = per_example_grads(loss_fn, params, batch, transform=sketch, engine="loop")
+    for module in (unembedding, module_loss):
+        monkeypatch.setattr(module, "ENTRIES", 4 * unembedding.LARGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        rows_of = per_example_grads_fn(loss_fn, params, batch, transform=sketch, compile=True)
+        got = rows_of(params, batch)
+    assert_close(got, expected)
+    assert all(graph is not None for graph in rows_of.step.graphs.values())
 
 
 def test_each_shape_is_compiled_and_checked_by_itself() -> None:

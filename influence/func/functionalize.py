@@ -1,7 +1,7 @@
 """From a module to a pure function: the one edge where modules become `(loss_fn, params)`."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from influence.families import heads_of
 from influence.func.layout import Layout, ParamLayout, block_name
-from influence.func.module_loss import LOSSES, ModuleLoss, call_model, output_logits
-from influence.types import Batch, ExampleLoss, Params
+from influence.func.module_call import Model
+from influence.func.module_loss import LOSSES, ModuleLoss
+from influence.func.unembedding import unembedding
+from influence.types import ExampleLoss, Params
 
 TASKS = {
     "ForCausalLM": "causal",
@@ -90,8 +92,9 @@ def functionalize(
     dropping = [name for name, m in skeleton.named_modules() if m.training and drops(m)]
     if dropping:
         raise ValueError(f"dropout is active in {dropping[:3]}: use mode='eval', or set its p to 0 on a copy")
+    ours = Model(skeleton, _task(model), unembedding(skeleton, {**named, **frozen}))
     other = _reference(model, reference, loss)
-    spec = ModuleLoss(skeleton, frozen, _layout(model), loss, reduction, label_smoothing, other, _task(model))
+    spec = ModuleLoss(ours, frozen, _layout(model), loss, reduction, label_smoothing, other)
     return spec, {name: named[name] for name in chosen}
 
 
@@ -191,7 +194,8 @@ def _task(model: nn.Module) -> str:
     return next((task for end, task in TASKS.items() if name.endswith(end)), "plain")
 
 
-def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> Callable[[Batch], Tensor] | None:
+def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> tuple[Model, Params] | None:
+    """Return the other model of a KL, and its parameters."""
     if loss != "kl":
         return None
     source = model if reference is None else reference
@@ -201,13 +205,7 @@ def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> Call
             if hasattr(module, "_disable_adapters"):
                 vars(module)["_disable_adapters"] = True
     values = {name: p.detach() for name, p in source.named_parameters()}
-    task = _task(source)
-
-    def logits(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return output_logits(call_model(skeleton, values, batch, task))
-
-    return logits
+    return Model(skeleton, _task(source), unembedding(skeleton, values)), values
 
 
 def _layout(model: nn.Module) -> Layout:

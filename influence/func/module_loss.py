@@ -1,60 +1,25 @@
 """The loss function made from a module, and what it carries for those who need more than losses."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from influence.families import masks_plainly
+from influence.func.by_chunks import by_chunks
 from influence.func.layout import Layout
 from influence.func.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
+from influence.func.module_call import Model
+from influence.func.unembedding import ENTRIES, Logits, Unembedding, positions_at_once
 from influence.types import Batch, ExampleLoss, Params
 
 LOSSES = ("cross_entropy", "squared_error", "kl", "log_odds")
-NOT_INPUTS = ("labels", "index", "weight")
-"""Keys of a dictionary batch which the model does not see."""
 
 
-def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, task: str) -> Any:
-    """Run a skeleton on a batch with given parameter values."""
-    if not isinstance(batch, Mapping):
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
-        return torch.func.functional_call(skeleton, dict(values), (inputs,))
-    kwargs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-    if task == "causal":
-        kwargs["use_cache"] = False
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and torch._C._functorch.is_functorch_wrapped_tensor(mask):
-        config = getattr(skeleton, "config", None)
-        if config is not None and masks_plainly(config):
-            dtype = next(p.dtype for p in values.values() if p.is_floating_point())
-            kwargs["attention_mask"] = ready_mask(mask, task == "causal", dtype)
-    return torch.func.functional_call(skeleton, dict(values), (), kwargs)
-
-
-def ready_mask(mask: Int[Tensor, "n s"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "n 1 s s"]:
-    """Return a padding mask as an additive 4-D one: under `vmap`, transformers cannot build it itself."""
-    s = mask.shape[1]
-    visible = mask.bool()[:, None, None, :].expand(-1, 1, s, s)
-    if causal:
-        visible = visible & torch.ones(s, s, dtype=torch.bool, device=mask.device).tril()
-    blocked = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
-    return blocked.masked_fill(~visible, torch.finfo(dtype).min)
-
-
-def output_logits(output: Any) -> Tensor:
-    """Return the logits of a model's output."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model returned {type(output).__name__} without logits; pass loss=your own (output, batch) -> [n]"
-        )
-    return logits
+Pieces: TypeAlias = tuple[Callable[..., Tensor], list[Tensor], tuple[Tensor, ...]]
+"""A loss of positions as `by_chunks` takes it: the function, what each position has of its own, and what all share."""
 
 
 class ModuleLoss:
@@ -72,18 +37,17 @@ class ModuleLoss:
 
     def __init__(
         self,
-        skeleton: nn.Module,
+        model: Model,
         frozen: Params,
         layout: Layout,
         loss: str | ExampleLoss,
         reduction: str,
         label_smoothing: float,
-        reference: Callable[[Batch], Tensor] | None,
-        task: str,
+        reference: tuple[Model, Params] | None,
     ) -> None:
         """Close over everything but the parameters to differentiate."""
-        self._skeleton, self.frozen, self._reference, self._task = skeleton, frozen, reference, task
-        self.encoder_decoder = bool(getattr(getattr(skeleton, "config", None), "is_encoder_decoder", False))
+        self._model, self.frozen, self._reference, self._task = model, frozen, reference, model.task
+        self.encoder_decoder = bool(getattr(getattr(model.skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
         known = {"cross_entropy": categorical, "squared_error": gaussian}
@@ -97,7 +61,7 @@ class ModuleLoss:
 
     def outputs(self, params: Params, batch: Batch) -> Any:
         """Return the model's output."""
-        return call_model(self._skeleton, {**self.frozen, **params}, batch, self._task)
+        return self._model.outputs({**self.frozen, **params}, batch)
 
     def positions(self, params: Params, batch: Batch) -> tuple[Float[Tensor, "n t"], Bool[Tensor, "n t"]]:
         """Return the loss of every position, and which are labelled.
@@ -107,8 +71,9 @@ class ModuleLoss:
         Raises:
             ValueError: if the loss is a function of the user's, which knows no positions.
         """
-        outputs, labels, labelled = self._aligned(params, batch)
-        losses = self._position_losses(outputs, labels, labelled, batch)
+        whole = self._pieces(params, batch) is None
+        logits, labels, labelled = self._aligned(params, batch, whole)
+        losses = self._position_losses(logits, labels, labelled, batch)
         if self._task == "causal" and self._loss != "squared_error":
             losses, labelled = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
         return losses, labelled
@@ -125,23 +90,40 @@ class ModuleLoss:
                 f"{what} has no likelihood, so no labels can be drawn from it and it has no Gauss-Newton matrix; "
                 "use functionalize(loss='cross_entropy' or 'squared_error'), or labels='data'"
             )
-        outputs, _, labelled = self._aligned(params, batch)
+        logits, _, labelled = self._aligned(params, batch)
+        outputs = logits.seen
         weight = labelled.to(outputs if outputs.dtype == torch.float64 else torch.float32)
         if self.reduction == "mean":
             weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
         weight = weighted(weight.mT, batch).mT
         return Natural(outputs, weight)
 
+    def note(self, params: Params, batch: Batch) -> str | None:
+        """Return what a plan should say of the loss: whether logits are computed in pieces."""
+        cut = self._pieces(params, batch)
+        if cut is None:
+            return None
+        positions, size = self.labels(batch).numel(), positions_at_once(cut.vocabulary)
+        return f"logits of {positions:,} × {cut.vocabulary:,} are computed {size} positions at a time"
+
+    def _pieces(self, params: Params, batch: Batch) -> Unembedding | None:
+        """Return the model's unembedding if a batch's logits are not to exist whole: too large, and of no other use."""
+        at = self._model.unembedding
+        if at is None or callable(self._loss) or {at.weight, at.bias} & {*params}:
+            return None
+        return at if self.labels(batch).numel() * at.vocabulary > ENTRIES else None
+
     def _aligned(
-        self, params: Params, batch: Batch
-    ) -> tuple[Float[Tensor, "n t v"], Shaped[Tensor, "n t *v"], Bool[Tensor, "n t"]]:
-        """Return outputs and labels position by position, and which are labelled."""
+        self, params: Params, batch: Batch, whole: bool = True
+    ) -> tuple[Logits, Shaped[Tensor, "n t *v"], Bool[Tensor, "n t"]]:
+        """Return outputs and labels position by position, `[n, t, …]`, and which are labelled."""
         if callable(self._loss):
             raise ValueError(
                 "positions need loss='cross_entropy', 'squared_error', 'kl' or 'log_odds'; this loss is a function "
                 "of yours"
             )
-        outputs, labels = output_logits(self.outputs(params, batch)), self.labels(batch)
+        logits, labels = self._model.logits({**self.frozen, **params}, batch, whole), self.labels(batch)
+        outputs = logits.seen
         if self._loss == "squared_error":
             if outputs.shape != labels.shape or not labels.is_floating_point() or outputs.ndim > 3:
                 raise ValueError(
@@ -150,7 +132,7 @@ class ModuleLoss:
                 )
             shape = (outputs.shape[0], *(1,) * (3 - outputs.ndim), *outputs.shape[1:])
             outputs, labels = outputs.reshape(shape), labels.reshape(shape)
-            return outputs, labels, torch.ones(shape[:2], dtype=torch.bool, device=outputs.device)
+            return Logits(outputs), labels, torch.ones(shape[:2], dtype=torch.bool, device=outputs.device)
         if outputs.ndim == 2:
             outputs, labels = outputs[:, None], labels[:, None]
         if outputs.ndim != 3 or labels.ndim != 2 or labels.is_floating_point():
@@ -160,23 +142,41 @@ class ModuleLoss:
             )
         if self._task == "causal":
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        return outputs, labels, labels != IGNORED
+        return logits._replace(seen=outputs), labels, labels != IGNORED
 
     def _position_losses(
-        self,
-        outputs: Float[Tensor, "n t v"],
-        labels: Shaped[Tensor, "n t *v"],
-        labelled: Bool[Tensor, "n t"],
-        batch: Batch,
+        self, logits: Logits, labels: Shaped[Tensor, "n t *v"], labelled: Bool[Tensor, "n t"], batch: Batch
     ) -> Float[Tensor, "n t"]:
+        """Return the losses; a few positions at a time where their logits are large."""
         if self._loss == "squared_error":
-            return (widen(outputs) - labels).square().sum(-1) / 2
-        if self._loss == "kl":
-            assert self._reference is not None
-            return kl_divergence(outputs, self._reference(batch).reshape(outputs.shape), labelled)
-        if self._loss == "log_odds":
-            return log_odds(outputs, labels)
-        return cross_entropy(outputs, labels, self._smoothing)
+            return (widen(logits.seen) - labels).square().sum(-1) / 2
+        if self._reference is None:
+            loss_of, each, fixed = self._of_labels(logits, labels)
+        else:
+            loss_of, each, fixed = self._divergence(logits, labelled, self._reference, batch)
+        if labelled.numel() * logits.vocabulary <= ENTRIES:
+            return loss_of(logits.seen, *each, *fixed)
+        return by_chunks(loss_of, logits.seen, each, fixed, positions_at_once(logits.vocabulary))
+
+    def _of_labels(self, logits: Logits, labels: Int[Tensor, "n t"]) -> Pieces:
+        def loss_of(seen: Tensor, y: Tensor, *fixed: Tensor) -> Tensor:
+            z = logits.made(seen, *fixed)
+            return log_odds(z, y) if self._loss == "log_odds" else cross_entropy(z, y, self._smoothing)
+
+        return loss_of, [labels], logits.fixed
+
+    def _divergence(
+        self, logits: Logits, labelled: Bool[Tensor, "n t"], reference: tuple[Model, Params], batch: Batch
+    ) -> Pieces:
+        model, values = reference
+        with torch.no_grad():
+            other = model.logits(values, batch, whole=not logits.fixed)
+        own = len(logits.fixed)
+
+        def loss_of(seen: Tensor, counts: Tensor, theirs: Tensor, *fixed: Tensor) -> Tensor:
+            return kl_divergence(logits.made(seen, *fixed[:own]), other.made(theirs, *fixed[own:]), counts)
+
+        return loss_of, [labelled, other.seen.reshape(*labelled.shape, -1)], (*logits.fixed, *other.fixed)
 
     def labels(self, batch: Batch) -> Shaped[Tensor, "n *t"]:
         """Return a batch's labels; a causal LM's default to its unpadded tokens that are not predicted from padding.

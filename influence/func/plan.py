@@ -151,6 +151,8 @@ def make_plan(
     layout = known.restrict(params) if known is not None else traced_layout(params, traced)
     folded = transform.bind(layout)
     notes = list(folded.warnings)
+    of_loss = getattr(loss_fn, "note", None)
+    notes += [said] if of_loss is not None and (said := of_loss(params, batch)) else []
     if engine in ("auto", "batched"):
         try:
             if traced is None or reason:

@@ -1,0 +1,81 @@
+"""A module as a function of its parameters' values."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from influence.families import masks_plainly
+from influence.func.unembedding import Logits, Unembedding
+from influence.types import Batch, Params
+
+NOT_INPUTS = ("labels", "index", "weight")
+"""Keys of a dictionary batch which the model does not see."""
+
+
+def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, task: str) -> Any:
+    """Run a skeleton on a batch with given parameter values."""
+    if not isinstance(batch, Mapping):
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        return torch.func.functional_call(skeleton, dict(values), (inputs,))
+    kwargs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    if task == "causal":
+        kwargs["use_cache"] = False
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        config = getattr(skeleton, "config", None)
+        if config is not None and masks_plainly(config):
+            dtype = next(p.dtype for p in values.values() if p.is_floating_point())
+            kwargs["attention_mask"] = ready_mask(mask, task == "causal", dtype)
+    return torch.func.functional_call(skeleton, dict(values), (), kwargs)
+
+
+def ready_mask(mask: Int[Tensor, "n s"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "n 1 s s"]:
+    """Return a padding mask as an additive 4-D one: under `vmap`, transformers cannot build it itself."""
+    s = mask.shape[1]
+    visible = mask.bool()[:, None, None, :].expand(-1, 1, s, s)
+    if causal:
+        visible = visible & torch.ones(s, s, dtype=torch.bool, device=mask.device).tril()
+    blocked = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
+    return blocked.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def output_logits(output: Any) -> Tensor:
+    """Return the logits of a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__} without logits; pass loss=your own (output, batch) -> [n]"
+        )
+    return logits
+
+
+class Model(NamedTuple):
+    """A module as a function of its parameters.
+
+    Attributes:
+        skeleton: the module without storage.
+        task: where its labels sit: `"causal"`, `"position"`, `"example"` or `"plain"`.
+        unembedding: the module cut before its last map, where its logits are large.
+    """
+
+    skeleton: nn.Module
+    task: str
+    unembedding: Unembedding | None
+
+    def outputs(self, values: Params, batch: Batch) -> Any:
+        """Return what the module returns."""
+        return call_model(self.skeleton, values, batch, self.task)
+
+    def logits(self, values: Params, batch: Batch, whole: bool = True) -> Logits:
+        """Return its logits, whole or as what they are made of."""
+        cut = self.unembedding
+        if whole or cut is None:
+            return Logits(output_logits(self.outputs(values, batch)))
+        kept = {name: value for name, value in values.items() if name in cut.needed}
+        fixed = tuple(values[name] for name in (cut.weight, cut.bias) if name is not None)
+        return Logits(output_logits(call_model(cut.before, kept, batch, self.task)), fixed, cut.cap)
