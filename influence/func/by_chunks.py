@@ -64,7 +64,8 @@ class Losses(torch.autograd.Function):
         """Return the losses of all positions, and each one's gradient with respect to its input."""
         losses, slopes = [], []
         for h, rest in _pieces(size, count, tensors):
-            value, pull = torch.func.vjp(lambda x, rest=rest: loss_of(x, *rest), h)
+            value_and_pull: Any = torch.func.vjp(lambda x, rest=rest: loss_of(x, *rest), h)
+            value, pull = value_and_pull
             losses.append(value)
             slopes.append(pull(torch.ones_like(value))[0])
         return torch.cat(losses, 1), torch.cat(slopes, 1)
