@@ -105,6 +105,14 @@ CASES = [
         [NO, NO, NO, NO, NO, NO, NO, 43, NO, NO, NO] * 2,
     ),
     Golden(
+        "nothing said, in the middle of a token",  # u : Ġok Ċ a : ĠĠ </s> Ċ: a character of nothing is in no token
+        zoo.bpe(chat=zoo.STRIPPING),
+        {"p": "ok", "c": ""},
+        OPEN_PAIR,
+        [0, 30, 9, 43, 8, 10, 9, 47, 1, 8],
+        [NO] * 10,
+    ),
+    Golden(
         "offsets without their whitespace",  # as GPT-2's
         zoo.trimming_bpe(chat=zoo.STRIPPING),
         SAME,
@@ -296,6 +304,14 @@ def test_truncation_keeps_what_the_tokenizer_puts_at_the_end() -> None:
     got = tokenize(load([{"text": "hi ok yes no"}]), zoo.wordpiece(), max_length=4, truncation=True)
     assert got.ids.tolist() == [2, 4, 5, 3]
     assert got.counts.truncated == 1
+    # whoever put it there
+    got = tokenize(load([{"text": "hi ok yes no [SEP]"}]), zoo.wordpiece(), max_length=4, truncation=True)
+    assert got.ids.tolist() == [2, 4, 5, 3]
+    rows = load([{"p": "hi", "c": " ok yes no</s>"}])
+    with pytest.warns(UserWarning, match="no chat template"):
+        got = tokenize(rows, zoo.bpe(eos=True), PAIR, max_length=3, truncation=True)
+    assert got.labels is not None
+    assert (got.ids.tolist(), got.labels.tolist()) == ([40, 43, 1], [NO, 43, 1])
 
 
 def test_a_tokenizer_is_not_changed() -> None:

@@ -103,15 +103,17 @@ def encoder(
                 last = end_of_turn and bool(text.spans) and text.spans[-1].end == len(text.text)
             prefix, suffix = frame if text.bare else Frame([], [])
             prefix = [] if body[: len(prefix)] == prefix else prefix
-            suffix = [] if body[len(body) - len(suffix) :] == suffix else suffix
+            closing = [last] * len(suffix)
+            if suffix and body[-len(suffix) :] == suffix:  # it stays at the end when the text is cut
+                closing, marked, body = marked[-len(suffix) :], marked[: -len(suffix)], body[: -len(suffix)]
             if separator is not None and text.spans is None and [*body, *suffix][-1:] != [separator]:
-                suffix = [*suffix, separator]
+                suffix, closing = [*suffix, separator], [*closing, last]
             room = len(body) if limit is None else limit - len(prefix) - len(suffix)
             cut += len(body) > room
             tokens = [*prefix, *body[:room], *suffix]
             ids.append(tokens)
             if spanned:
-                keep = [*[text.spans is None] * len(prefix), *marked[:room], *[last] * len(suffix)]
+                keep = [*[text.spans is None] * len(prefix), *marked[:room], *closing]
                 labels.append([token if kept else IGNORED for token, kept in zip(tokens, keep, strict=True)])
         return Encoded(ids, labels if spanned else None, cut)
 
@@ -132,7 +134,7 @@ def mark_tokens(
         while begin < len(ids) and reach[begin][1] <= span.begin:
             begin += 1
         end = begin
-        while end < len(ids) and reach[end][0] < span.end:
+        while end < len(ids) and max(reach[end][0], span.begin) < span.end:  # none of an empty span
             end += 1
         closing = _inner_closing(text.text, ids, reach, begin, end, special)
         if closing is None and end_of_turn:
