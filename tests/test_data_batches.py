@@ -219,6 +219,18 @@ def test_the_last_shard_of_a_stream_counts_the_remainder(size: int) -> None:
     assert got[-1].counts.remainder == whole.counts.remainder > 0
 
 
+def test_a_stream_may_hold_arrays() -> None:
+    import datasets
+    import numpy as np
+
+    row = {"input_ids": np.array([0, 5, 6]), "attention_mask": np.array([0, 1, 1]), "w": np.float32(2)}
+    data = datasets.IterableDataset.from_generator(lambda: iter([row]))
+    (shard,) = stream(data, shard_size=2, advantage_column="w")
+    assert shard.ids.tolist() == [5, 6]
+    assert shard.weight is not None
+    assert shard.weight.tolist() == [2.0]
+
+
 def test_a_stream_is_read_as_it_is_used() -> None:
     import datasets
 

@@ -146,7 +146,20 @@ CASES = [
     Bad(
         "labels of another length",
         lambda: tokenize(load([{"input_ids": [1, 2], "labels": [1]}])),
-        ("row 0: input_ids, labels and attention_mask must be of one length; got [2, 1] and 2",),
+        ("row 0: input_ids, labels must be of one length; got [2, 1]",),
+    ),
+    Bad(
+        "tokens in a batch of one",  # as return_tensors="pt" makes them
+        lambda: tokenize(load([{"input_ids": [[1, 2, 3]]}])),
+        ("row 0: input_ids must be the flat list of one document's whole numbers; got [[1, 2, 3]]",),
+    ),
+    Bad("a hole in the tokens", lambda: tokenize(load([{"input_ids": [1, None]}])), ("row 0: input_ids", "[1, None]")),
+    Bad("half a token", lambda: tokenize(load([{"input_ids": [1.5]}])), ("row 0: input_ids", "got [1.5]")),
+    Bad("a token alone", lambda: tokenize(load([{"input_ids": 1}])), ("row 0: input_ids", "got 1")),
+    Bad(
+        "the label of a class",
+        lambda: tokenize(load([{"input_ids": [1, 2], "labels": 1}])),
+        ("row 0: labels must be the flat list", "got 1"),
     ),
     Bad("no such split", lambda: load(TEXT, split="test"), ("no split 'test'; there are train (3 rows)",)),
     Bad(

@@ -2,9 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import compress
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,10 @@ from influence.func.losses import IGNORED
 
 PLAIN = TextFormat()
 """Tokenised rows, or the column `text`."""
+
+
+TOKENS = ("input_ids", "labels", "attention_mask")
+"""What is read of tokenised rows."""
 
 
 class Reading(NamedTuple):
@@ -61,7 +67,7 @@ def reading(
     columns = column_names(dataset)
     also = [] if scored is None else present([scored], columns, "another name")
     if "input_ids" in columns and form == replace(PLAIN, end_of_turn=form.end_of_turn):
-        ready = [name for name in columns if name in ("input_ids", "labels", "attention_mask")]
+        ready = [name for name in columns if name in TOKENS]
         return Reading(_union(ready, also), partial(_read_tokens, limit, pad_of(tokenizer)), _prompt_tokens, "")
     named, document_of = reader(form, columns)
     if tokenizer is None:
@@ -140,16 +146,16 @@ def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
 
 
 def numbers(rows: Rows, name: str, first: int) -> Float[Tensor, " n"]:
-    """Return a column of numbers; `None` is NaN.
+    """Return a column of numbers; `None` is NaN, true is 1.
 
     Raises:
         ValueError: if a value is no number.
     """
     values = [row[name] for row in rows]
     for i, value in enumerate(values):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not isinstance(value, Real):
             raise ValueError(f"column {name!r} must hold numbers; row {first + i} has {value!r}")
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
 
 
 def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[Tensor, " n"]:
@@ -160,7 +166,10 @@ def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[
     """
     rows = ((~values.isfinite()).nonzero().flatten() + first).tolist()
     if rows:
-        raise ValueError(f"column {name!r} has {len(rows)} values that are no finite numbers: rows {rows[:10]}")
+        raise ValueError(
+            f"column {name!r} has {len(rows)} values that are no finite numbers: rows {rows[:10]}; repair them, or "
+            "leave the rows out"
+        )
     return values
 
 
@@ -170,20 +179,10 @@ def _union(names: list[str], more: list[str]) -> list[str]:
 
 def _read_tokens(limit: int | None, pad: int, first: int, rows: Rows) -> Tokenized:
     """Return rows that are tokens already, without the padding they may have."""
-    ids, labels, cut = [], [], 0
-    for i, row in enumerate(rows):
-        mask = row.get("attention_mask") or [1] * len(row["input_ids"] or [])
-        parts = [row["input_ids"] or [], *([row["labels"] or []] if "labels" in row else [])]
-        if any(len(part) != len(mask) for part in parts):
-            raise ValueError(
-                f"row {first + i}: input_ids, labels and attention_mask must be of one length; got "
-                f"{[len(part) for part in parts]} and {len(mask)}"
-            )
-        kept = [[number for number, real in zip(part, mask, strict=True) if real] for part in parts]
-        cut += limit is not None and len(kept[0]) > limit
-        ids.append(kept[0][:limit])
-        labels.append(kept[-1][:limit])
-    tokenized = flat(ids, labels if rows and "labels" in rows[0] else None, first, pad)
+    kept = [_unpadded(row, first + i) for i, row in enumerate(rows)]
+    labels = [parts[-1][:limit] for parts in kept] if rows and "labels" in rows[0] else None
+    tokenized = flat([parts[0][:limit] for parts in kept], labels, first, pad)
+    cut = sum(limit is not None and len(parts[0]) > limit for parts in kept)
     return replace(tokenized, counts=tokenized.counts._replace(truncated=cut))
 
 
@@ -192,8 +191,29 @@ def _prompt_tokens(rows: Rows) -> list[str]:
     if any("labels" not in row for row in rows):
         raise ValueError("rewards compare answers to equal prompts: tokenised rows need labels, -100 on the prompt")
     found = []
-    for row in rows:
-        labels = row["labels"] or []
-        begin = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-        found.append(str((row["input_ids"] or [])[:begin]))
+    for i, row in enumerate(rows):
+        ids, labels = _unpadded(row, i)
+        begin = next((k for k, label in enumerate(labels) if label != IGNORED), len(labels))
+        found.append(str(ids[:begin]))
     return found
+
+
+def _unpadded(row: Mapping[str, Any], number: int) -> list[list[int]]:
+    """Return the token ids of a row, and its labels if it has any, without padding."""
+    names = [name for name in TOKENS if name in row and not (name == "attention_mask" and row[name] is None)]
+    parts = {name: _integers(row[name], name, number) for name in names}
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"row {number}: {', '.join(names)} must be of one length; got {[*lengths.values()]}")
+    mask = parts.pop("attention_mask", None)
+    return [part if mask is None else [*compress(part, mask)] for part in parts.values()]
+
+
+def _integers(value: Any, name: str, number: int) -> list[int]:
+    """Return a list of integers, which in a stream may be an array."""
+    listed = value.tolist() if hasattr(value, "tolist") else [] if value is None else value
+    if not isinstance(listed, list | tuple) or not all(issubclass(kind, Integral) for kind in {*map(type, listed)}):
+        raise ValueError(
+            f"row {number}: {name} must be the flat list of one document's whole numbers; got {str(listed)[:80]}"
+        )
+    return list(listed)
