@@ -66,12 +66,15 @@ def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
         # the tokenizer drops, and runs to the end where one ends so; its character spans are right
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=source,
-            return_assistant_tokens_mask=generated,
-            **tokenizer.special_tokens_map,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=source,
+                return_assistant_tokens_mask=generated,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"the chat template: {error}") from error
         texts, blocks = rendered
         return texts[0], list(blocks[0]) if generated else []
 

@@ -40,7 +40,7 @@ class Template:
             return text, None
         target = self._value("doc_to_target", self.target, row)
         if self.choices is None:
-            return text, str(target)
+            return text, "" if target is None else str(target)
         if isinstance(self.choices, str):
             found = self._value("doc_to_choice", self.choices, row)
             choices = found.splitlines() if isinstance(found, str) else [str(choice) for choice in found]
@@ -48,8 +48,9 @@ class Template:
             choices = [self._jinja("doc_to_choice", choice, row) for choice in self.choices]
         if isinstance(target, str) and target in choices:
             return text, target
-        if isinstance(target, int | str) and str(target).isdecimal() and int(target) < len(choices):
-            return text, choices[int(target)]
+        place = int(target) if isinstance(target, bool) else target
+        if isinstance(place, int | str) and str(place).isdecimal() and int(place) < len(choices):
+            return text, choices[int(place)]
         raise ValueError(
             f"{self.name}: doc_to_target gave {target!r}, which is neither one of the {len(choices)} choices "
             f"{choices} nor its number, 0 to {len(choices) - 1}"
@@ -75,11 +76,13 @@ class Template:
 
 
 def environment() -> Any:
-    """Return the sandbox: rows cannot be changed, attributes of Python not reached, and a missing name is an error."""
+    """Return the sandbox: no row is changed, no attribute of Python reached; a name must be there, and may be None."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda value: "" if value is None else value
+    )
 
 
 def read(source: str | Path) -> Template:
