@@ -381,6 +381,12 @@ def test_max_tokens_keeps_the_first_documents_that_fit() -> None:
     assert got.index.tolist() == [0, 1]
     assert got.report().endswith("1 empty; max_tokens was reached at row 2; the rest is left out")
     assert len(tokenize(rows, zoo.bpe(), max_tokens=6)) == 4
+    # what is counted is counted of the kept ones
+    got = tokenize(rows, zoo.bpe(), max_tokens=2, max_length=1, truncation=True)
+    assert got.report().endswith(
+        "1 empty; 2 of one token; 2 truncated; max_tokens was reached at row 3; the rest is left out"
+    )
+    assert len(tokenize(load([{"text": ""}]), zoo.bpe(), max_tokens=6)) == 1
 
 
 def test_chunks_hold_every_token_but_the_remainder_and_know_their_documents() -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import compress
@@ -17,7 +17,7 @@ from influence.data.chat import marker
 from influence.data.context import context_length
 from influence.data.documents import TextFormat, present, reader
 from influence.data.encode import encoder
-from influence.data.sources import Rows, column_names
+from influence.data.sources import Rows, column_names, slices
 from influence.data.tokenized import Tokenized, flat
 from influence.func.losses import IGNORED
 
@@ -85,7 +85,7 @@ def reading(
             try:
                 document = document_of(row)
                 marked.append(None if document.empty else mark(document))
-            except Exception as error:  # a chat template may raise anything; the row is what the user needs to know
+            except ValueError as error:
                 raise ValueError(f"row {first + i}: {error}") from error
         encoded = encode(marked)
         tokenized = flat(encoded.ids, encoded.labels, first, pad)
@@ -100,6 +100,49 @@ def reading(
         return [document.prompt() for document in documents]
 
     return Reading(_union(named, also), read, prompts, notice)
+
+
+def pieces(
+    dataset: Any, how: Reading, size: int, max_tokens: int | None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Rows, Tokenized]]:
+    """Yield a dataset as tokenised slices, up to the document with which there are too many tokens.
+
+    Args:
+        dataset: the dataset.
+        how: how to read it.
+        size: rows of a slice.
+        max_tokens: most tokens of all documents together, if there is such a limit.
+        rank: yield slices `rank`, `rank + world`, … only; the others are not even tokenised unless they are counted.
+        world: see `rank`.
+
+    Yields:
+        A slice's first row, its rows and their tokens. The last slice may be cut, to no row even.
+
+    Raises:
+        ValueError: if there is no row, or not one token fits.
+    """
+    begin, total = -1, 0
+    for number, (begin, rows) in enumerate(slices(dataset, size, how.columns)):
+        mine = number % world == rank
+        if not mine and max_tokens is None:
+            continue
+        piece = how.read(begin, rows)
+        kept = len(rows) if max_tokens is None else int((piece.offsets[1:] <= max_tokens - total).sum())
+        if kept < len(rows):
+            rows = rows[:kept]
+            piece = how.read(begin, rows)  # again: what is counted is the kept rows alone
+            if not total + len(piece.ids):
+                raise ValueError(
+                    f"max_tokens={max_tokens} keeps no token: the first document with any has more; raise it"
+                )
+            piece = replace(piece, counts=piece.counts._replace(stopped=begin + kept))
+        if mine:
+            yield begin, rows, piece
+        if piece.counts.stopped:
+            return
+        total += len(piece.ids)
+    if begin < 0:
+        raise ValueError("the dataset is empty: it has no row")
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -126,6 +169,22 @@ def longest(tokenizer: Any, max_length: int | None, truncation: bool, chunk_leng
     if chunk_length is not None and limit is not None and chunk_length > limit:
         raise ValueError(f"chunk_length={chunk_length} is longer than max_length={limit}")
     return limit
+
+
+def scores(reward: str | None, advantage: str | None, chunk_length: int | None, skip_nan: bool) -> str | None:
+    """Return the column that weighs examples, checked against what is asked for.
+
+    Raises:
+        ValueError: if the arguments exclude one another.
+    """
+    if reward is not None and advantage is not None:
+        raise ValueError("pass reward_column or advantage_column, not both")
+    if skip_nan and reward is None:
+        raise ValueError("skip_nan_rewards=True is for reward_column, which is not given")
+    scored = reward or advantage
+    if scored is not None and chunk_length is not None:
+        raise ValueError(f"a chunk holds several documents and cannot have the weights of column {scored!r}")
+    return scored
 
 
 def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
