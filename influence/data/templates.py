@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Template:
         from jinja2 import UndefinedError
 
         try:
-            return str(environment().from_string(source).render(row))
+            return str(compiled(source).render(row))
         except UndefinedError as error:
             raise ValueError(f"{self.name}: {field}: {error.message}; the row has {', '.join(row)}") from error
         except Exception as error:  # whatever an expression may raise
@@ -83,6 +84,12 @@ def environment() -> Any:
     return ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda value: "" if value is None else value
     )
+
+
+@lru_cache(maxsize=64)
+def compiled(source: str) -> Any:
+    """Return Jinja ready to render: made once, not once a row."""
+    return environment().from_string(source)
 
 
 def read(source: str | Path) -> Template:
