@@ -78,6 +78,22 @@ CASES = [
         [0, 3, 10, 5, 4, 5],
         [NO, NO, NO, NO, NO, 5],
     ),
+    Golden(
+        "an answer that ends in a special token of its own",  # as a call of a tool may
+        zoo.bpe(chat=zoo.CHAT),
+        {"p": "ok?", "c": " yes</s>"},
+        PAIR,
+        [0, 3, 42, 6, 5, 4, 46, 1, 5],
+        [NO, NO, NO, NO, NO, NO, 46, 1, 5],
+    ),
+    Golden(
+        "the same, without the end of turn",
+        zoo.bpe(chat=zoo.CHAT),
+        {"p": "ok?", "c": " yes</s>"},
+        OPEN_PAIR,
+        [0, 3, 42, 6, 5, 4, 46, 1, 5],
+        [NO, NO, NO, NO, NO, NO, 46, 1, NO],
+    ),
     Golden("an empty document", zoo.bpe(chat=zoo.CHAT), {"p": "", "c": None}, PAIR, [], []),
     # conversations
     Golden(

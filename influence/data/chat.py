@@ -25,11 +25,13 @@ class Span(NamedTuple):
         begin: its first character.
         end: the character after its last.
         stop: where the turn ends: the token that closes it lies between `end` and `stop`, if there is one.
+        closed: whether a token that closes it may lie before `end` instead, though there is another after it.
     """
 
     begin: int
     end: int
     stop: int
+    closed: bool = False
 
 
 class Marked(NamedTuple):
@@ -96,7 +98,7 @@ def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
         if len(blocks) == len(answers) and answers[number] + 1 < len(messages):
             shorter, inner = render(messages[: answers[number] + 1])
             tail = tail[: _common(tail, shorter[inner[-1][1] :] if inner else "")]
-        spans.append(Span(begin, end, end + len(tail)))
+        spans.append(Span(begin, end, end + len(tail), closed=True))
     return Marked(text, tuple(spans), bare=False)
 
 

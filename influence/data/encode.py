@@ -125,8 +125,8 @@ def mark_tokens(
 ) -> list[bool]:
     """Return which tokens are labelled: those with a character in a span, and the special token that ends it.
 
-    A turn ends with the first special token of its tail that has nothing but whitespace before it, or with one that a
-    span has among its last.
+    A turn ends with the first special token of its tail that has nothing but whitespace before it, or else with one
+    that a span has among its last; a span that may be closed has that one first.
     """
     marked, begin = [False] * len(ids), 0
     reach = _reach(offsets)
@@ -136,12 +136,12 @@ def mark_tokens(
         end = begin
         while end < len(ids) and max(reach[end][0], span.begin) < span.end:  # none of an empty span
             end += 1
-        closing = _inner_closing(text.text, ids, reach, begin, end, special)
-        if closing is None and end_of_turn:
-            closing = _outer_closing(text.text, ids, reach, end, span, special)
-            end = end if closing is None else closing + 1
-        elif closing is not None and not end_of_turn:
-            end = closing
+        inner = _inner_closing(text.text, ids, reach, begin, end, special)
+        outer = _outer_closing(text.text, ids, reach, end, span, special)
+        if inner is not None and (span.closed or outer is None):
+            end = end if end_of_turn else inner
+        elif outer is not None and end_of_turn:
+            end = outer + 1
         marked[begin:end] = [True] * (end - begin)
     return marked
 
