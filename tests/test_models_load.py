@@ -104,6 +104,12 @@ def test_an_adapter_without_a_base_says_so(llama: Path, adapter: Path) -> None:
         load(llama, adapter=adapter)
 
 
+def test_an_adapter_whose_base_was_moved_says_so(llama: Path, adapter: Path) -> None:
+    llama.rename(llama.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*llama.* names it as its base; load\(base, adapter="):
+        load(adapter)
+
+
 def test_revisions_are_of_their_own_repository(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The revision of an adapter was asked of its base, and the base's, which the adapter names, forgotten."""
     config = peft.PeftConfig.from_pretrained(str(adapter))

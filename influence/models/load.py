@@ -78,7 +78,10 @@ def load(
         base, revision = found
         if adapter is not None or peft_init_kwargs is not None:
             raise ValueError(f"{path} is an adapter (of {base}) itself: load it alone, or give its base as path=")
-        path, adapter = _existing(base), path
+        try:
+            path, adapter = _existing(base), path
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: {path} names it as its base; load(base, adapter={path!r})") from error
     if adapter is not None or peft_init_kwargs is not None:
         _require("peft", "an adapter needs PEFT", "peft")
     settings = {**_dtype(precision, device, model_kwargs or {}), **(model_kwargs or {})}
