@@ -196,6 +196,22 @@ CASES = [
         [NO, NO, NO, 43, 7] * 2,
     ),
     Golden(
+        "two blocks a turn and no end of it: the next header is none",
+        zoo.bpe(chat=zoo.TWO_BLOCKS),
+        SAME,
+        TURNS,
+        [3, 42, 4, 40, 6, 43, 7] * 2,
+        [NO, NO, NO, 40, NO, 43, 7] * 2,
+    ),
+    Golden(
+        "blocks that Jinja captures, which transformers then counts from the wrong place",
+        zoo.bpe(chat=zoo.MISPLACED),
+        SAME,
+        TURNS,
+        [0, *[3, 42, 5, 4, 43, 7, 5] * 2],
+        [NO, *[NO, NO, NO, NO, 43, 7, 5] * 2],
+    ),
+    Golden(
         "a token of whitespace alone, whose offsets are empty",  # as GPT-2's
         zoo.trimming_bpe(chat=zoo.CHAT),
         SAME,

@@ -57,6 +57,15 @@ WITHOUT_END_BLOCKS = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+TWO_BLOCKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}hi{% endgeneration %}?"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+MISPLACED = (
+    "{% set all %}"
+    + CHAT_BLOCKS.removeprefix("{{ bos_token }}")
+    + "{% endset %}{{ bos_token }}{{ all }}"  # in a {% set %}
+)
 COUNTING = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | length }}:{{ m.content }}<|end|>{% endfor %}"
 WORDS_ONLY = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
 LAST_TURN_DIFFERS = (

@@ -80,25 +80,34 @@ def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
         texts, blocks = rendered
         return texts[0], list(blocks[0]) if generated else []
 
+    spans = _by_blocks if generated and _in_place(render) else _by_difference
+
     def mark(document: Document) -> Marked:
-        if document.text is not None:
-            return Marked(document.text, None, bare=True)
-        return (_by_blocks if generated else _by_difference)(document.messages, render)
+        return Marked(document.text, None, bare=True) if document.text is not None else spans(document.messages, render)
 
     return mark, True
+
+
+def _in_place(render: Render) -> bool:
+    """Whether a template's blocks are where it says: transformers loses the place of one that Jinja captures first."""
+    answer = PRIVATE[0]
+    try:
+        text, blocks = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+    except ValueError:  # a template that wants other messages
+        return True
+    return answer not in text or any(answer in text[begin:end] for begin, end in blocks)
 
 
 def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
     """Take the spans from the template's own blocks."""
     text, blocks = render(messages)
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for number, (begin, end) in enumerate(blocks):
-        tail = text[end:]
-        if len(blocks) == len(answers) and answers[number] + 1 < len(messages):
-            shorter, inner = render(messages[: answers[number] + 1])
-            tail = tail[: _common(tail, shorter[inner[-1][1] :] if inner else "")]
-        spans.append(Span(begin, end, end + len(tail), closed=True))
+    tails = {}
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            shorter, inner = render(messages[: k + 1])
+            tails |= {len(inner) - 1: shorter[inner[-1][1] :]} if inner else {}
+    ends = [end + _common(text[end:], tails.get(number, "")) for number, (_, end) in enumerate(blocks)]
+    spans = [Span(begin, end, stop, closed=True) for (begin, end), stop in zip(blocks, ends, strict=True)]
     return Marked(text, tuple(spans), bare=False)
 
 
