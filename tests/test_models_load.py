@@ -233,6 +233,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, adapter: Path, ba
     with pytest.raises(ValueError, match=r"was made for .*llama and does not fit .*other") as refusal:
         load(save(tmp_path / "other", base()), adapter=adapter)
     assert all(word in str(refusal.value) for word in words), refusal.value
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_adapter_of_a_like_base_is_pointed_out(tmp_path: Path, adapter: Path) -> None:

@@ -101,7 +101,7 @@ def _in_place(render: Render) -> bool:
 def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
     """Take the spans from the template's own blocks."""
     text, blocks = render(messages)
-    tails = {}
+    tails: dict[int, str] = {}
     for k, message in enumerate(messages):
         if message["role"] == "assistant":
             shorter, inner = render(messages[: k + 1])

@@ -191,7 +191,7 @@ def _with_saved(model: nn.Module, path: str, adapter: str, revision: str | None)
                 model, adapter, config=config, autocast_adapter_dtype=False, revision=revision
             )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{refusal}: {error}") from error
+        raise ValueError(f"{refusal}: {' '.join(str(error).split())[:300]}") from error  # a line for each weight
     own = peft.get_peft_model_state_dict(adapted)
     wrong = {name for name in {*saved, *own} if name not in own or name not in saved}
     if wrong:
