@@ -50,6 +50,7 @@ CASES = [
     all_labelled("a text that brings its EOS", zoo.bpe(bos=True, eos=True), "hi</s>", [0, 40, 1]),
     all_labelled("WordPiece", zoo.wordpiece(), "hi yess", [2, 4, 6, 8, 3]),
     all_labelled("a text that brings [CLS] and [SEP]", zoo.wordpiece(), "[CLS] ok [SEP]", [2, 5, 3]),
+    all_labelled("few letters, BOS", zoo.letters("ACGT"), "GAT", [0, 4, 2, 5]),
     all_labelled("an empty text gets no special tokens", zoo.bpe(bos=True, eos=True), "", []),
     all_labelled("no text", zoo.bpe(bos=True), None, []),
     all_labelled("whitespace, which WordPiece drops", zoo.wordpiece(), "  ", []),

@@ -117,3 +117,10 @@ def wordpiece(*, chat: str | None = None, **more: Any) -> Any:
     )
     tokenizer.chat_template = chat
     return tokenizer
+
+
+def letters(alphabet: str) -> Any:
+    """A tokenizer that knows a few letters only, drops all others, and puts `<s>` before a text."""
+    inner = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(("<s>", "</s>", *alphabet))}, merges=[]))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")

@@ -34,7 +34,8 @@ def frame_of(tokenizer: Any) -> Frame:
     Raises:
         ValueError: if it does more than to put tokens around.
     """
-    words = ("a", "0", ".", *(tokenizer.decode([i]) for i in range(min(64, len(tokenizer)))))
+    plain = sorted({*range(min(64, len(tokenizer)))} - {*tokenizer.all_special_ids})
+    words = ("a", "0", ".", *(tokenizer.decode([i]) for i in plain))
     for word in words:
         inner = tokenizer(word, add_special_tokens=False)["input_ids"]
         whole = tokenizer(word)["input_ids"]
