@@ -119,6 +119,13 @@ CASES = [
     ),
     Bad("content twice", lambda: talk(zoo.TWICE), ("row 0", "message 1 ('ok')", "{% generation %}")),
     Bad("content that changes the rest", lambda: talk(zoo.COUNTING), ("message 1 ('ok')", "with the rest unchanged")),
+    Bad(
+        "an answer that says more than its content",  # a call of a tool, a thought: it had no labels
+        lambda: tokens(
+            [{"m": [{"role": "assistant", "content": "ok", "calls": "yes"}]}], TURNS, zoo.bpe(chat=zoo.CALLING)
+        ),
+        ("row 0", "message 0 ('ok')", "also puts its calls", "{% generation %}"),
+    ),
     Bad("content forgotten", lambda: talk(zoo.FORGETTING), ("row 0", "message 1 ('ok')", "{% generation %}")),
     Bad(
         "a chat template that refuses",

@@ -75,6 +75,7 @@ THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}hi{{ m.content }}{% else %}{{ m.content.split('?')[-1] }}"
     "{% endif %}<|end|>{% endfor %}"
 )
+CALLING = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.calls }}<|end|>{% endfor %}"
 TWICE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.content }}<|end|>{% endfor %}"
 FORGETTING = (
     "{% for m in messages %}{% if loop.last or m.role == 'user' %}<|{{ m.role }}|>{{ m.content }}{% endif %}"

@@ -115,7 +115,8 @@ def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
     """Take as a span what changes with a turn's content.
 
     Raises:
-        ValueError: if the template does more with a content than to put it, stripped or not, in one place.
+        ValueError: if the template does more with a content than to put it, stripped or not, in one place, or the turn
+            says more than its content.
     """
     text = render(messages)[0]
     spans = []
@@ -129,6 +130,13 @@ def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
                 "text in one place with the rest unchanged, so its tokens cannot be told apart: give the template "
                 "{% generation %} … {% endgeneration %} around what the assistant says, or pass rows with input_ids "
                 "and labels"
+            )
+        bare = {"role": message["role"], "content": message["content"]}
+        if message != bare and render([*messages[:k], bare, *messages[k + 1 :]])[0] != text:
+            raise ValueError(
+                f"of message {k} ({message['content'][:40]!r}) the chat template also puts its "
+                f"{', '.join(key for key in message if key not in bare)} into the text, which would have no labels: "
+                "give the template {% generation %} … {% endgeneration %} around all that the assistant says"
             )
         head, tail = around
         end = len(text) - len(tail)
