@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from influence import functionalize, per_example_grads
-from influence.data import Tokenized, batches, collate, load, pack, shards, stream, tokenize
+from influence.data import TextFormat, Tokenized, batches, collate, load, pack, shards, stream, tokenize
 from tests import tokenizers_zoo as zoo
 
 LENGTHS = st.lists(st.integers(0, 30), min_size=1, max_size=60)
@@ -195,7 +195,18 @@ TEXTS = [{"text": " ".join(["hi", "ok", "yes", "", "a"][: k % 6]), "w": float(k)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("settings", [{}, {"chunk_length": 3}, {"advantage_column": "w"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"chunk_length": 3},
+        {"advantage_column": "w"},
+        {"max_tokens": 20},
+        {"max_tokens": 20, "chunk_length": 3},
+        {"max_tokens": 1000, "advantage_column": "w"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_a_stream_has_the_shards_of_the_whole(world: int, settings: dict[str, Any], size: int) -> None:
     whole = tokenize(load(TEXTS), zoo.bpe(bos=True), **settings)
@@ -210,6 +221,37 @@ def test_a_stream_has_the_shards_of_the_whole(world: int, settings: dict[str, An
             assert a.document is None or b.document is None or torch.equal(a.document, b.document)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 60}], ids=str)
+def test_a_stream_compares_answers_that_are_shards_apart(world: int, settings: dict[str, Any]) -> None:
+    rows = [{"p": "ab"[k % 2], "c": "hi", "r": None if k == 4 else float(k)} for k in range(13)]
+    tokenizer, form = zoo.bpe(chat=zoo.CHAT), TextFormat("p", "c")
+    settings = {"reward_column": "r", "skip_nan_rewards": True, **settings}
+    whole = tokenize(load(rows), tokenizer, form, **settings)
+    assert whole.weight is not None
+    assert len({*whole.weight.tolist()}) > 5
+    data = load(rows, streaming=True)
+    for rank in range(world):
+        got = list(stream(data, tokenizer, form, shard_size=2, rank=rank, world=world, **settings))
+        expected = shards(whole, 2, rank=rank, world=world)
+        assert same(list(batches(got, 40)), list(batches(expected, 40)))
+
+
+def test_a_stream_that_does_not_repeat_has_no_rewards() -> None:
+    import datasets
+
+    draws = iter(range(100))
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for _ in range(3):
+            yield {"p": "a", "c": "hi", "r": float(next(draws))}
+
+    data = datasets.IterableDataset.from_generator(rows)
+    shard = stream(data, zoo.bpe(chat=zoo.CHAT), TextFormat("p", "c"), shard_size=2, reward_column="r")
+    with pytest.raises(ValueError, match="rows from 0 on have other rewards when read again"):
+        next(shard)
+
+
 @pytest.mark.parametrize("size", range(1, 9))
 def test_the_last_shard_of_a_stream_counts_the_remainder(size: int) -> None:
     # also where the chunks fill their shards exactly
@@ -217,6 +259,18 @@ def test_the_last_shard_of_a_stream_counts_the_remainder(size: int) -> None:
     got = list(stream(load(TEXTS, streaming=True), zoo.bpe(), shard_size=size, chunk_length=8))
     assert not any(shard.counts.remainder for shard in got[:-1])
     assert got[-1].counts.remainder == whole.counts.remainder > 0
+
+
+def test_a_stream_may_hold_arrays() -> None:
+    import datasets
+    import numpy as np
+
+    row = {"input_ids": np.array([0, 5, 6]), "attention_mask": np.array([0, 1, 1]), "w": np.float32(2)}
+    data = datasets.IterableDataset.from_generator(lambda: iter([row]))
+    (shard,) = stream(data, shard_size=2, advantage_column="w")
+    assert shard.ids.tolist() == [5, 6]
+    assert shard.weight is not None
+    assert shard.weight.tolist() == [2.0]
 
 
 def test_a_stream_is_read_as_it_is_used() -> None:

@@ -119,14 +119,34 @@ CASES = [
     ),
     Bad("content twice", lambda: talk(zoo.TWICE), ("row 0", "message 1 ('ok')", "{% generation %}")),
     Bad("content that changes the rest", lambda: talk(zoo.COUNTING), ("message 1 ('ok')", "with the rest unchanged")),
+    Bad(
+        "an answer that says more than its content",  # a call of a tool, a thought: it had no labels
+        lambda: tokens(
+            [{"m": [{"role": "assistant", "content": "ok", "calls": "yes"}]}], TURNS, zoo.bpe(chat=zoo.CALLING)
+        ),
+        ("row 0", "message 0 ('ok')", "also puts its calls", "{% generation %}"),
+    ),
     Bad("content forgotten", lambda: talk(zoo.FORGETTING), ("row 0", "message 1 ('ok')", "{% generation %}")),
-    Bad("a chat template that refuses", lambda: talk(zoo.REFUSING), ("row 0: a system message first",)),
+    Bad(
+        "a chat template that refuses",
+        lambda: talk(zoo.REFUSING),
+        ("row 0: the chat template: a system message first",),
+    ),
+    Bad("a chat template that is none", lambda: talk("{% if"), ("row 0: the chat template: unexpected",)),
     Bad("template and columns", lambda: tokens(TEXT, TextFormat("text", template="multiple_choice")), ("not both",)),
     Bad("turns and columns", lambda: tokens(TEXT, TextFormat("text", conversation_column="m")), ("not both",)),
     Bad(
         "rewards and advantages",
         lambda: tokens(TEXT, reward_column="r", advantage_column="r"),
         ("reward_column or advantage_column, not both",),
+    ),
+    Bad("nothing to skip", lambda: tokens(skip_nan_rewards=True), ("for reward_column, which is not given",)),
+    Bad(
+        "a stream of no rows with names",
+        lambda: list(
+            stream(load([{"text": ""}], streaming=True).filter(lambda row: row["text"]), zoo.bpe(), shard_size=2)
+        ),
+        ("the dataset is empty",),
     ),
     Bad(
         "rewards of plain text",
@@ -146,7 +166,20 @@ CASES = [
     Bad(
         "labels of another length",
         lambda: tokenize(load([{"input_ids": [1, 2], "labels": [1]}])),
-        ("row 0: input_ids, labels and attention_mask must be of one length; got [2, 1] and 2",),
+        ("row 0: input_ids, labels must be of one length; got [2, 1]",),
+    ),
+    Bad(
+        "tokens in a batch of one",  # as return_tensors="pt" makes them
+        lambda: tokenize(load([{"input_ids": [[1, 2, 3]]}])),
+        ("row 0: input_ids must be the flat list of one document's whole numbers; got [[1, 2, 3]]",),
+    ),
+    Bad("a hole in the tokens", lambda: tokenize(load([{"input_ids": [1, None]}])), ("row 0: input_ids", "[1, None]")),
+    Bad("half a token", lambda: tokenize(load([{"input_ids": [1.5]}])), ("row 0: input_ids", "got [1.5]")),
+    Bad("a token alone", lambda: tokenize(load([{"input_ids": 1}])), ("row 0: input_ids", "got 1")),
+    Bad(
+        "the label of a class",
+        lambda: tokenize(load([{"input_ids": [1, 2], "labels": 1}])),
+        ("row 0: labels must be the flat list", "got 1"),
     ),
     Bad("no such split", lambda: load(TEXT, split="test"), ("no split 'test'; there are train (3 rows)",)),
     Bad(
@@ -156,9 +189,26 @@ CASES = [
     ),
     Bad("a slice of a stream", lambda: load("x/y", split="train[:1]", streaming=True), (".skip(n).take(m)",)),
     Bad("rows of something else", lambda: load([1, 2]), ("dictionaries only; got a int",)),
-    Bad("a source of something else", lambda: load(3), ("source must be a Hub id", "got int")),
+    Bad("columns for rows", lambda: load({"text": ["a"]}), ("a list of dictionaries, one a row; got a dict",)),
+    Bad("a list that was not loaded", lambda: tokenize(TEXT, zoo.bpe()), ("as load returns; got a list",)),
+    Bad(
+        "splits that were not chosen from",
+        lambda: tokenize(datasets.DatasetDict(train=datasets.Dataset.from_list(TEXT)), zoo.bpe()),
+        ("as load returns; got a DatasetDict",),
+    ),
+    Bad(
+        "a transform on the way",  # it was passed over, and the rows below it read
+        lambda: tokenize(datasets.Dataset.from_list(TEXT).with_transform(lambda rows: {"text": ["ok"]}), zoo.bpe()),
+        ("with_transform", "use dataset.map"),
+    ),
+    Bad("a source of something else", lambda: load(3), ("source must be a Hub id", "got a int")),
     Bad("subset of memory", lambda: load(TEXT, subset="en"), ("arguments of datasets.load_dataset",)),
     Bad("data_kwargs that are none", lambda: load("x/y", data_kwargs="a=1,b=2"), ("must be a mapping", "a=1,b=2")),
+    Bad(
+        "data_kwargs of load's own",
+        lambda: load("x/y", data_kwargs={"split": "a"}),
+        ("data_kwargs has split", "to load"),
+    ),
     Bad("data_kwargs that do not parse", lambda: load("x/y", data_kwargs="{a: ["), ("no JSON or YAML",)),
 ]
 
@@ -174,8 +224,31 @@ def test_the_message_says_what_came_and_the_way_out(case: Bad) -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*rows\.csv"):
         load(tmp_path / "rows.csv")
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        load(tmp_path / "rows")
     with pytest.raises(ValueError, match="is empty"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.csv", ""), ("a.txt", ""), ("a.csv", "text\n")])
+def test_files_without_a_row(tmp_path: Path, name: str, text: str) -> None:
+    # datasets answers with a StopIteration, or that it could not generate
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"the dataset is empty: .*{name} has no"):
+        load(tmp_path / name, data_kwargs={"cache_dir": str(tmp_path / "cache")})
+
+
+def test_upstream_says_that_a_file_has_no_row(tmp_path: Path) -> None:
+    """The words by which `load` knows that a file with a header has nothing below it."""
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(ValueError, match="corresponds to no data"):
+        datasets.load_dataset("csv", data_files=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text("text\nhi\n")
+    with pytest.raises(ValueError, match=r"no reader for .*rows\.tsv; there is one for \.csv, \.json"):
+        load(tmp_path / "rows.tsv")
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_sequence() -> None:

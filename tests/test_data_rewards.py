@@ -65,6 +65,17 @@ def test_the_prompt_of_tokens_is_all_before_the_first_label() -> None:
     assert weight.tolist() == [0.5, -0.5, 0.0]
 
 
+def test_padding_on_the_left_is_no_part_of_the_prompt() -> None:
+    # as generation pads: the same prompt with an answer of another length was a group of its own
+    rows = [
+        {"input_ids": [0, 1, 2, 3], "attention_mask": [0, 1, 1, 1], "labels": [-100, -100, -100, 3], "r": True},
+        {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 1, 1, 1], "labels": [-100, -100, 3, 4], "r": False},
+    ]
+    weight = tokenize(load(rows), reward_column="r").weight
+    assert weight is not None
+    assert weight.tolist() == [0.5, -0.5]
+
+
 def test_an_advantage_column_is_taken_as_it_is() -> None:
     weight = tokenize(load(ROWS), zoo.bpe(chat=zoo.CHAT), PAIR, advantage_column="r").weight
     assert weight is not None

@@ -46,6 +46,16 @@ def test_local_files(files: Path, suffix: str, streaming: bool) -> None:
     assert isinstance(got, datasets.IterableDataset) == streaming
 
 
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "rows.JSONL"])
+def test_any_name_of_a_file(files: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # brackets are a pattern too, which does not match itself
+    (files / "rows.jsonl").rename(files / name)
+    monkeypatch.setenv("HOME", str(files))
+    kwargs = {"cache_dir": str(files / "cache")}
+    assert texts(load(files / name, data_kwargs=kwargs)) == [row["text"] for row in ROWS]
+    assert texts(load(f"~/{name}", streaming=True)) == [row["text"] for row in ROWS]
+
+
 def test_a_pattern_of_files_and_a_folder_of_them(files: Path) -> None:
     # a folder that nobody saved a dataset in goes the way of a Hub id
     cache = {"cache_dir": str(files / "cache")}
@@ -88,6 +98,11 @@ def test_slices_of_what_is_in_memory() -> None:
 def test_rows_may_lack_keys() -> None:
     # the first row decided the columns, and the others' were gone without a word
     assert load([{"text": "a"}, {"text": "b", "r": 1.0}])["r"][:] == [None, 1.0]
+
+
+def test_rows_of_a_stream_may_lack_keys() -> None:
+    data = datasets.IterableDataset.from_generator(lambda: iter([{"text": "hi"}, {"body": "b"}, {"text": "ok"}]))
+    assert [shard.lengths.tolist() for shard in stream(data, zoo.bpe(), shard_size=2)] == [[1, 0], [1]]
 
 
 def test_the_arguments_of_load_dataset_may_hold_commas_and_equal_signs(files: Path) -> None:

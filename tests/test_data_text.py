@@ -50,6 +50,7 @@ CASES = [
     all_labelled("a text that brings its EOS", zoo.bpe(bos=True, eos=True), "hi</s>", [0, 40, 1]),
     all_labelled("WordPiece", zoo.wordpiece(), "hi yess", [2, 4, 6, 8, 3]),
     all_labelled("a text that brings [CLS] and [SEP]", zoo.wordpiece(), "[CLS] ok [SEP]", [2, 5, 3]),
+    all_labelled("few letters, BOS", zoo.letters("ACGT"), "GAT", [0, 4, 2, 5]),
     all_labelled("an empty text gets no special tokens", zoo.bpe(bos=True, eos=True), "", []),
     all_labelled("no text", zoo.bpe(bos=True), None, []),
     all_labelled("whitespace, which WordPiece drops", zoo.wordpiece(), "  ", []),
@@ -78,6 +79,22 @@ CASES = [
         [0, 3, 10, 5, 4, 5],
         [NO, NO, NO, NO, NO, 5],
     ),
+    Golden(
+        "an answer that ends in a special token of its own",  # as a call of a tool may
+        zoo.bpe(chat=zoo.CHAT),
+        {"p": "ok?", "c": " yes</s>"},
+        PAIR,
+        [0, 3, 42, 6, 5, 4, 46, 1, 5],
+        [NO, NO, NO, NO, NO, NO, 46, 1, 5],
+    ),
+    Golden(
+        "the same, without the end of turn",
+        zoo.bpe(chat=zoo.CHAT),
+        {"p": "ok?", "c": " yes</s>"},
+        OPEN_PAIR,
+        [0, 3, 42, 6, 5, 4, 46, 1, 5],
+        [NO, NO, NO, NO, NO, NO, 46, 1, NO],
+    ),
     Golden("an empty document", zoo.bpe(chat=zoo.CHAT), {"p": "", "c": None}, PAIR, [], []),
     # conversations
     Golden(
@@ -103,6 +120,14 @@ CASES = [
         OPEN_TURNS,
         [0, 30, 9, 43, 8, 10, 9, 43, 7, 1, 8] * 2,
         [NO, NO, NO, NO, NO, NO, NO, 43, NO, NO, NO] * 2,
+    ),
+    Golden(
+        "nothing said, in the middle of a token",  # u : Ġok Ċ a : ĠĠ </s> Ċ: a character of nothing is in no token
+        zoo.bpe(chat=zoo.STRIPPING),
+        {"p": "ok", "c": ""},
+        OPEN_PAIR,
+        [0, 30, 9, 43, 8, 10, 9, 47, 1, 8],
+        [NO] * 10,
     ),
     Golden(
         "offsets without their whitespace",  # as GPT-2's
@@ -170,6 +195,22 @@ CASES = [
         TURNS,
         [3, 42, 4, 43, 7] * 2,
         [NO, NO, NO, 43, 7] * 2,
+    ),
+    Golden(
+        "two blocks a turn and no end of it: the next header is none",
+        zoo.bpe(chat=zoo.TWO_BLOCKS),
+        SAME,
+        TURNS,
+        [3, 42, 4, 40, 6, 43, 7] * 2,
+        [NO, NO, NO, 40, NO, 43, 7] * 2,
+    ),
+    Golden(
+        "blocks that Jinja captures, which transformers then counts from the wrong place",
+        zoo.bpe(chat=zoo.MISPLACED),
+        SAME,
+        TURNS,
+        [0, *[3, 42, 5, 4, 43, 7, 5] * 2],
+        [NO, *[NO, NO, NO, NO, 43, 7, 5] * 2],
     ),
     Golden(
         "a token of whitespace alone, whose offsets are empty",  # as GPT-2's
@@ -296,6 +337,14 @@ def test_truncation_keeps_what_the_tokenizer_puts_at_the_end() -> None:
     got = tokenize(load([{"text": "hi ok yes no"}]), zoo.wordpiece(), max_length=4, truncation=True)
     assert got.ids.tolist() == [2, 4, 5, 3]
     assert got.counts.truncated == 1
+    # whoever put it there
+    got = tokenize(load([{"text": "hi ok yes no [SEP]"}]), zoo.wordpiece(), max_length=4, truncation=True)
+    assert got.ids.tolist() == [2, 4, 5, 3]
+    rows = load([{"p": "hi", "c": " ok yes no</s>"}])
+    with pytest.warns(UserWarning, match="no chat template"):
+        got = tokenize(rows, zoo.bpe(eos=True), PAIR, max_length=3, truncation=True)
+    assert got.labels is not None
+    assert (got.ids.tolist(), got.labels.tolist()) == ([40, 43, 1], [NO, 43, 1])
 
 
 def test_a_tokenizer_is_not_changed() -> None:
@@ -365,6 +414,12 @@ def test_max_tokens_keeps_the_first_documents_that_fit() -> None:
     assert got.index.tolist() == [0, 1]
     assert got.report().endswith("1 empty; max_tokens was reached at row 2; the rest is left out")
     assert len(tokenize(rows, zoo.bpe(), max_tokens=6)) == 4
+    # what is counted is counted of the kept ones
+    got = tokenize(rows, zoo.bpe(), max_tokens=2, max_length=1, truncation=True)
+    assert got.report().endswith(
+        "1 empty; 2 of one token; 2 truncated; max_tokens was reached at row 3; the rest is left out"
+    )
+    assert len(tokenize(load([{"text": ""}]), zoo.bpe(), max_tokens=6)) == 1
 
 
 def test_chunks_hold_every_token_but_the_remainder_and_know_their_documents() -> None:

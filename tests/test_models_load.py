@@ -104,6 +104,12 @@ def test_an_adapter_without_a_base_says_so(llama: Path, adapter: Path) -> None:
         load(llama, adapter=adapter)
 
 
+def test_an_adapter_whose_base_was_moved_says_so(llama: Path, adapter: Path) -> None:
+    llama.rename(llama.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError, match=r"no folder .*llama.* names it as its base; load\(base, adapter="):
+        load(adapter)
+
+
 def test_revisions_are_of_their_own_repository(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The revision of an adapter was asked of its base, and the base's, which the adapter names, forgotten."""
     config = peft.PeftConfig.from_pretrained(str(adapter))
@@ -227,6 +233,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, adapter: Path, ba
     with pytest.raises(ValueError, match=r"was made for .*llama and does not fit .*other") as refusal:
         load(save(tmp_path / "other", base()), adapter=adapter)
     assert all(word in str(refusal.value) for word in words), refusal.value
+    assert "\n" not in str(refusal.value)
 
 
 def test_an_adapter_of_a_like_base_is_pointed_out(tmp_path: Path, adapter: Path) -> None:

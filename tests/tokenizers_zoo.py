@@ -57,6 +57,15 @@ WITHOUT_END_BLOCKS = (
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+TWO_BLOCKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}hi{% endgeneration %}?"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+MISPLACED = (
+    "{% set all %}"
+    + CHAT_BLOCKS.removeprefix("{{ bos_token }}")
+    + "{% endset %}{{ bos_token }}{{ all }}"  # in a {% set %}
+)
 COUNTING = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | length }}:{{ m.content }}<|end|>{% endfor %}"
 WORDS_ONLY = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
 LAST_TURN_DIFFERS = (
@@ -66,6 +75,7 @@ THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if loop.last %}hi{{ m.content }}{% else %}{{ m.content.split('?')[-1] }}"
     "{% endif %}<|end|>{% endfor %}"
 )
+CALLING = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.calls }}<|end|>{% endfor %}"
 TWICE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ m.content }}<|end|>{% endfor %}"
 FORGETTING = (
     "{% for m in messages %}{% if loop.last or m.role == 'user' %}<|{{ m.role }}|>{{ m.content }}{% endif %}"
@@ -108,3 +118,10 @@ def wordpiece(*, chat: str | None = None, **more: Any) -> Any:
     )
     tokenizer.chat_template = chat
     return tokenizer
+
+
+def letters(alphabet: str) -> Any:
+    """A tokenizer that knows a few letters only, drops all others, and puts `<s>` before a text."""
+    inner = Tokenizer(models.BPE(vocab={word: k for k, word in enumerate(("<s>", "</s>", *alphabet))}, merges=[]))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")

@@ -25,11 +25,13 @@ class Span(NamedTuple):
         begin: its first character.
         end: the character after its last.
         stop: where the turn ends: the token that closes it lies between `end` and `stop`, if there is one.
+        closed: whether a token that closes it may lie before `end` instead, though there is another after it.
     """
 
     begin: int
     end: int
     stop: int
+    closed: bool = False
 
 
 class Marked(NamedTuple):
@@ -66,34 +68,46 @@ def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
         # the tokenizer drops, and runs to the end where one ends so; its character spans are right
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=source,
-            return_assistant_tokens_mask=generated,
-            **tokenizer.special_tokens_map,
-        )
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=source,
+                return_assistant_tokens_mask=generated,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"the chat template: {error}") from error
         texts, blocks = rendered
         return texts[0], list(blocks[0]) if generated else []
 
+    spans = _by_blocks if generated and _in_place(render) else _by_difference
+
     def mark(document: Document) -> Marked:
-        if document.text is not None:
-            return Marked(document.text, None, bare=True)
-        return (_by_blocks if generated else _by_difference)(document.messages, render)
+        return Marked(document.text, None, bare=True) if document.text is not None else spans(document.messages, render)
 
     return mark, True
+
+
+def _in_place(render: Render) -> bool:
+    """Whether a template's blocks are where it says: transformers loses the place of one that Jinja captures first."""
+    answer = PRIVATE[0]
+    try:
+        text, blocks = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+    except ValueError:  # a template that wants other messages
+        return True
+    return answer not in text or any(answer in text[begin:end] for begin, end in blocks)
 
 
 def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
     """Take the spans from the template's own blocks."""
     text, blocks = render(messages)
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
-    for number, (begin, end) in enumerate(blocks):
-        tail = text[end:]
-        if len(blocks) == len(answers) and answers[number] + 1 < len(messages):
-            shorter, inner = render(messages[: answers[number] + 1])
-            tail = tail[: _common(tail, shorter[inner[-1][1] :] if inner else "")]
-        spans.append(Span(begin, end, end + len(tail)))
+    tails: dict[int, str] = {}
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            shorter, inner = render(messages[: k + 1])
+            tails |= {len(inner) - 1: shorter[inner[-1][1] :]} if inner else {}
+    ends = [end + _common(text[end:], tails.get(number, "")) for number, (_, end) in enumerate(blocks)]
+    spans = [Span(begin, end, stop, closed=True) for (begin, end), stop in zip(blocks, ends, strict=True)]
     return Marked(text, tuple(spans), bare=False)
 
 
@@ -101,7 +115,8 @@ def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
     """Take as a span what changes with a turn's content.
 
     Raises:
-        ValueError: if the template does more with a content than to put it, stripped or not, in one place.
+        ValueError: if the template does more with a content than to put it, stripped or not, in one place, or the turn
+            says more than its content.
     """
     text = render(messages)[0]
     spans = []
@@ -115,6 +130,13 @@ def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
                 "text in one place with the rest unchanged, so its tokens cannot be told apart: give the template "
                 "{% generation %} … {% endgeneration %} around what the assistant says, or pass rows with input_ids "
                 "and labels"
+            )
+        bare = {"role": message["role"], "content": message["content"]}
+        if message != bare and render([*messages[:k], bare, *messages[k + 1 :]])[0] != text:
+            raise ValueError(
+                f"of message {k} ({message['content'][:40]!r}) the chat template also puts its "
+                f"{', '.join(key for key in message if key not in bare)} into the text, which would have no labels: "
+                "give the template {% generation %} … {% endgeneration %} around all that the assistant says"
             )
         head, tail = around
         end = len(text) - len(tail)

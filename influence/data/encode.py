@@ -34,7 +34,8 @@ def frame_of(tokenizer: Any) -> Frame:
     Raises:
         ValueError: if it does more than to put tokens around.
     """
-    words = ("a", "0", ".", *(tokenizer.decode([i]) for i in range(min(64, len(tokenizer)))))
+    plain = sorted({*range(min(64, len(tokenizer)))} - {*tokenizer.all_special_ids})
+    words = ("a", "0", ".", *(tokenizer.decode([i]) for i in plain))
     for word in words:
         inner = tokenizer(word, add_special_tokens=False)["input_ids"]
         whole = tokenizer(word)["input_ids"]
@@ -103,15 +104,17 @@ def encoder(
                 last = end_of_turn and bool(text.spans) and text.spans[-1].end == len(text.text)
             prefix, suffix = frame if text.bare else Frame([], [])
             prefix = [] if body[: len(prefix)] == prefix else prefix
-            suffix = [] if body[len(body) - len(suffix) :] == suffix else suffix
+            closing = [last] * len(suffix)
+            if suffix and body[-len(suffix) :] == suffix:  # it stays at the end when the text is cut
+                closing, marked, body = marked[-len(suffix) :], marked[: -len(suffix)], body[: -len(suffix)]
             if separator is not None and text.spans is None and [*body, *suffix][-1:] != [separator]:
-                suffix = [*suffix, separator]
+                suffix, closing = [*suffix, separator], [*closing, last]
             room = len(body) if limit is None else limit - len(prefix) - len(suffix)
             cut += len(body) > room
             tokens = [*prefix, *body[:room], *suffix]
             ids.append(tokens)
             if spanned:
-                keep = [*[text.spans is None] * len(prefix), *marked[:room], *[last] * len(suffix)]
+                keep = [*[text.spans is None] * len(prefix), *marked[:room], *closing]
                 labels.append([token if kept else IGNORED for token, kept in zip(tokens, keep, strict=True)])
         return Encoded(ids, labels if spanned else None, cut)
 
@@ -123,8 +126,8 @@ def mark_tokens(
 ) -> list[bool]:
     """Return which tokens are labelled: those with a character in a span, and the special token that ends it.
 
-    A turn ends with the first special token of its tail that has nothing but whitespace before it, or with one that a
-    span has among its last.
+    A turn ends with the first special token of its tail that has nothing but whitespace before it, or else with one
+    that a span has among its last; a span that may be closed has that one first.
     """
     marked, begin = [False] * len(ids), 0
     reach = _reach(offsets)
@@ -132,14 +135,14 @@ def mark_tokens(
         while begin < len(ids) and reach[begin][1] <= span.begin:
             begin += 1
         end = begin
-        while end < len(ids) and reach[end][0] < span.end:
+        while end < len(ids) and max(reach[end][0], span.begin) < span.end:  # none of an empty span
             end += 1
-        closing = _inner_closing(text.text, ids, reach, begin, end, special)
-        if closing is None and end_of_turn:
-            closing = _outer_closing(text.text, ids, reach, end, span, special)
-            end = end if closing is None else closing + 1
-        elif closing is not None and not end_of_turn:
-            end = closing
+        inner = _inner_closing(text.text, ids, reach, begin, end, special)
+        outer = _outer_closing(text.text, ids, reach, end, span, special)
+        if inner is not None and (span.closed or outer is None):
+            end = end if end_of_turn else inner
+        elif outer is not None and end_of_turn:
+            end = outer + 1
         marked[begin:end] = [True] * (end - begin)
     return marked
 

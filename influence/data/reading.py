@@ -2,9 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import compress
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +17,16 @@ from influence.data.chat import marker
 from influence.data.context import context_length
 from influence.data.documents import TextFormat, present, reader
 from influence.data.encode import encoder
-from influence.data.sources import Rows, column_names
+from influence.data.sources import Rows, column_names, slices
 from influence.data.tokenized import Tokenized, flat
 from influence.func.losses import IGNORED
 
 PLAIN = TextFormat()
 """Tokenised rows, or the column `text`."""
+
+
+TOKENS = ("input_ids", "labels", "attention_mask")
+"""What is read of tokenised rows."""
 
 
 class Reading(NamedTuple):
@@ -61,7 +67,7 @@ def reading(
     columns = column_names(dataset)
     also = [] if scored is None else present([scored], columns, "another name")
     if "input_ids" in columns and form == replace(PLAIN, end_of_turn=form.end_of_turn):
-        ready = [name for name in columns if name in ("input_ids", "labels", "attention_mask")]
+        ready = [name for name in columns if name in TOKENS]
         return Reading(_union(ready, also), partial(_read_tokens, limit, pad_of(tokenizer)), _prompt_tokens, "")
     named, document_of = reader(form, columns)
     if tokenizer is None:
@@ -79,7 +85,7 @@ def reading(
             try:
                 document = document_of(row)
                 marked.append(None if document.empty else mark(document))
-            except Exception as error:  # a chat template may raise anything; the row is what the user needs to know
+            except ValueError as error:
                 raise ValueError(f"row {first + i}: {error}") from error
         encoded = encode(marked)
         tokenized = flat(encoded.ids, encoded.labels, first, pad)
@@ -94,6 +100,49 @@ def reading(
         return [document.prompt() for document in documents]
 
     return Reading(_union(named, also), read, prompts, notice)
+
+
+def pieces(
+    dataset: Any, how: Reading, size: int, max_tokens: int | None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Rows, Tokenized]]:
+    """Yield a dataset as tokenised slices, up to the document with which there are too many tokens.
+
+    Args:
+        dataset: the dataset.
+        how: how to read it.
+        size: rows of a slice.
+        max_tokens: most tokens of all documents together, if there is such a limit.
+        rank: yield slices `rank`, `rank + world`, … only; the others are not even tokenised unless they are counted.
+        world: see `rank`.
+
+    Yields:
+        A slice's first row, its rows and their tokens. The last slice may be cut, to no row even.
+
+    Raises:
+        ValueError: if there is no row, or not one token fits.
+    """
+    begin, total = -1, 0
+    for number, (begin, rows) in enumerate(slices(dataset, size, how.columns)):
+        mine = number % world == rank
+        if not mine and max_tokens is None:
+            continue
+        piece = how.read(begin, rows)
+        kept = len(rows) if max_tokens is None else int((piece.offsets[1:] <= max_tokens - total).sum())
+        if kept < len(rows):
+            rows = rows[:kept]
+            piece = how.read(begin, rows)  # again: what is counted is the kept rows alone
+            if not total + len(piece.ids):
+                raise ValueError(
+                    f"max_tokens={max_tokens} keeps no token: the first document with any has more; raise it"
+                )
+            piece = replace(piece, counts=piece.counts._replace(stopped=begin + kept))
+        if mine:
+            yield begin, rows, piece
+        if piece.counts.stopped:
+            return
+        total += len(piece.ids)
+    if begin < 0:
+        raise ValueError("the dataset is empty: it has no row")
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -122,6 +171,22 @@ def longest(tokenizer: Any, max_length: int | None, truncation: bool, chunk_leng
     return limit
 
 
+def scores(reward: str | None, advantage: str | None, chunk_length: int | None, skip_nan: bool) -> str | None:
+    """Return the column that weighs examples, checked against what is asked for.
+
+    Raises:
+        ValueError: if the arguments exclude one another.
+    """
+    if reward is not None and advantage is not None:
+        raise ValueError("pass reward_column or advantage_column, not both")
+    if skip_nan and reward is None:
+        raise ValueError("skip_nan_rewards=True is for reward_column, which is not given")
+    scored = reward or advantage
+    if scored is not None and chunk_length is not None:
+        raise ValueError(f"a chunk holds several documents and cannot have the weights of column {scored!r}")
+    return scored
+
+
 def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
     """Return documents of which none is too long.
 
@@ -140,16 +205,16 @@ def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
 
 
 def numbers(rows: Rows, name: str, first: int) -> Float[Tensor, " n"]:
-    """Return a column of numbers; `None` is NaN.
+    """Return a column of numbers; `None` is NaN, true is 1.
 
     Raises:
         ValueError: if a value is no number.
     """
     values = [row[name] for row in rows]
     for i, value in enumerate(values):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not isinstance(value, Real):
             raise ValueError(f"column {name!r} must hold numbers; row {first + i} has {value!r}")
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
 
 
 def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[Tensor, " n"]:
@@ -160,7 +225,10 @@ def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[
     """
     rows = ((~values.isfinite()).nonzero().flatten() + first).tolist()
     if rows:
-        raise ValueError(f"column {name!r} has {len(rows)} values that are no finite numbers: rows {rows[:10]}")
+        raise ValueError(
+            f"column {name!r} has {len(rows)} values that are no finite numbers: rows {rows[:10]}; repair them, or "
+            "leave the rows out"
+        )
     return values
 
 
@@ -170,20 +238,10 @@ def _union(names: list[str], more: list[str]) -> list[str]:
 
 def _read_tokens(limit: int | None, pad: int, first: int, rows: Rows) -> Tokenized:
     """Return rows that are tokens already, without the padding they may have."""
-    ids, labels, cut = [], [], 0
-    for i, row in enumerate(rows):
-        mask = row.get("attention_mask") or [1] * len(row["input_ids"] or [])
-        parts = [row["input_ids"] or [], *([row["labels"] or []] if "labels" in row else [])]
-        if any(len(part) != len(mask) for part in parts):
-            raise ValueError(
-                f"row {first + i}: input_ids, labels and attention_mask must be of one length; got "
-                f"{[len(part) for part in parts]} and {len(mask)}"
-            )
-        kept = [[number for number, real in zip(part, mask, strict=True) if real] for part in parts]
-        cut += limit is not None and len(kept[0]) > limit
-        ids.append(kept[0][:limit])
-        labels.append(kept[-1][:limit])
-    tokenized = flat(ids, labels if rows and "labels" in rows[0] else None, first, pad)
+    kept = [_unpadded(row, first + i) for i, row in enumerate(rows)]
+    labels = [parts[-1][:limit] for parts in kept] if rows and "labels" in rows[0] else None
+    tokenized = flat([parts[0][:limit] for parts in kept], labels, first, pad)
+    cut = sum(limit is not None and len(parts[0]) > limit for parts in kept)
     return replace(tokenized, counts=tokenized.counts._replace(truncated=cut))
 
 
@@ -192,8 +250,29 @@ def _prompt_tokens(rows: Rows) -> list[str]:
     if any("labels" not in row for row in rows):
         raise ValueError("rewards compare answers to equal prompts: tokenised rows need labels, -100 on the prompt")
     found = []
-    for row in rows:
-        labels = row["labels"] or []
-        begin = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-        found.append(str((row["input_ids"] or [])[:begin]))
+    for i, row in enumerate(rows):
+        ids, labels = _unpadded(row, i)
+        begin = next((k for k, label in enumerate(labels) if label != IGNORED), len(labels))
+        found.append(str(ids[:begin]))
     return found
+
+
+def _unpadded(row: Mapping[str, Any], number: int) -> list[list[int]]:
+    """Return the token ids of a row, and its labels if it has any, without padding."""
+    names = [name for name in TOKENS if name in row and not (name == "attention_mask" and row[name] is None)]
+    parts = {name: _integers(row[name], name, number) for name in names}
+    lengths = {name: len(part) for name, part in parts.items()}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"row {number}: {', '.join(names)} must be of one length; got {[*lengths.values()]}")
+    mask = parts.pop("attention_mask", None)
+    return [part if mask is None else [*compress(part, mask)] for part in parts.values()]
+
+
+def _integers(value: Any, name: str, number: int) -> list[int]:
+    """Return a list of integers, which in a stream may be an array."""
+    listed = value.tolist() if hasattr(value, "tolist") else [] if value is None else value
+    if not isinstance(listed, list | tuple) or not all(issubclass(kind, Integral) for kind in {*map(type, listed)}):
+        raise ValueError(
+            f"row {number}: {name} must be the flat list of one document's whole numbers; got {str(listed)[:80]}"
+        )
+    return list(listed)

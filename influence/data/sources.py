@@ -1,6 +1,7 @@
 """Where rows come from: the Hub, files, saved datasets, memory; and how they are read, slice by slice."""
 
 import glob
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -46,13 +47,19 @@ def load(
     import datasets
 
     kwargs = mapping_of(data_kwargs)
-    local = not isinstance(source, str | Path) or _is_saved(Path(source))
+    taken = sorted({"path", "name", "split", "streaming"} & {*kwargs})
+    if taken:
+        raise ValueError(
+            f"data_kwargs has {', '.join(taken)}: pass source, subset, split and streaming to load instead"
+        )
+    source = os.path.expanduser(source) if isinstance(source, str | Path) else source
+    local = not isinstance(source, str) or _is_saved(Path(source))
     if local and (kwargs or subset is not None):
         raise ValueError("subset and data_kwargs are arguments of datasets.load_dataset; this source does not use it")
-    if isinstance(source, str | Path):
+    if isinstance(source, str):
         if not local:
-            return _read(str(source), split, subset, kwargs, streaming)
-        source = datasets.load_from_disk(str(source))
+            return _read(source, split, subset, kwargs, streaming)
+        source = datasets.load_from_disk(source)
     elif isinstance(source, Sequence) and not isinstance(source, datasets.Dataset):
         source = _from_list(source)
     if isinstance(source, datasets.IterableDataset):
@@ -61,10 +68,11 @@ def load(
         return source
     if isinstance(source, datasets.Dataset):
         source = {str(source.split or "train"): source}
-    if not isinstance(source, Mapping):
+    known = datasets.Dataset | datasets.IterableDataset
+    if not isinstance(source, Mapping) or not all(isinstance(split, known) for split in source.values()):
         raise ValueError(
-            "source must be a Hub id, a path, a datasets.Dataset, an IterableDataset or a list of dictionaries; got "
-            f"{type(source).__name__}"
+            "source must be a Hub id, a path, a datasets.Dataset, an IterableDataset or a list of dictionaries, one a "
+            f"row; got a {type(source).__name__}"
         )
     chosen = _not_empty(_choose(source, split))
     return chosen.to_iterable_dataset() if streaming and isinstance(chosen, datasets.Dataset) else chosen
@@ -104,7 +112,7 @@ def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Ite
     import datasets
 
     chosen = dataset.with_format(None)
-    if columns is not None:
+    if columns is not None and chosen.column_names:
         chosen = chosen.select_columns(list(columns))
     if isinstance(chosen, datasets.Dataset):
         for begin in range(0, len(chosen), size):
@@ -113,7 +121,7 @@ def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Ite
         return
     begin, rows = 0, iter(chosen)
     while piece := list(islice(rows, size)):
-        yield begin, piece
+        yield begin, piece if columns is None else [{name: row.get(name) for name in columns} for row in piece]
         begin += len(piece)
 
 
@@ -121,8 +129,16 @@ def column_names(dataset: Any) -> list[str]:
     """Return the names of a dataset's columns; a stream that does not know them is asked for its first row.
 
     Raises:
-        ValueError: if it has no row to ask.
+        ValueError: if it is no dataset, has no row to ask, or would be read without its transform.
     """
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        raise ValueError(
+            f"expected a datasets.Dataset or IterableDataset, as load returns; got a {type(dataset).__name__}"
+        )
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        raise ValueError("the dataset has a transform (with_transform), which is not applied here: use dataset.map")
     names = dataset.column_names
     if names:
         return list(names)
@@ -142,17 +158,30 @@ def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, 
 
     if streaming and split is not None and not split.isidentifier():
         raise ValueError(f"a stream has whole splits only, got split={split!r}: use load(…).skip(n).take(m)")
-    path = Path(source)
-    if path.suffix in BUILDERS and "://" not in source:
-        if not glob.glob(source):
+    path, escaped = Path(source), glob.escape(source) if os.path.exists(source) else source
+    suffix = path.suffix.lower()
+    if "://" not in source and (suffix in BUILDERS or path.is_file()):
+        if suffix not in BUILDERS:
+            raise ValueError(f"no reader for {source}; there is one for {', '.join(BUILDERS)}")
+        found = glob.glob(escaped)
+        if not found:
             raise FileNotFoundError(f"no file {source}")
+        if not any(os.path.getsize(name) for name in found):
+            raise ValueError(f"the dataset is empty: {source} has no byte")
         if subset is not None:
             raise ValueError(f"a file has no subsets; got subset={subset!r} for {source}")
-        kwargs = {"data_files": source} | kwargs
-        source = BUILDERS[path.suffix]
+        kwargs = {"data_files": escaped} | kwargs
+        source = BUILDERS[suffix]
     elif path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"the folder {source} is empty")
-    read = datasets.load_dataset(source, subset, streaming=streaming, **kwargs)
+    elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
+        raise FileNotFoundError(f"no file or folder {source}")
+    try:
+        read = datasets.load_dataset(source, subset, streaming=streaming, **kwargs)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"the dataset is empty: {path} has no row") from error
     return _not_empty(_choose(read, split) if isinstance(read, Mapping) else read)
 
 

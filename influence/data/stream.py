@@ -1,13 +1,29 @@
 """A dataset to tokens shard by shard, as it is read."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from influence.data.chunking import chunk
 from influence.data.documents import TextFormat
-from influence.data.reading import PLAIN, all_finite, longest, none_too_long, numbers, reading
-from influence.data.sources import slices
+from influence.data.reading import (
+    PLAIN,
+    Reading,
+    all_finite,
+    longest,
+    none_too_long,
+    numbers,
+    pieces,
+    reading,
+    scores,
+)
+from influence.data.rewards import advantages
+from influence.data.sources import Rows, slices
 from influence.data.tokenized import NOTHING, Tokenized, check_shards, join
 
 
@@ -22,7 +38,10 @@ def stream(
     max_length: int | None = None,
     truncation: bool = False,
     chunk_length: int | None = None,
+    max_tokens: int | None = None,
+    reward_column: str | None = None,
     advantage_column: str | None = None,
+    skip_nan_rewards: bool = False,
 ) -> Iterator[Tokenized]:
     """Tokenise a dataset shard by shard: the shards that `shards(tokenize(…), shard_size)` would have.
 
@@ -31,13 +50,17 @@ def stream(
         tokenizer: as for `tokenize`.
         form: as for `tokenize`.
         shard_size: examples of a shard.
-        rank: which process asks. It tokenises its own shards only, unless there are chunks, whose borders depend on all
-            that comes before.
+        rank: which process asks. It tokenises its own shards only, unless there are chunks or `max_tokens`, which
+            depend on all that comes before.
         world: how many there are.
         max_length: as for `tokenize`.
         truncation: as for `tokenize`.
         chunk_length: as for `tokenize`; what fills no chunk is carried on, and only the last remainder is dropped.
-        advantage_column: as for `tokenize`. There is no `reward_column`: a prompt's answers may be far apart.
+        max_tokens: as for `tokenize`.
+        reward_column: as for `tokenize`. The answers to a prompt may be anywhere, so the dataset is read twice: for the
+            rewards, which are held, before this returns.
+        advantage_column: as for `tokenize`.
+        skip_nan_rewards: as for `tokenize`.
 
     Returns:
         The shards of this rank.
@@ -52,28 +75,55 @@ def stream(
         [[0, 1], [2]]
     """
     check_shards(shard_size, rank, world)
-    if advantage_column is not None and chunk_length is not None:
-        raise ValueError(f"a chunk holds several documents and cannot have the weights of column {advantage_column!r}")
+    scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
-    cut = limit if truncation else None
-    how = reading(dataset, tokenizer, form, cut, chunk_length is not None, advantage_column)
+    how = reading(dataset, tokenizer, form, limit if truncation else None, chunk_length is not None, scored)
+    rewards = advantage = None
+    if reward_column is not None:
+        rewards, groups = _rewards(dataset, how, shard_size, max_tokens, reward_column)
+        advantage = advantages(rewards, groups, skip_nan_rewards)
+
+    def weigh(first: int, rows: Rows, piece: Tokenized) -> Tokenized:
+        if scored is None:
+            return piece
+        found = numbers(rows, scored, first)
+        if rewards is None or advantage is None:
+            return replace(piece, weight=all_finite(found, scored, first))
+        here = slice(first, first + len(rows))
+        if not torch.equal(found.nan_to_num(), rewards[here].nan_to_num()):
+            raise ValueError(f"rows from {first} on have other rewards when read again: give a stream that repeats")
+        return replace(piece, weight=advantage[here])
 
     def documents() -> Iterator[Tokenized]:
-        for number, (first, rows) in enumerate(slices(dataset, shard_size, how.columns)):
-            if number % world == rank:
-                shard = how.read(first, rows)
-                if advantage_column is not None:
-                    weight = all_finite(numbers(rows, advantage_column, first), advantage_column, first)
-                    shard = replace(shard, weight=weight)
-                yield none_too_long(shard, limit)
+        for first, rows, piece in pieces(dataset, how, shard_size, max_tokens, rank, world):
+            if rows:
+                yield none_too_long(weigh(first, rows, piece), limit)
 
     def chunks(length: int) -> Iterator[Tokenized]:
-        pieces = (how.read(first, rows) for first, rows in slices(dataset, shard_size, how.columns))
-        for number, shard in enumerate(_chunked(pieces, length, shard_size)):
+        read = (piece for _, _, piece in pieces(dataset, how, shard_size, max_tokens))
+        for number, shard in enumerate(_chunked(read, length, shard_size)):
             if number % world == rank:
                 yield shard
 
     return documents() if chunk_length is None else chunks(chunk_length)
+
+
+def _rewards(
+    dataset: Any, how: Reading, size: int, max_tokens: int | None, column: str
+) -> tuple[Float[Tensor, " n"], list[int]]:
+    """Return all rewards, and a number for each one's prompt."""
+    if max_tokens is None:
+        read = slices(dataset, size, how.columns)
+    else:
+        read = ((first, rows) for first, rows, _ in pieces(dataset, how, size, max_tokens))
+    rewards: list[Tensor] = []
+    groups: list[int] = []
+    known: dict[bytes, int] = {}
+    for first, rows in read:
+        rewards.append(numbers(rows, column, first))
+        for prompt in how.prompts(rows):
+            groups.append(known.setdefault(hashlib.sha256(prompt.encode()).digest(), len(known)))
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *rewards]), groups
 
 
 def _chunked(pieces: Iterator[Tokenized], length: int, size: int) -> Iterator[Tokenized]:

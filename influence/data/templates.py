@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Template:
             return text, None
         target = self._value("doc_to_target", self.target, row)
         if self.choices is None:
-            return text, str(target)
+            return text, "" if target is None else str(target)
         if isinstance(self.choices, str):
             found = self._value("doc_to_choice", self.choices, row)
             choices = found.splitlines() if isinstance(found, str) else [str(choice) for choice in found]
@@ -48,8 +49,9 @@ class Template:
             choices = [self._jinja("doc_to_choice", choice, row) for choice in self.choices]
         if isinstance(target, str) and target in choices:
             return text, target
-        if isinstance(target, int | str) and str(target).isdecimal() and int(target) < len(choices):
-            return text, choices[int(target)]
+        place = int(target) if isinstance(target, bool) else target
+        if isinstance(place, int | str) and str(place).isdecimal() and int(place) < len(choices):
+            return text, choices[int(place)]
         raise ValueError(
             f"{self.name}: doc_to_target gave {target!r}, which is neither one of the {len(choices)} choices "
             f"{choices} nor its number, 0 to {len(choices) - 1}"
@@ -67,7 +69,7 @@ class Template:
         from jinja2 import UndefinedError
 
         try:
-            return str(environment().from_string(source).render(row))
+            return str(compiled(source).render(row))
         except UndefinedError as error:
             raise ValueError(f"{self.name}: {field}: {error.message}; the row has {', '.join(row)}") from error
         except Exception as error:  # whatever an expression may raise
@@ -75,11 +77,19 @@ class Template:
 
 
 def environment() -> Any:
-    """Return the sandbox: rows cannot be changed, attributes of Python not reached, and a missing name is an error."""
+    """Return the sandbox: no row is changed, no attribute of Python reached; a name must be there, and may be None."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=lambda value: "" if value is None else value
+    )
+
+
+@lru_cache(maxsize=64)
+def compiled(source: str) -> Any:
+    """Return Jinja ready to render: made once, not once a row."""
+    return environment().from_string(source)
 
 
 def read(source: str | Path) -> Template:

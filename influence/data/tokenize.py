@@ -8,10 +8,9 @@ from torch import Tensor
 
 from influence.data.chunking import chunk
 from influence.data.documents import TextFormat
-from influence.data.reading import PLAIN, all_finite, longest, none_too_long, numbers, reading
+from influence.data.reading import PLAIN, all_finite, longest, none_too_long, numbers, pieces, reading, scores
 from influence.data.rewards import advantages
-from influence.data.sources import slices
-from influence.data.tokenized import Tokenized, count, join
+from influence.data.tokenized import Tokenized, join
 
 SLICE = 1000
 """Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough to be nothing in memory."""
@@ -56,51 +55,28 @@ def tokenize(
         >>> tokenize(rows).report()
         '3 documents, 4 tokens, the longest has 3; 1 empty; 1 of one token'
     """
-    if reward_column is not None and advantage_column is not None:
-        raise ValueError("pass reward_column or advantage_column, not both")
-    scored = reward_column or advantage_column
-    if scored is not None and chunk_length is not None:
-        raise ValueError(f"a chunk holds several documents and cannot have the weights of column {scored!r}")
+    scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
     how = reading(dataset, tokenizer, form, limit if truncation else None, chunk_length is not None, scored)
-    pieces: list[Tokenized] = []
-    scores: list[Tensor] = []
+    read: list[Tokenized] = []
+    known: list[Tensor] = []
     prompts: list[str] = []
-    total = 0
-    for first, rows in slices(dataset, SLICE, how.columns):
-        pieces.append(how.read(first, rows))
+    for first, rows, piece in pieces(dataset, how, SLICE, max_tokens):
+        read.append(piece)
         if scored is not None:
-            scores.append(numbers(rows, scored, first))
+            known.append(numbers(rows, scored, first))
         if reward_column is not None:
             prompts += how.prompts(rows)
-        total += len(pieces[-1].ids)
-        if max_tokens is not None and total > max_tokens:
-            break
-    if not pieces:
-        raise ValueError("the dataset is empty: it has no row")
-    tokenized = join(pieces)
-    if max_tokens is not None:
-        tokenized = _first_tokens(tokenized, max_tokens)
+    tokenized = join(read)
     tokenized = replace(tokenized, counts=tokenized.counts._replace(notice=how.notice))
     if scored is not None:
-        known = torch.cat(scores)[: len(tokenized)]
+        weight = torch.cat(known)
         if reward_column is not None:
-            known = advantages(known, prompts[: len(known)], skip_nan_rewards)
-        tokenized = replace(tokenized, weight=all_finite(known, scored))
+            weight = advantages(weight, prompts, skip_nan_rewards)
+        tokenized = replace(tokenized, weight=all_finite(weight, scored))
     if chunk_length is None:
         return none_too_long(tokenized, limit)
     chunks, rest = chunk(tokenized, chunk_length)
     if not len(chunks):
         raise ValueError(f"all documents together have {len(rest.ids)} tokens, less than chunk_length={chunk_length}")
     return replace(chunks, counts=chunks.counts._replace(remainder=len(rest.ids)))
-
-
-def _first_tokens(tokenized: Tokenized, most: int) -> Tokenized:
-    """Keep the first documents that have at most `most` tokens together."""
-    kept = int((tokenized.offsets[1:] <= most).sum())
-    if not kept or not int(tokenized.offsets[kept]):
-        raise ValueError(f"max_tokens={most} keeps no token: the first document with any has more; raise it")
-    if kept == len(tokenized):
-        return tokenized
-    short = count(tokenized.take(0, kept))
-    return replace(short, counts=short.counts._replace(stopped=kept))

@@ -78,7 +78,10 @@ def load(
         base, revision = found
         if adapter is not None or peft_init_kwargs is not None:
             raise ValueError(f"{path} is an adapter (of {base}) itself: load it alone, or give its base as path=")
-        path, adapter = _existing(base), path
+        try:
+            path, adapter = _existing(base), path
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}: {path} names it as its base; load(base, adapter={path!r})") from error
     if adapter is not None or peft_init_kwargs is not None:
         _require("peft", "an adapter needs PEFT", "peft")
     settings = {**_dtype(precision, device, model_kwargs or {}), **(model_kwargs or {})}
@@ -188,7 +191,7 @@ def _with_saved(model: nn.Module, path: str, adapter: str, revision: str | None)
                 model, adapter, config=config, autocast_adapter_dtype=False, revision=revision
             )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{refusal}: {error}") from error
+        raise ValueError(f"{refusal}: {' '.join(str(error).split())[:300]}") from error  # a line for each weight
     own = peft.get_peft_model_state_dict(adapted)
     wrong = {name for name in {*saved, *own} if name not in own or name not in saved}
     if wrong:
