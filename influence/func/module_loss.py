@@ -11,7 +11,7 @@ from influence.func.by_chunks import by_chunks
 from influence.func.layout import Layout
 from influence.func.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
-from influence.func.module_call import Model
+from influence.func.module_call import Model, constants_of
 from influence.func.unembedding import ENTRIES, Logits, Unembedding, positions_at_once
 from influence.types import Batch, ExampleLoss, Params
 
@@ -29,6 +29,8 @@ class ModuleLoss:
         layout: the layout of all its parameters.
         reduction: `"sum"` or `"mean"`.
         frozen: the parameters that are not differentiated.
+        constants: what else the model computes with, as it was when the function was made: its buffers, and the states
+            of its quantised layers.
         encoder_decoder: whether two streams of positions meet in it.
         likelihood: what labels the model would give, where the loss says so; otherwise `None`.
     """
@@ -47,6 +49,7 @@ class ModuleLoss:
     ) -> None:
         """Close over everything but the parameters to differentiate."""
         self._model, self.frozen, self._reference, self._task = model, frozen, reference, model.task
+        self.constants = constants_of(model.skeleton)
         self.encoder_decoder = bool(getattr(getattr(model.skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
