@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from influence import (
     Factored,
@@ -29,6 +31,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
+from influence.func.layout import Layout, ParamLayout
 from influence.func.project import sketch
 from influence.models import describe, layer_matrices
 from tests.cases import LLAMA, causal_batch, hf
@@ -309,6 +312,30 @@ def test_heads_are_split_and_experts_are_left() -> None:
     kinds = {name.rsplit(".", 1)[1].rstrip("0123456789") for name in rows}
     assert kinds == {"head_", "expert_"}
     assert len(rows) == 4 + 2 * E
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_expert_costs_what_its_own_matrix_costs(turned: bool) -> None:
+    """A hundred experts, each sketched and scaled by way of all of them."""
+    count, o, i = 32, 24, 20
+    shape = (count, i, o) if turned else (count, o, i)
+    layout = Layout({"up": ParamLayout(shape, transposed=turned, experts=count)})
+    grads, work = {"up": torch.ones(2, *shape)}, []
+    sketched = chain(as_blocks(), project(4)).bind(layout)
+    with FlopCounterMode(display=False) as counter:
+        sketched.rows(grads)
+    assert counter.get_total_flops() == 2 * 2 * count * (4 * o * i + 4 * o * 4)
+    moments = Moments({"up": torch.ones(shape)})
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            work.append(out.numel() if func is torch.ops.aten.sqrt.default else 0)
+            return out
+
+    with Counted():
+        chain(as_blocks(), scale_by_adam(moments)).bind(layout)
+    assert sum(work) == count * o * i
 
 
 class Mixed(nn.Module):

@@ -146,7 +146,8 @@ def apply_part(part: Part, grad: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n .
     if part.right is None:
         return part.left.apply(grad)
     matrix = grad[..., None] if grad.ndim == 2 else grad
-    return part.left.apply(part.right.apply(matrix).mT).mT
+    mine = matrix[..., part.left.start : part.left.stop, :]  # or every expert's share costs as much as the whole
+    return part.left.apply(part.right.apply(mine).mT).mT
 
 
 def start(layout: Layout) -> Folded:

@@ -2,6 +2,7 @@ r"""Scales: what the optimizer would have done to a gradient, and unit norm."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -9,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.folding import Block, Folded, Part, flat, with_rows, with_sides
-from influence.func.layout import Layout, ParamLayout
+from influence.func.folding import Block, Folded, Part, apply_part, flat, with_rows, with_sides
+from influence.func.layout import ParamLayout
 from influence.func.transform import Step, Transform
 from influence.types import Rows
 
@@ -83,13 +84,18 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
 
     def extend(folded: Folded) -> Folded:
         _covers("scale_by_adam", folded, moments)
+
+        @lru_cache(maxsize=2)  # a weight and its bias, while their heads or experts come one after the other
+        def scale_of(source: str) -> Tensor:
+            param = folded.layout[source]
+            v = unfactor(moments.second[source]).reshape(param.shape)
+            return param.orient((1 / (v.double().sqrt() + eps))[None].cpu())
+
         blocks = []
         for block in folded.blocks:
             total = None
             for part in block.parts:
-                v = unfactor(moments.second[part.source]).reshape(folded.layout[part.source].shape)
-                scale = 1 / (v.double().sqrt() + eps)
-                piece = _place(scale, part, folded.layout)
+                piece = apply_part(part, scale_of(part.source))[0]
                 total = piece if total is None else total + piece
             assert total is not None
             dtype = folded.layout[block.parts[0].source]
@@ -216,15 +222,6 @@ class _Scale:
     def __call__(self, rows: Tensor) -> Tensor:
         """Scale them."""
         return rows * self.scale
-
-
-def _place(scale: Tensor, part: Part, layout: Layout) -> Tensor:
-    """Return a parameter's elementwise scale where its gradient lies in the block."""
-    oriented = layout[part.source].orient(scale[None].cpu())[0]
-    if part.right is None:
-        return part.left.apply(oriented)
-    matrix = oriented[:, None] if oriented.ndim == 1 else oriented
-    return part.left.apply(part.right.apply(matrix).mT).mT
 
 
 def _covers(verb: str, folded: Folded, moments: Moments) -> None:
