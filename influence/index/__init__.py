@@ -1,8 +1,9 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
-from influence.index.building import build
+from influence.index.building import build, step_of
 from influence.index.columns import Columns, columns_of
 from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
+from influence.index.narrowing import narrowed
 from influence.index.reading import Index, Piece, Place, open_index
 from influence.index.root import About, finish
 from influence.index.run import Run, done, start
@@ -25,7 +26,9 @@ __all__ = [
     "fingerprint_of",
     "finish",
     "memory_sink",
+    "narrowed",
     "open_index",
     "shard_sink",
     "start",
+    "step_of",
 ]

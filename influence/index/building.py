@@ -11,6 +11,7 @@ from torch import Tensor
 from influence.func.batches import batch_size
 from influence.func.per_example import per_example_grads_fn
 from influence.func.per_token import per_token_grads_fn, real_positions
+from influence.func.plan import Plan
 from influence.func.transform import Transform
 from influence.index.columns import Columns
 from influence.index.encoding import check_dtype
@@ -94,10 +95,11 @@ def build(
     first = next(source, None)
     if first is None:
         raise ValueError("there is no batch: an index needs at least one example to know its columns")
-    step, columns = step_of(
+    step, plan = step_of(
         loss_fn, params, first, transform, engine, per_token, chunk_size=chunk_size, nonfinite=nonfinite
     )
-    fingerprint = fingerprint_of(loss_fn, params, transform or Transform(), columns.shapes, weights, recorded)
+    columns = Columns(plan.folded.row_shapes)
+    fingerprint = fingerprint_of(loss_fn, params, plan.transform, columns.shapes, weights, recorded, plan.layout)
     numbered = _numbered(_chained(first, source), _next_row(path) if append else 0)
     collected = _collected(numbered, step, params, progress)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
@@ -129,7 +131,7 @@ def step_of(
     engine: str = "auto",
     per_token: str | None = None,
     **options: Any,
-) -> tuple[Step, Columns]:
+) -> tuple[Step, Plan]:
     """Plan the step that a shard's sink takes: rows, losses and lengths of a batch, from one forward.
 
     Args:
@@ -142,7 +144,7 @@ def step_of(
         options: for `per_example_grads_fn`.
 
     Returns:
-        `(params, batch) -> Collected`, and the columns of its rows.
+        `(params, batch) -> Collected`, and the plan; a row's columns are `Columns(plan.folded.row_shapes)`.
     """
     if per_token is None:
         rows_of = per_example_grads_fn(loss_fn, params, batch, transform=transform, engine=engine, **options)
@@ -151,7 +153,7 @@ def step_of(
             rows, losses = rows_of.with_losses(params, batch)
             return Collected(rows, losses, lengths_of(batch))
 
-        return of_examples, Columns(rows_of.plan.folded.row_shapes)
+        return of_examples, rows_of.plan
     if engine not in ("auto", "batched"):
         raise ValueError(f"per-token rows need the batched engine; got engine={engine!r}")
     tokens_of = per_token_grads_fn(loss_fn, params, batch, position=per_token, transform=transform)
@@ -160,7 +162,7 @@ def step_of(
         found, losses = tokens_of.with_losses(params, batch)
         return Collected(found.rows, losses, lengths_of(batch), None, found.offsets, found.positions)
 
-    return of_tokens, Columns(tokens_of.plan.folded.row_shapes)
+    return of_tokens, tokens_of.plan
 
 
 def lengths_of(batch: Batch) -> Int[Tensor, " n"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
+from influence.func.layout import Layout
 from influence.func.project import NESTING
 from influence.func.transform import Step, Transform
 from influence.types import LossFn, Params
@@ -69,6 +70,7 @@ def fingerprint_of(
     shapes: Mapping[str, tuple[int, ...]],
     weights: str | None = None,
     recorded: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of rows.
 
@@ -79,6 +81,8 @@ def fingerprint_of(
         shapes: each row's shape by block: `rows_of.plan.folded.row_shapes`.
         weights: the hash of the weights, if it is known: `influence.func.fingerprint.weights_hash(loss_fn, params)`.
         recorded: anything else to record, as `{"data": "wikitext"}`.
+        layout: the parameters' layout, `rows_of.plan.layout`; without it projected rows of a loss that has none cannot
+            be read at a smaller dim.
 
     Returns:
         The fingerprint.
@@ -114,6 +118,11 @@ def fingerprint_of(
     said = {"loss": getattr(loss_fn, "name", getattr(loss_fn, "__qualname__", type(loss_fn).__name__))}
     said["reduction"] = getattr(loss_fn, "reduction", "own")
     said["transform"] = repr(transform)
+    if layout is None and params is not None and getattr(loss_fn, "layout", None) is not None:
+        layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
+    if projection and layout is not None:
+        before = transform.steps[: [step.name for step in transform.steps].index("project")]
+        said["unprojected"] = {block.into: block.shape for block in Transform(before).bind(layout).blocks}
     return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
 
 
@@ -141,7 +150,8 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
 def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str]]:
     """Yield every field that does not fit: its name, and what is wrong with it."""
     nested = nests(query, stored)
-    for name, mine, theirs in differences(query, stored, kinds=("must_match",)):
+    found = differences(query, stored, kinds=("must_match",))
+    for name, mine, theirs in sorted(found, key=lambda each: each[0] in ("blocks", "order")):
         if nested and name in ("dim", "blocks"):
             continue
         values = f"the query's {name} is {_shown(mine, theirs)}, and the stored rows' is {_shown(theirs, mine)}"
@@ -172,7 +182,9 @@ def nests(query: Fingerprint, stored: Fingerprint) -> bool:
         return False
     if there.get("projection") not in NESTING or there.get("target") == "global" or there.get("reshape_to_square"):
         return False
-    if there.get("order", [])[-1:] != ["project"] or stored.complement.get("curvature"):
+    order = there.get("order", [])
+    after = [one for one in stored.complement.get("curvature", ()) if one["after"] == len(order)]
+    if order[-1:] != ["project"] or after or not stored.recorded.get("unprojected"):
         return False
     mine, theirs = query.must_match.get("blocks", {}), there.get("blocks", {})
     return mine.keys() == theirs.keys() and all(
