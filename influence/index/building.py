@@ -177,11 +177,17 @@ def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
     yield from rest
 
 
-def _numbered(batches: Iterator[Batch], begin: int) -> Iterator[tuple[Tensor, Batch]]:
+def _numbered(batches: Iterator[Batch], first: int) -> Iterator[tuple[Tensor, Batch]]:
     """Yield each batch with the rows of the dataset that it holds."""
+    begin = first
     for batch in batches:
         n = batch_size(batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
+        if index is not None and int(index.min()) < first:
+            raise ValueError(
+                f"a batch holds row {int(index.min())} of the dataset, and the index that is appended to has rows up "
+                f"to {first - 1}: count on from there, or leave `index` out of the batches"
+            )
         yield torch.arange(begin, begin + n) if index is None else index, batch
         begin += n
 

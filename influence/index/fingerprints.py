@@ -158,7 +158,7 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
         yield name, f"{values}: {WHY.get(name, WHY_ELSE)}"
     powers = [_powers_of(side) for side in (query, stored)]
     sums = {key: powers[0].get(key, 0.0) + powers[1].get(key, 0.0) for key in {**powers[0], **powers[1]}}
-    if any(total not in (0.0, -1.0) for total in sums.values()) or sum(sums.values()) < -1:
+    if any(min(abs(total), abs(total + 1)) > 1e-9 for total in sums.values()) or sum(sums.values()) < -1.5:
         listed = [_listed(side) for side in (query, stored)]
         yield (
             "curvature",
