@@ -318,8 +318,8 @@ def test_shards_hold_what_was_planned_once(tmp_path: Path) -> None:
     broken.rows["a"][1, 0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"example 8 of the dataset: .*nonfinite='zero'"):
         sink.update(sink.init(), torch.tensor([3, 8]), broken)
+    tokens = shard_sink(tmp_path, 0, None, COLUMNS, per_token=True)
     with pytest.raises(ValueError, match=r"row for every token, and the batch has no offsets"):
-        tokens = shard_sink(tmp_path, 0, None, COLUMNS, per_token=True)
         tokens.update(tokens.init(), torch.tensor([3]), value(torch.tensor([3])))
 
 

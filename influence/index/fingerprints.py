@@ -140,10 +140,13 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
     Raises:
         FingerprintError: naming the field and both values.
     """
-    for name, problem in problems(query, stored):
-        if not force:
-            raise FingerprintError(f"{problem} (field {name!r})")
-        warnings.warn(f"forced past a difference in {name!r}: {problem}", stacklevel=2)
+    found = list(problems(query, stored))
+    if found and not force:
+        name, problem = found[0]
+        raise FingerprintError(f"{problem} (field {name!r})")
+    if found:
+        listed = "; ".join(f"{name!r}: {problem}" for name, problem in found)
+        warnings.warn(f"forced past {len(found)} differences: {listed}", stacklevel=2)
     return query.dim if nests(query, stored) else None
 
 
