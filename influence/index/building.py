@@ -110,9 +110,8 @@ def build(
             state = sink.update(state, index, value)
         about = About("index", dtype, per_token is not None, columns, fingerprint, settings, list(command), {}, ())
         return Index(about, [Held(sink.finalize(state))])
-    with start(
-        path, "index", settings, command, {"shard_size": shard_size}, fingerprint, overwrite, False, append
-    ) as run:
+    planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
+    with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:
         for number, some in enumerate(_shards(collected, shard_size), run.first):
             sink = shard_sink(run.directory, number, None, columns, dtype, per_token is not None)
             state = sink.init()

@@ -153,8 +153,7 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
 def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str]]:
     """Yield every field that does not fit: its name, and what is wrong with it."""
     nested = nests(query, stored)
-    found = differences(query, stored, kinds=("must_match",))
-    for name, mine, theirs in sorted(found, key=lambda each: each[0] in ("blocks", "order")):
+    for name, mine, theirs in differences(query, stored, kinds=("must_match",)):
         if nested and name in ("dim", "blocks"):
             continue
         values = f"the query's {name} is {_shown(mine, theirs)}, and the stored rows' is {_shown(theirs, mine)}"
@@ -201,10 +200,10 @@ def differences(
     free: Iterable[str] = (),
     kinds: Iterable[str] = ("must_match", "complement", "recorded"),
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every field that differs, with both values; some are free to."""
+    """Yield every field that differs, with both values, causes before what follows from them; some are free to."""
     for kind in kinds:
         mine, theirs = getattr(one, kind), getattr(other, kind)
-        for name in sorted({*mine, *theirs} - set(free)):
+        for name in sorted({*mine, *theirs} - set(free), key=lambda name: (name in ("blocks", "order"), name)):
             if mine.get(name) != theirs.get(name):
                 yield name, mine.get(name), theirs.get(name)
 
