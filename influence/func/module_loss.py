@@ -89,6 +89,13 @@ class ModuleLoss:
         known = {"cross_entropy": categorical, "squared_error": gaussian}
         self.likelihood = known[loss]() if isinstance(loss, str) and loss in known else None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `functionalize` was asked for, as JSON writes it; a function of the user's by its name."""
+        mine = not isinstance(self._loss, str)
+        name = getattr(self._loss, "__qualname__", type(self._loss).__name__) if mine else self._loss
+        return {"loss": name, "own": mine, "reduction": self.reduction, "label_smoothing": self._smoothing}
+
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""
         if callable(self._loss):

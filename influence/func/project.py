@@ -364,12 +364,15 @@ def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layou
         if tuple(row.shape[1:]) != expected:
             raise ValueError(f"down_project: row {name!r} is {list(row.shape[1:])}; stored at dim {p} it is {expected}")
         for axis, (size, side) in enumerate(zip(block.shape, ("left", "right"), strict=False)):
-            row = _shrink(row.movedim(axis + 1, -1), size, side, block.name, p, dim, settings).movedim(-1, axis + 1)
+            row = shrunk(row.movedim(axis + 1, -1), size, side, block.name, p, dim, settings).movedim(-1, axis + 1)
         found[name] = row
     return found
 
 
-def _shrink(row: Tensor, size: int, side: str, name: str, p: int, dim: int, settings: Any) -> Tensor:
+def shrunk(
+    row: Shaped[Tensor, "... P"], size: int, side: str, name: str, p: int, dim: int, settings: Any
+) -> Shaped[Tensor, "... p"]:
+    """Read the last axis of a row, of a side that was `size` long and stored at dim `p`, at a smaller dim."""
     if size <= dim:
         return row
     if size <= p:
