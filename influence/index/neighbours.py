@@ -121,8 +121,8 @@ class Neighbours:
                 graph.efSearch = max(graph.efSearch, k)
             found, ids = map(torch.from_numpy, shard.search(wanted, k))
             missing = ids < 0
-            found = top.Top(found.masked_fill(missing, -torch.inf), torch.where(missing, -1, ids + begin))
-            best = top.merge(top.start(found.values, k) if best is None else best, found)
+            mine = top.Top(found.masked_fill(missing, -torch.inf), torch.where(missing, -1, ids + begin))
+            best = top.merge(top.start(found, k) if best is None else best, mine)
         assert best is not None
         return Nearest(best.values, best.indices)
 
@@ -211,8 +211,8 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
             empty.train(_sample(stored, count, config.batch_size).numpy())
         except RuntimeError as error:
             raise ValueError(
-                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or codes, "
-                "or 'Flat'"
+                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or "
+                "codes, or 'Flat'"
             ) from error
     return empty
 
