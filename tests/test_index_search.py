@@ -35,7 +35,7 @@ from influence import (
     two_sided,
     unit_norm,
 )
-from influence.func.nested import raise_project
+from influence.func.nested import raise_project, unprojected
 from influence.func.transform import CollectedRows, Transform
 from influence.index import FingerprintError, Index, fingerprint_of, neighbours
 from influence.index.recipe import rebuild, recipe
@@ -214,7 +214,7 @@ def test_a_projection_is_read_at_the_smaller_dim_of_both(stored: int, asked: int
 def test_raising_is_the_adjoint_of_reading_smaller() -> None:
     large, small = chain(as_blocks(), project(8)), chain(as_blocks(), project(3))
     train, query = rows_of(large), rows_of(small, QUERIES)
-    raised = raise_project(query, 8, small, query.layout)
+    raised = raise_project(query, 8, project(3).steps[0], unprojected(small, query.layout))
     left = flat(query) @ flat(down_project(train, 3)).mT
     torch.testing.assert_close(left, flat(raised) @ flat(train).mT, rtol=1e-10, atol=1e-12)
 

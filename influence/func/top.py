@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
 CELL = 256
 """Scores of which the largest alone is looked at, unless it would enter."""
 

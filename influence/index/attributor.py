@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from influence.func.functionalize import functionalize
 from influence.func.layout import Layout
-from influence.func.nested import at_dim, projection, raise_project
+from influence.func.nested import at_dim, projection, raise_project, unprojected
 from influence.func.normalize import Moments
 from influence.func.per_example import per_example_grads
 from influence.func.precondition import BlockCurvature
-from influence.func.project import down_project
+from influence.func.project import down_project, project
 from influence.func.similarity import Nearest
 from influence.func.transform import CollectedRows, Transform
 from influence.index import scan
@@ -404,16 +404,19 @@ class Attributor:
         lower = None
         if fingerprint is not None and not unchecked:
             lower = check(_restricted(fingerprint, chosen), _restricted(stored, chosen), force)
-        if lower is None:
+        if lower is None or fingerprint is None or stored.dim is None:
             return query
-        if not isinstance(query, CollectedRows):
+        shapes = stored.recorded.get("unprojected")
+        if shapes is None and isinstance(query, CollectedRows):
+            shapes = unprojected(query.transform, query.layout)
+        if shapes is None:
             raise ValueError(
                 f"rows of dim {lower} can be compared with the stored ones of dim {stored.dim} only if they know their "
                 "layout: pass them as per_example_grads returns them"
             )
-        assert stored.dim is not None
-        wanted = {name: query[name] for name in chosen.names}
-        return raise_project(wanted, stored.dim, query.transform, query.layout)
+        step = project(lower, fingerprint.must_match["seed"], fingerprint.must_match["projection"]).steps[0]
+        before = {name: tuple(shapes[name]) for name in chosen.names}
+        return raise_project({name: query[name] for name in chosen.names}, stored.dim, step, before)
 
     def _by_faiss(
         self, config: FaissConfig, matrix: Float[Tensor, "q d"], chosen: Chosen, k: int, reverse: bool

@@ -79,8 +79,8 @@ def start(
         kind: what it will hold: `"index"`, `"scores"`, ….
         config: the configuration, as JSON has it.
         command: what to type to run it again.
-        plan: `{"shards": [[begin, end], …], …}`; without `"shards"` they come as they come, and cannot be resumed. When
-            appending, the new ones alone.
+        plan: `{"shards": [[begin, end], …], "dtype": …, …}`; without `"shards"` they come as they come, and cannot be
+            resumed. When appending, the new ones alone.
         fingerprint: what the rows will be.
         overwrite: delete what is there first: files of ours, no others.
         resume: go on with an unfinished run of the same plan and fingerprint.
@@ -128,7 +128,7 @@ def start(
                 f"{what_is_there(directory)}. It is finished: pass overwrite=True to replace it, "
                 "append=True to add examples, or write to another directory"
             )
-        if not resume:
+        if not resume and "shards" in there["plan"]:
             raise FileExistsError(
                 f"{what_is_there(directory)}. Pass resume=True to go on with it, overwrite=True to "
                 "replace it, or write to another directory"
@@ -201,6 +201,13 @@ def rooted(directory: Path) -> int | None:
     return len(read_root(directory).shards) if (directory / ROOT).exists() else None
 
 
+def way_on(directory: Path) -> str:
+    """Say what to do about a run that is not finished."""
+    if read_run(directory)["plan"].get("shards") is None:
+        return "its shards came as their batches came, so it cannot be resumed: begin again with overwrite=True"
+    return "run the same command again to resume it"
+
+
 def what_is_there(directory: str | Path) -> str:
     """Say in a line what a run directory holds."""
     directory = Path(directory)
@@ -229,6 +236,12 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], first
                 f"got {_short(new)}"
             )
         return Run(directory, there, first, lock)
+    for key in ("dtype", "per_token"):
+        mine, theirs = about["plan"].get(key), there["plan"].get(key)
+        if mine != theirs:
+            raise ValueError(
+                f"{directory} has {key} = {_short(theirs)}; appended rows must have it too, got {_short(mine)}"
+            )
     for path in directory.glob(SHARDS):
         if int(path.stem.split("-")[1]) >= first:
             path.unlink()
@@ -270,7 +283,7 @@ def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], a
 def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
     if "shards" not in about["plan"]:
         raise FileExistsError(
-            f"{what_is_there(directory)}. Its shards came as their batches came, so it cannot be resumed: pass "
+            f"{what_is_there(directory)}; its shards came as their batches came, so it cannot be resumed: pass "
             "overwrite=True to begin again, or write to another directory"
         )
     for key in sorted({*about["plan"], *there["plan"]}):

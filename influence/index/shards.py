@@ -140,7 +140,7 @@ def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype:
     if (value.offsets is None) == per_token:
         got, wanted = ("no offsets", "token") if per_token else ("offsets", "example")
         raise ValueError(
-            f"this shard has a row for every {wanted}, and the batch has {got}: pass per_token={per_token}"
+            f"this shard has a row for every {wanted}, and the batch has {got}: pass per_token={not per_token}"
         )
     rows = columns.joined(value.rows)
     counts = torch.ones_like(index) if value.offsets is None else value.offsets.diff().cpu()
