@@ -23,6 +23,7 @@ from influence.func.fingerprint import fingerprint
 from influence.func.plan import human
 from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
+from influence.index.run import NEIGHBOURS
 from influence.index.scan import Piece, decoded
 
 SCHEMA = 1
@@ -155,7 +156,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
         "num_shards": config.num_shards,
         "rows": stored.identity,
     }
-    directory = beside / "faiss" / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
+    directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
     if not _is_whole(directory, key):
         _write(directory, key, stored, config)
     paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
