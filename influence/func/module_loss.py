@@ -58,6 +58,12 @@ class ModuleLoss:
         known = {"cross_entropy": categorical, "squared_error": gaussian}
         self.likelihood = known[loss]() if isinstance(loss, str) and loss in known else None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `functionalize` was asked for, as JSON writes it; a function of the user's by its name."""
+        own = callable(self._loss)
+        return {"loss": self.name, "own": own, "reduction": self.reduction, "label_smoothing": self._smoothing}
+
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""
         if callable(self._loss):

@@ -13,8 +13,10 @@ from typing import Any
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
+from influence.func.nested import unprojected
 from influence.func.project import NESTING
 from influence.func.transform import Step, Transform
+from influence.index.recipe import recipe
 from influence.types import LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
@@ -118,11 +120,14 @@ def fingerprint_of(
     said = {"loss": getattr(loss_fn, "name", getattr(loss_fn, "__qualname__", type(loss_fn).__name__))}
     said["reduction"] = getattr(loss_fn, "reduction", "own")
     said["transform"] = repr(transform)
+    said["steps"] = recipe(transform)
+    settings = getattr(loss_fn, "settings", None)
+    if settings is not None:
+        said |= {"loss_settings": settings, "params": list(params or ())}
     if layout is None and params is not None and getattr(loss_fn, "layout", None) is not None:
         layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
     if projection and layout is not None:
-        before = transform.steps[: [step.name for step in transform.steps].index("project")]
-        said["unprojected"] = {block.into: block.shape for block in Transform(before).bind(layout).blocks}
+        said["unprojected"] = unprojected(transform, layout)
     return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
 
 

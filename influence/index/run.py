@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,9 @@ from influence.index.lock import LOCK, Lock
 SCHEMA = 1
 RUN, ROOT = "run.json", "index.h5"
 SHARDS, PARTIALS, TEMPORARY = "shard-*.h5", "partial-*.h5", ".*.partial"
-OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, TEMPORARY)
+NEIGHBOURS = "faiss"
+"""Directory of the FAISS indexes that were made of a run; they are made again when they are gone."""
+OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, TEMPORARY, NEIGHBOURS)
 """What a run directory holds of ours."""
 
 
@@ -338,6 +341,7 @@ def _check_ours(directory: Path) -> None:
 def _wipe(directory: Path) -> None:
     """Delete a run: the root first, so that it never looks finished, and run.json last."""
     (directory / ROOT).unlink(missing_ok=True)
+    shutil.rmtree(directory / NEIGHBOURS, ignore_errors=True)
     for pattern in (SHARDS, PARTIALS, RUN):
         for path in directory.glob(pattern):
             path.unlink()
