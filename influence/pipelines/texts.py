@@ -1,0 +1,67 @@
+"""What the rows of a dataset say, for people: text as the run read it, chunks decoded from their tokens."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from influence.data import Tokenized
+from influence.data.documents import Document, reader
+from influence.data.sources import column_names
+from influence.pipelines.configs import DataConfig
+from influence.pipelines.prepare import load_rows, text_format, tokens_of
+
+
+def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[str]]:
+    """Return a function from rows of a run's dataset to what they say.
+
+    Numbers are those of the run: of chunks where there were chunks, of the dataset's rows otherwise, also where the run
+    used some of them only. A dataset that is gone says so, and nothing else fails.
+
+    Args:
+        config: the run's data.
+        tokenizer: the run's tokenizer.
+        model: transformers' config of the model.
+
+    Returns:
+        The function.
+    """
+
+    @lru_cache
+    def rows() -> Any:
+        return load_rows(config)
+
+    @lru_cache
+    def tokens() -> Tokenized:
+        return tokens_of(config, rows(), tokenizer, model)
+
+    def texts(numbers: Sequence[int]) -> list[str]:
+        try:
+            return _read(numbers)
+        except (OSError, ValueError) as error:
+            return [f"(its text cannot be read: {' '.join(str(error).split())[:120]})"] * len(numbers)
+
+    def _read(numbers: Sequence[int]) -> list[str]:
+        if config.chunk_length is not None:
+            whole = tokens()
+            return [tokenizer.decode(whole.take(n, n + 1).ids.tolist()) for n in numbers]
+        found = [rows()[int(n)] for n in numbers]
+        columns = column_names(rows())
+        if "input_ids" in columns and config.prompt_column is None and config.template is None:
+            ids = [row["input_ids"] or [] for row in found]
+            return [str(row) if tokenizer is None else tokenizer.decode(row) for row in ids]
+        _, document_of = reader(text_format(config), columns)
+        return [_said(document_of(row)) for row in found]
+
+    return texts
+
+
+def _said(document: Document) -> str:
+    if document.text is not None:
+        return document.text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in document.messages)
+
+
+def short(text: str, most: int) -> str:
+    """Return a text in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
