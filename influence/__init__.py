@@ -18,6 +18,8 @@ from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kept_energy, kfac_whiten
 
 __all__ = [
+    "Attributor",
+    "FaissConfig",
     "Factored",
     "Heads",
     "Moments",
@@ -55,7 +57,7 @@ __all__ = [
 ROOMS = ("hessians", "index")
 """Rooms that are imported when they are first asked for."""
 
-LENT = {"build": "index", "open_index": "index"}
+LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")
 """Names of such rooms that are to be had from here."""
 
 

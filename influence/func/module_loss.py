@@ -94,9 +94,8 @@ class ModuleLoss:
     @property
     def settings(self) -> dict[str, Any]:
         """What `functionalize` was asked for, as JSON writes it; a function of the user's by its name."""
-        mine = not isinstance(self._loss, str)
-        name = getattr(self._loss, "__qualname__", type(self._loss).__name__) if mine else self._loss
-        return {"loss": name, "own": mine, "reduction": self.reduction, "label_smoothing": self._smoothing}
+        own = callable(self._loss)
+        return {"loss": self.name, "own": own, "reduction": self.reduction, "label_smoothing": self._smoothing}
 
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""

@@ -14,6 +14,7 @@ from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.project import NESTING
 from influence.func.transform import Step, Transform
+from influence.index.recipe import recipe
 from influence.types import LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
@@ -114,6 +115,10 @@ def fingerprint_of(
     said = {"loss": getattr(loss_fn, "name", getattr(loss_fn, "__qualname__", type(loss_fn).__name__))}
     said["reduction"] = getattr(loss_fn, "reduction", "own")
     said["transform"] = repr(transform)
+    said["steps"] = recipe(transform)
+    settings = getattr(loss_fn, "settings", None)
+    if settings is not None:
+        said |= {"loss_settings": settings, "params": list(params or ())}
     return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
 
 
@@ -189,7 +194,8 @@ def differences(
     """Yield every field that differs, with both values; some are free to."""
     for kind in kinds:
         mine, theirs = getattr(one, kind), getattr(other, kind)
-        for name in sorted({*mine, *theirs} - set(free)):
+        # what changes a setting changes the blocks' shapes as well, so the setting comes first
+        for name in sorted({*mine, *theirs} - set(free), key=lambda name: (name == "blocks", name)):
             if mine.get(name) != theirs.get(name):
                 yield name, mine.get(name), theirs.get(name)
 

@@ -6,7 +6,7 @@ Nothing is loaded until it is asked for, and a dataset's checksum is verified wh
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -50,6 +50,7 @@ class Place(NamedTuple):
     position: Int[Tensor, " *q"]
 
 
+@runtime_checkable
 class Part(Protocol):
     """A shard, on disk or in memory."""
 
