@@ -108,7 +108,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def make(
-    folder: str | Path, documents: int = 2000, steps: int = 150, seed: int = 0, hidden: int = 64, double: bool = False
+    folder: str | Path,
+    documents: int = 2000,
+    steps: int = 150,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    double: bool = False,
 ) -> Path:
     """Write model, corpus and questions to a folder.
 
@@ -118,6 +124,7 @@ def make(
         steps: of training.
         seed: of everything.
         hidden: the model's width.
+        layers: its depth.
         double: in float64.
 
     Returns:
@@ -127,7 +134,7 @@ def make(
     corpus, questions = make_corpus(documents, seed)
     texts = [row["text"] for row in (*corpus, *questions)]
     tokenizer = make_tokenizer(texts)
-    model = make_model(len(tokenizer), seed, hidden)
+    model = make_model(len(tokenizer), seed, hidden, layers)
     train(model, tokenizer, texts, steps, seed)
     (model.double() if double else model).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

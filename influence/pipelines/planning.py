@@ -125,7 +125,7 @@ def predict(
     )
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Return a number of bytes as one reads it.
 
     Example:
@@ -139,7 +139,7 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Return a time as one reads it.
 
     Example:
