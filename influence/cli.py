@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, flags = common(rest)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", UserWarning)  # what a user should know; the rest is for developers
             warnings.showwarning = _show_warning
             run(command, flags, options)
     except SystemExit as error:
