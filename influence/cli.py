@@ -96,8 +96,8 @@ def overview() -> str:
         "  --json         the result for machines, on standard output",
         "  --debug        the traceback of an error",
         "",
-        "Share the work of build, reduce, score and hessian among processes:",
-        "  torchrun --nproc-per-node 2 -m influence build …",
+        "Share the work of a command among processes (-r is --run, which torchrun would take for its own):",
+        "  torchrun --nproc-per-node 2 -m influence build … -r RUN",
     ]
     return "\n".join(lines)
 

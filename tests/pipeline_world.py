@@ -1,4 +1,4 @@
-"""A small world for tests of pipelines: a float64 Llama, documents and questions on disk, and a dense oracle of rows."""
+"""A small world for tests of pipelines: a float64 Llama, documents and questions, and a dense oracle of rows."""
 
 import atexit
 import functools

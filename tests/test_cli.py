@@ -109,7 +109,7 @@ def test_a_run_replays_by_its_configuration(corpus: Path, tmp_path: Path, capsys
 
 def test_score_for_machines_and_for_people(corpus: Path, mean: Path, tmp_path: Path, capsys: Any) -> None:
     flags = made(tmp_path / "s", "score", "--query", str(mean), "--json")
-    status, out, err = run(capsys, *flags)
+    status, out, _ = run(capsys, *flags)
     assert status == 0
     facts = json.loads(out)
     assert facts["queries"][0]["query"] == str(mean)
@@ -204,7 +204,7 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     model.save_pretrained(other)
     ask = ["query", "--index", str(corpus), "--text", "babo lives in"]
     refused(capsys, [*ask, "--model", str(other)], "weights")
-    status, out, err = run(capsys, *ask, "--model", other, "--force")
+    status, _, err = run(capsys, *ask, "--model", other, "--force")
     assert status == 0
     assert "influence: note: forced past a difference in 'weights'" in err
 
@@ -259,7 +259,7 @@ def test_what_is_not_understood(tmp_path: Path, capsys: Any) -> None:
     status, _, err = run(capsys, "bild")
     assert status == 2
     assert "no such command" in err
-    status, out, err = run(capsys, *made(tmp_path / "a", "build", "--projektion", "3"))
+    status, _, err = run(capsys, *made(tmp_path / "a", "build", "--projektion", "3"))
     assert status == 2
     assert "--projektion" in err
     file = tmp_path / "c.yaml"

@@ -81,9 +81,7 @@ def test_the_same_rows_in_memory(tmp_path: Path) -> None:
     assert torch.equal(memory.matrix(), open_index(tmp_path / "a").matrix())
 
 
-def test_one_pass_feeds_several_sinks_with_one_forward_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_pass_feeds_several_sinks_with_one_forward_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     outputs = ModuleLoss.outputs
 
@@ -227,7 +225,9 @@ def test_trackstar_is_the_cosine_in_the_metric_of_the_mixed_curvature(tmp_path: 
     outcome = trackstar.run(config)
     g, q = (sketched(oracle(name), p) for name in ("corpus.jsonl", "questions.jsonl"))
     grams = [{n: r.flatten(1).mT @ r.flatten(1) / len(r) for n, r in rows.items()} for rows in (q, g)]
-    spectra = [torch.cat([torch.linalg.eigvalsh(h) for h in gram.values()]).sort(descending=True).values for gram in grams]
+    spectra = [
+        torch.cat([torch.linalg.eigvalsh(h) for h in gram.values()]).sort(descending=True).values for gram in grams
+    ]
     w = float(spectra[1][9] / (spectra[0][9] + spectra[1][9]))
     roots = {n: power_of(w * grams[0][n] + (1 - w) * grams[1][n], -0.5, c) for n in g}
     sides = [torch.cat([r.flatten(1) @ roots[n] for n, r in rows.items()], 1) for rows in (g, q)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from influence.func.fold import Sink
 from influence.index import Columns, done, finish, open_index, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
-from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, RunConfig, TransformConfig, View
+from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
@@ -23,7 +23,9 @@ class BuildConfig:
     influence build --model gpt2 --dataset corpus.jsonl --run runs/corpus
 
     A row holds the example's gradient of every matrix of the model's layers, each sketched to 16 × 16 numbers. The run
-    can be killed and started again; it goes on where it was. Start it under torchrun to share the work.
+    can be killed and started again; it goes on where it was. To share the work among processes:
+
+    torchrun --nproc-per-node 2 -m influence build --model gpt2 --dataset corpus.jsonl -r runs/corpus
 
     Attributes:
         run: the run directory to write.
@@ -34,7 +36,7 @@ class BuildConfig:
         execution: the pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     loss: Loss = field(default_factory=LossConfig)

@@ -181,6 +181,8 @@ class RunConfig:
     dry_run: bool = False
 
 
+Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]
+"""The run directory. Under torchrun write `-r`: Python 3.11 takes `--run` for an abbreviation of torchrun's options."""
 Model: TypeAlias = Annotated[ModelConfig, tyro.conf.OmitArgPrefixes]
 Data: TypeAlias = Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
 Loss: TypeAlias = Annotated[LossConfig, tyro.conf.OmitArgPrefixes]

@@ -12,6 +12,7 @@ from influence.pipelines.configs import (
     Loss,
     LossConfig,
     Model,
+    Run,
     RunConfig,
     TransformConfig,
     View,
@@ -46,7 +47,7 @@ class EkfacConfig:
         execution: every pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     query: DataConfig

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from influence.index import Index, open_index
+from influence.pipelines.configs import Run
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
 from influence.store import replacing
@@ -32,7 +33,7 @@ class ExportConfig:
         overwrite: replace the file.
     """
 
-    run: str
+    run: Run
     to: str
     format: Literal["safetensors", "npy", "parquet"] | None = None
     blocks: tuple[str, ...] = ()

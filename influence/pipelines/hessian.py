@@ -13,6 +13,7 @@ from influence.pipelines.configs import (
     Loss,
     LossConfig,
     Model,
+    Run,
     RunConfig,
     TransformConfig,
     View,
@@ -45,7 +46,7 @@ class HessianConfig:
         execution: the pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     method: Literal["kfac", "ekfac", "tkfac", "shampoo", "autocorrelation"] = "kfac"

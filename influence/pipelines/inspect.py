@@ -8,7 +8,7 @@ from typing import Any
 from influence.index import done, open_index
 from influence.index.run import read_run
 from influence.pipelines import hessian
-from influence.pipelines.configs import read_config
+from influence.pipelines.configs import Run, read_config
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import size
 from influence.pipelines.prepare import load_factors
@@ -26,7 +26,7 @@ class InspectConfig:
         verify: read every byte again and compare checksums.
     """
 
-    run: str
+    run: Run
     verify: bool = False
 
 

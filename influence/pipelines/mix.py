@@ -5,7 +5,7 @@ from pathlib import Path
 
 from influence import hessians
 from influence.pipelines import hessian
-from influence.pipelines.configs import write_config
+from influence.pipelines.configs import Run, write_config
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.prepare import load_factors
 
@@ -23,7 +23,7 @@ class MixConfig:
         overwrite: replace what is there.
     """
 
-    run: str
+    run: Run
     query: str
     index: str
     components: int = 1000

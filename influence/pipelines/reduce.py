@@ -13,7 +13,7 @@ from influence.func.folding import flat
 from influence.func.losses import widen
 from influence.index import Collected, Columns, finish, open_index, shard_sink
 from influence.pipelines.collect import Summed, Work, collect, remove_partials
-from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, RunConfig, TransformConfig, View
+from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
@@ -42,7 +42,7 @@ class ReduceConfig:
         execution: the pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     method: Literal["mean", "sum"] = "mean"

@@ -20,6 +20,7 @@ from influence.pipelines.configs import (
     Loss,
     LossConfig,
     Model,
+    Run,
     RunConfig,
     TransformConfig,
     View,
@@ -64,7 +65,7 @@ class ScoreConfig:
         execution: the pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     query: tuple[str, ...]

@@ -11,6 +11,7 @@ from influence.pipelines.configs import (
     Loss,
     LossConfig,
     Model,
+    Run,
     RunConfig,
     TransformConfig,
     View,
@@ -43,7 +44,7 @@ class TrackstarConfig:
         execution: every pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     query: DataConfig

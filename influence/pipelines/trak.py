@@ -20,6 +20,7 @@ from influence.pipelines.configs import (
     Loss,
     LossConfig,
     Model,
+    Run,
     RunConfig,
     TransformConfig,
     View,
@@ -48,7 +49,7 @@ class TrakConfig:
         execution: every pass.
     """
 
-    run: str
+    run: Run
     model: Model
     data: Data
     query: DataConfig
