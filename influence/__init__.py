@@ -19,8 +19,8 @@ from influence.func.whiten import eigen_whiten, kept_energy, kfac_whiten
 
 __all__ = [
     "Attributor",
-    "FaissConfig",
     "Factored",
+    "FaissConfig",
     "Heads",
     "Moments",
     "Sides",

@@ -1,5 +1,6 @@
 """Scans against the dense float64 matrix of scores, for every way rows can be stored."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -50,7 +51,7 @@ def bound(queries: Tensor, rows: Tensor, dtype: str) -> Tensor:
     q, g = queries.abs(), rows.abs()
     if dtype == "int8":
         ends = [0, 12, 17, 21, 27]
-        parts = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [slice(a, b) for a, b in pairwise(ends)]
         return torch.stack([q[:, p].sum(1)[:, None] * (g[:, p].amax(1) / 253)[None] for p in parts]).sum(0)
     if dtype == "int8 by row":
         return q.sum(1)[:, None] * (g.amax(1) / 253)[None]

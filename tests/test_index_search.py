@@ -1,4 +1,4 @@
-"""Questions to an index against dense float64 matrices: `G_q H^p G_t^T`, in memory and on disk, however it is stored."""
+"""Questions to an index against dense float64 matrices `G_q H^p G_t^T`, however and wherever it is stored."""
 
 import functools
 import json
@@ -35,10 +35,9 @@ from influence import (
     two_sided,
     unit_norm,
 )
-from influence.func.nested import raise_project
+from influence.func.nested import raise_project, unprojected
 from influence.func.transform import CollectedRows, Transform
-from influence.index import neighbours
-from influence.index import FingerprintError, Index, fingerprint_of
+from influence.index import FingerprintError, Index, fingerprint_of, neighbours
 from influence.index.recipe import rebuild, recipe
 from tests.cases import GPT2, VOCAB, hf
 from tests.tokenizers_zoo import bpe, wordpiece
@@ -215,7 +214,7 @@ def test_a_projection_is_read_at_the_smaller_dim_of_both(stored: int, asked: int
 def test_raising_is_the_adjoint_of_reading_smaller() -> None:
     large, small = chain(as_blocks(), project(8)), chain(as_blocks(), project(3))
     train, query = rows_of(large), rows_of(small, QUERIES)
-    raised = raise_project(query, 8, small, query.layout)
+    raised = raise_project(query, 8, project(3).steps[0], unprojected(small, query.layout))
     left = flat(query) @ flat(down_project(train, 3)).mT
     torch.testing.assert_close(left, flat(raised) @ flat(train).mT, rtol=1e-10, atol=1e-12)
 
@@ -381,7 +380,7 @@ def test_a_model_is_traced_by_the_stored_loss_and_transform(tmp_path: Path) -> N
         hits = Attributor(path).trace(language_model(), documents(3, seed=2), 4)
         assert hits.indices.equal(expected.indices)
         torch.testing.assert_close(hits.values, expected.values, rtol=1e-9, atol=1e-12)
-    with pytest.raises(FingerprintError, match="no parameter"):
+    with pytest.raises(ValueError, match=r"has no parameter .* not the model"):
         Attributor(path).trace(nn.Linear(2, 2), documents())
 
 
@@ -439,7 +438,7 @@ def test_recipes_make_the_same_transform_again(number: int) -> None:
     assert again.fingerprint == transform.fingerprint
     assert repr(again) == repr(transform)
     if any("factors" in step.settings or "moments" in step.settings for step in transform.steps):
-        with pytest.raises(ValueError, match="pass (factors|moments)="):
+        with pytest.raises(ValueError, match=r"pass (factors|moments)="):
             rebuild(steps)
     if any("moments" in step.settings for step in transform.steps):
         with pytest.raises(ValueError, match="not what was stored"):
@@ -472,7 +471,9 @@ def test_self_influence_is_the_diagonal(dtype: str) -> None:
     inverse = attr.self_influence(precondition(curvature())).double()
     torch.testing.assert_close(inverse, (rows * dense_inverse(rows)).sum(1), rtol=max(tolerance["rtol"], 1e-8), atol=0)
     at = index.columns.spans["b"]
-    torch.testing.assert_close(attr.self_influence(blocks="b").double(), rows[:, slice(*at)].square().sum(1), **tolerance)
+    torch.testing.assert_close(
+        attr.self_influence(blocks="b").double(), rows[:, slice(*at)].square().sum(1), **tolerance
+    )
     unit = Attributor(index_of(chain(as_blocks(), unit_norm())))
     torch.testing.assert_close(unit.self_influence(), torch.ones(N, dtype=torch.float64))
 
@@ -484,26 +485,19 @@ FACTORIES = ["Flat", "IVF4,Flat", "HNSW8"]
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_faiss_finds_what_the_scan_finds(
-    factory: str, shards: int, mapped: bool, reverse: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("shards", "mapped"), [(1, False), (1, True), (3, False), (3, True)])
+def test_faiss_finds_what_the_scan_finds(factory: str, shards: int, mapped: bool, tmp_path: Path) -> None:
+    """With every cell looked into, and graphs searched widely, FAISS is exact."""
     transform = chain(as_blocks(), project(3), unit_norm())
     config = FaissConfig(factory, mmap_index=mapped, num_shards=shards, nprobe=4, batch_size=7)
-    for dtype in ("float32", "float16"):
-        index = index_of(transform, dtype, tmp_path / dtype)
-        query = rows_of(transform, QUERIES.float().double())
-        exact = Attributor(index).search(query, 5, reverse=reverse)
-        attr = Attributor(tmp_path / dtype, faiss=config)
-        for _ in range(2):
-            found = attr.search(query, 5, reverse=reverse)
-            torch.testing.assert_close(found.values, exact.values, rtol=1e-4, atol=1e-5)
-            assert found.indices.equal(exact.indices)
-        part = attr.search(query, 5, ["a", "c"], reverse=reverse)
-        expected = Attributor(index).search(query, 5, ["a", "c"], reverse=reverse)
-        torch.testing.assert_close(part.values, expected.values, rtol=1e-4, atol=1e-5)
+    scanned = Attributor(index_of(transform, "float16", tmp_path / "run"))
+    query = rows_of(transform, QUERIES)
+    for attr in (Attributor(tmp_path / "run", faiss=config), Attributor(tmp_path / "run", faiss=config)):
+        for reverse in (False, True):
+            for blocks in (None, ["a", "c"]):
+                found, exact = (one.search(query, 5, blocks, reverse) for one in (attr, scanned))
+                torch.testing.assert_close(found.values, exact.values, rtol=1e-4, atol=1e-5)
+                assert found.indices.equal(exact.indices)
 
 
 def test_ids_that_faiss_does_not_find_are_dropped() -> None:
@@ -533,21 +527,18 @@ def test_the_faiss_cache_is_keyed_by_everything(tmp_path: Path) -> None:
     assert kept(FaissConfig("Flat", mmap_index=True, nprobe=3, batch_size=3), tmp_path / "one") == first
     assert len(kept(FaissConfig("Flat", num_shards=2), tmp_path / "one")) == 2
     assert len(kept(FaissConfig("IVF2,Flat"), tmp_path / "one")) == 3
-    assert len(kept(FaissConfig("IVF2,Flat", max_train_examples=20), tmp_path / "one")) == 4
-    # other rows under the same name
+    before = kept(FaissConfig("IVF2,Flat", max_train_examples=20), tmp_path / "one")
+    assert len(before) == 4
+    # other rows under the same name, and a file that was cut off, are made again
     build(ell, PARAMS, [DATA + 1], tmp_path / "one", transform=transform, overwrite=True)
-    assert not first.keys() & kept(FaissConfig("Flat"), tmp_path / "one").keys() or kept(
-        FaissConfig("Flat"), tmp_path / "one"
-    ) != first
-    fresh = Attributor(tmp_path / "one", faiss=FaissConfig("Flat")).search(rows_of(transform, QUERIES), 2)
-    assert fresh.indices.equal(Attributor(tmp_path / "one").search(rows_of(transform, QUERIES), 2).indices)
-    # a file that was cut off is made again
-    (path,) = {p for p in (tmp_path / "one" / "faiss").glob("Flat-*/0.faiss")} and [
-        max((tmp_path / "one" / "faiss").glob("Flat-*/0.faiss"), key=lambda p: p.stat().st_mtime_ns)
-    ]
-    path.write_bytes(path.read_bytes()[:50])
-    again = Attributor(tmp_path / "one", faiss=FaissConfig("Flat")).search(rows_of(transform, QUERIES), 2)
-    assert again.indices.equal(fresh.indices)
+    exact = Attributor(tmp_path / "one").search(rows_of(transform, QUERIES), 2)
+    for _ in range(2):
+        after = kept(FaissConfig("Flat"), tmp_path / "one")
+        found = Attributor(tmp_path / "one", faiss=FaissConfig("Flat")).search(rows_of(transform, QUERIES), 2)
+        assert found.indices.equal(exact.indices)
+        (new,) = after.keys() - before.keys()
+        path = tmp_path / "one" / "faiss" / new / "0.faiss"
+        path.write_bytes(path.read_bytes()[:50])
 
 
 def test_appended_rows_are_found_by_faiss(tmp_path: Path) -> None:
@@ -570,7 +561,7 @@ def test_bad_faiss_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="nprobe=0"):
         FaissConfig(nprobe=0)
     monkeypatch.setattr(neighbours, "available_memory", lambda: 1000)
-    with pytest.raises(MemoryError, match="1kB are available. Use mmap_index=True"):
+    with pytest.raises(MemoryError, match=r"1kB are available\. Use mmap_index=True"):
         Attributor(index, faiss=FaissConfig()).search(query)
 
 

@@ -29,3 +29,19 @@ def test_curvature_examples_run_and_a_score_is_largest_for_the_example_itself():
     assert bool((scores.diagonal() > 0).all())
     torch.testing.assert_close(scores, scores.mT, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
     assert {block: rows.shape for block, rows in names["rows"].items()} == {"0": (100, 16, 9), "2": (100, 3, 16)}
+
+
+def test_index_examples_run_and_h5py_alone_finds_the_same_scores():
+    names = run("docs/index.md")
+    assert names["rows"]["0"].shape == (10, 8, 8)
+    expected = names["index"].matrix(blocks=["0"]).double().sum(1)
+    torch.testing.assert_close(torch.from_numpy(names["found"]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_search_examples_run_and_find_what_they_say():
+    names = run("docs/search.md")
+    assert names["hits"].values.shape == (3, 5)
+    assert names["hits"].indices[:, 0].tolist() == [7, 8, 9]
+    torch.testing.assert_close(sum(names["parts"].values()), names["scores"], rtol=1e-4, atol=1e-6)
+    assert names["near"].indices.equal(names["hits"].indices)
+    assert names["alone"].shape == (200,)

@@ -4,12 +4,13 @@ r"""Nested projections, seen from the other side: a query of a smaller dim again
 raised once, and the stored rows stay as they are.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from influence.func.layout import Layout
-from influence.func.project import project, shrunk
+from influence.func.project import NESTING, project, shrunk
 from influence.func.transform import Step, Transform
 from influence.types import Rows
 
@@ -28,7 +29,7 @@ def at_dim(transform: Transform, dim: int) -> Transform:
     return replace(transform, steps=tuple(step for made in steps for step in made))
 
 
-def raise_project(rows: Rows, dim: int, transform: Transform, layout: Layout) -> Rows:
+def raise_project(rows: Rows, dim: int, step: Step, shapes: Mapping[str, tuple[int, ...]]) -> Rows:
     r"""Return projected rows in the space of a larger projection: the adjoint of `down_project`.
 
     $$\langle \text{down\_project}(g), q \rangle = \langle g, \text{raise\_project}(q) \rangle$$
@@ -36,37 +37,38 @@ def raise_project(rows: Rows, dim: int, transform: Transform, layout: Layout) ->
     Args:
         rows: projected rows.
         dim: the larger dim.
-        transform: the transform the rows were collected under.
-        layout: the layout they were collected from.
+        step: the projection that they went through, one that nests.
+        shapes: each block's shape before it was projected.
 
     Returns:
         The rows, of the shapes of `project(dim)`.
 
     Raises:
-        ValueError: if the rows were not projected, or to more than `dim`.
+        ValueError: if the projection was to more than `dim`, or does not nest.
 
     Example:
         >>> import torch
-        >>> from influence import as_blocks, chain, project
-        >>> from influence.func.layout import bare_layout
-        >>> small, layout = chain(as_blocks(), project(4)), bare_layout({"w": torch.zeros(9, 9)})
-        >>> raise_project({"w": torch.ones(1, 4, 4)}, 8, small, layout)["w"].shape
+        >>> from influence import project
+        >>> raise_project({"w": torch.ones(1, 4, 4)}, 8, project(4).steps[0], {"w": (9, 9)})["w"].shape
         torch.Size([1, 8, 8])
     """
-    step = projection(transform)
-    small = None if step is None else step.settings["dim"]
-    if step is None or small is None or dim < small:
+    small, kind, seed = (step.settings[key] for key in ("dim", "kind", "seed"))
+    if dim < small or kind not in NESTING:
         raise ValueError(
-            f"raise_project(dim={dim}): these rows were made by {transform}; expected a projection to less"
+            f"raise_project: rows of {step} are not read at dim {dim}: expected a nesting kind, and dim ≥ {small}"
         )
-    at = transform.steps.index(step)
-    blocks = {block.into: block for block in Transform(transform.steps[:at]).bind(layout).blocks}
     found: Rows = {}
     for name, row in rows.items():
-        block = blocks[name]
-        for axis, (size, side) in enumerate(zip(block.shape, ("left", "right"), strict=False)):
+        for axis, (size, side) in enumerate(zip(shapes[name], ("left", "right"), strict=False)):
             identity = torch.eye(min(size, dim), dtype=row.dtype, device=row.device)
-            lower = shrunk(identity, size, side, block.name, dim, small, step.settings)
+            lower = shrunk(identity, size, side, name, dim, small, seed, kind)
             row = (row.movedim(axis + 1, -1) @ lower.mT).movedim(-1, axis + 1)
         found[name] = row
     return found
+
+
+def unprojected(transform: Transform, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Return each block's shape before a transform projects it."""
+    names = [step.name for step in transform.steps]
+    blocks = Transform(transform.steps[: names.index("project")]).bind(layout).blocks
+    return {block.into: block.shape for block in blocks}

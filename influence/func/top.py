@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+CELL = 256
+"""Scores of which the largest alone is looked at, unless it would enter."""
+
 
 class Top(NamedTuple):
     """The `k` largest scores of each query so far, largest first; equal ones by row.
@@ -28,7 +31,7 @@ def start(like: Float[Tensor, "q ..."], k: int) -> Top:
 def update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
     """Take in the scores of rows `begin, begin + 1, …`, which come after all rows seen before.
 
-    A piece without a new entry costs one pass over its scores.
+    Costs one reduction over the scores, and a look into the few cells whose largest score would enter.
 
     Args:
         top: the state.
@@ -46,21 +49,46 @@ def update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
         >>> update(start(torch.zeros(1), 2), torch.tensor([[1.0, 3.0, 3.0]]), begin=10).indices
         tensor([[11, 12]])
     """
-    least = top.values[:, -1]
-    largest = scores.amax(1)
-    hot = (~(largest <= least)).nonzero()[:, 0]
-    if not len(hot):
+    whole = scores.shape[1] // CELL * CELL
+    for left, right in ((0, whole), (whole, scores.shape[1])):
+        if left < right:
+            top = _update(top, scores[:, left:right], begin + left)
+    return top
+
+
+def _update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
+    """Take in scores that fill their cells, or one cell."""
+    k, least = top.values.shape[1], top.values[:, -1:]
+    cells = scores.unflatten(1, (-1, min(CELL, scores.shape[1])))
+    largest = cells.amax(2)
+    query, cell = (~(largest <= least)).nonzero().unbind(1)  # NaN is among them
+    if not len(query):
         return top
-    if not torch.isfinite(largest[hot]).all():
+    if not torch.isfinite(largest[query, cell]).all():
         row = begin + int((~torch.isfinite(scores)).any(0).nonzero()[0])
         raise ValueError(f"the score of row {row} is not finite: the stored row or the query overflows")
-    every = len(hot) == len(scores)
-    old = top if every else Top(top.values[hot], top.indices[hot])
-    found = _entering(scores if every else scores[hot], least[hot], old.values.shape[1])
-    new = _joined(old, Top(found.values, torch.where(found.indices < 0, -1, found.indices + begin)))
-    if every:
-        return new
+    hot, number = query.unique_consecutive(return_inverse=True)
+    if bool(torch.isinf(least).any()):
+        return _among_all(top, scores, begin)
+    inside = cells[query, cell]
+    at, column = (inside > least[query]).nonzero().unbind(1)
+    number, rows = number[at], cell[at] * cells.shape[2] + column + begin
+    counts = number.bincount(minlength=len(hot))
+    most = int(counts.max())
+    if most > 4 * k + CELL:
+        return _among_all(top, scores, begin)
+    place = torch.arange(len(number), device=number.device) - (counts.cumsum(0) - counts)[number]
+    values = scores.new_full((len(hot), most), -torch.inf)
+    indices = torch.full(values.shape, -1, dtype=torch.int64, device=values.device)
+    values[number, place], indices[number, place] = inside[at, column], rows
+    new = _joined(Top(top.values[hot], top.indices[hot]), Top(values, indices))
     return Top(top.values.index_copy(0, hot, new.values), top.indices.index_copy(0, hot, new.indices))
+
+
+def _among_all(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
+    """Take in scores of which many would enter, as at the beginning."""
+    found = first_largest(scores, top.values.shape[1])
+    return _joined(top, found._replace(indices=found.indices + begin))
 
 
 def merge(a: Top, b: Top) -> Top:
@@ -76,21 +104,6 @@ def merge(a: Top, b: Top) -> Top:
     both = Top(torch.cat([a.values, b.values], 1), torch.cat([a.indices, b.indices], 1))
     by_row = both.indices.argsort(dim=1, stable=True)
     return _joined(Top(both.values[:, :0], both.indices[:, :0]), _take(both, by_row), a.values.shape[1])
-
-
-def _entering(scores: Float[Tensor, "q r"], least: Float[Tensor, " q"], k: int) -> Top:
-    """Return, by row and padded, at most about `2 k` scores of each query, among them all that enter its top."""
-    over = scores > least[:, None]
-    counts = over.sum(1)
-    most = int(counts.max())
-    if most > 2 * k:
-        return first_largest(scores, k)
-    query, position = over.nonzero().unbind(1)
-    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-    values = scores.new_full((len(scores), most), -torch.inf)
-    indices = torch.full(values.shape, -1, dtype=torch.int64, device=values.device)
-    values[query, place], indices[query, place] = scores[query, position], position
-    return Top(values, indices)
 
 
 def first_largest(scores: Float[Tensor, "q r"], k: int) -> Top:

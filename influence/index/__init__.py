@@ -1,10 +1,11 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
 from influence.index.attributor import Attributor
-from influence.index.building import build
+from influence.index.building import build, step_of
 from influence.index.columns import Columns, columns_of
 from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
 from influence.index.hits import Hits
+from influence.index.narrowing import narrowed
 from influence.index.neighbours import FaissConfig
 from influence.index.reading import Index, Piece, Place, open_index
 from influence.index.recipe import rebuild, recipe
@@ -32,9 +33,11 @@ __all__ = [
     "fingerprint_of",
     "finish",
     "memory_sink",
+    "narrowed",
     "open_index",
     "rebuild",
     "recipe",
     "shard_sink",
     "start",
+    "step_of",
 ]

@@ -1,7 +1,7 @@
 """Asking an index which training examples made a model behave as it did."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.func.functionalize import functionalize
 from influence.func.layout import Layout
-from influence.func.nested import at_dim, projection, raise_project
 from influence.func.normalize import Moments
 from influence.func.per_example import per_example_grads
 from influence.func.precondition import BlockCurvature
-from influence.func.project import down_project
 from influence.func.similarity import Nearest
 from influence.func.transform import CollectedRows, Transform
 from influence.index import scan
 from influence.index.chosen import Chosen, choose
-from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, check, fingerprint_of
 from influence.index.hits import Hits
+from influence.index.matching import matched
 from influence.index.neighbours import FaissConfig, Neighbours, Stored, neighbours
 from influence.index.reading import Index, Piece, open_index
-from influence.index.recipe import rebuild
+from influence.index.recipe import loss_of, rebuild
 from influence.index.texts import as_batch
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -296,9 +294,9 @@ class Attributor:
         """
         steps = self.index.fingerprint.recorded.get("steps")
         if self.transform is not None:
-            shapes = self.index.blocks
-            mine = fingerprint_of(None, None, self.transform, shapes, weights=self._weights)
-            check(mine, self.index.fingerprint)
+            stored = self.index.fingerprint
+            weights = stored.must_match.get("weights")
+            check(fingerprint_of(None, None, self.transform, self.index.blocks, weights=weights), stored)
             return self.transform
         if steps is None:
             raise ValueError("the index does not say how its rows were made: pass transform=")
@@ -310,32 +308,7 @@ class Attributor:
         Raises:
             ValueError: if the loss was a function of the user's, or needs another model.
         """
-        recorded = self.index.fingerprint.recorded
-        settings, names = recorded.get("loss_settings"), recorded.get("params")
-        if settings is None or names is None or settings["own"] or settings["loss"] == "kl":
-            what = recorded.get("loss") if settings is None else settings["loss"]
-            raise ValueError(
-                f"the loss of this index, {what}, cannot be made from a model alone: pass (loss_fn, params), as "
-                "functionalize returns them"
-            )
-        present = dict(model.named_parameters())
-        missing = [name for name in names if name not in present]
-        if missing:
-            raise FingerprintError(
-                f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(names)} are missing): "
-                "it is not the model that the index is of (field 'blocks')"
-            )
-        return functionalize(
-            model,
-            loss=settings["loss"],
-            reduction=settings["reduction"],
-            targets=[_literal(name) for name in names],
-            label_smoothing=settings["label_smoothing"],
-        )
-
-    @property
-    def _weights(self) -> Any:
-        return self.index.fingerprint.must_match.get("weights")
+        return loss_of(model, self.index.fingerprint.recorded)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -368,7 +341,7 @@ class Attributor:
     ) -> tuple[Chosen, Float[Tensor, "q d"]]:
         """Return the chosen blocks and the query's columns of them, having checked that they belong here."""
         chosen = choose(self.index.blocks, blocks)
-        rows = self._fitted(query, chosen, fingerprint, unchecked, force)
+        rows = matched(query, self.index.fingerprint, chosen, fingerprint, unchecked, force)
         matrix = chosen.matrix(rows).detach()
         if not len(matrix):
             raise ValueError("the query is empty: it has no row")
@@ -376,44 +349,6 @@ class Attributor:
         if bad:
             raise ValueError(f"{len(bad)} of {len(matrix)} query rows are not finite, the first of them row {bad[0]}")
         return chosen, matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
-
-    def _fitted(
-        self, query: Rows, chosen: Chosen, fingerprint: Fingerprint | None, unchecked: bool, force: bool
-    ) -> Rows:
-        """Return the query's rows at the stored dim, checked.
-
-        Raises:
-            FingerprintError: if they are not of this index.
-            ValueError: if they say nothing of themselves.
-        """
-        stored, made = self.index.fingerprint, query.transform if isinstance(query, CollectedRows) else None
-        if isinstance(query, CollectedRows) and made is not None:
-            step = projection(made)
-            if step is not None and stored.dim is not None and step.settings["dim"] > stored.dim:
-                smaller = at_dim(made, stored.dim)
-                query = CollectedRows(down_project(query, stored.dim), smaller, query.layout)
-                made, fingerprint = smaller, None if fingerprint is None else _at(fingerprint, smaller, query)
-        if fingerprint is None and made is not None:
-            shapes = {name: tuple(row.shape[1:]) for name, row in query.items()}
-            fingerprint = fingerprint_of(None, None, made, shapes, weights=self._weights)
-        if fingerprint is None and not unchecked:
-            raise ValueError(
-                "the query rows do not say how they were made: pass fingerprint= (fingerprint_of(loss_fn, params, "
-                "transform, shapes)), or unchecked=True if you are sure that they were collected as the index was"
-            )
-        lower = None
-        if fingerprint is not None and not unchecked:
-            lower = check(_restricted(fingerprint, chosen), _restricted(stored, chosen), force)
-        if lower is None:
-            return query
-        if not isinstance(query, CollectedRows):
-            raise ValueError(
-                f"rows of dim {lower} can be compared with the stored ones of dim {stored.dim} only if they know their "
-                "layout: pass them as per_example_grads returns them"
-            )
-        assert stored.dim is not None
-        wanted = {name: query[name] for name in chosen.names}
-        return raise_project(wanted, stored.dim, query.transform, query.layout)
 
     def _by_faiss(
         self, config: FaissConfig, matrix: Float[Tensor, "q d"], chosen: Chosen, k: int, reverse: bool
@@ -452,25 +387,3 @@ def _sorted(scores: Float[Tensor, "q n"], k: int | None, reverse: bool) -> Neare
         raise ValueError(f"the score of row {row} is not finite: the stored row or the query overflows")
     found = scores.cpu().sort(dim=1, descending=not reverse, stable=True)
     return Nearest(found.values[:, :k], found.indices[:, :k])
-
-
-def _restricted(fingerprint: Fingerprint, chosen: Chosen) -> Fingerprint:
-    """Return the fingerprint of some blocks of rows."""
-    blocks = fingerprint.must_match.get("blocks")
-    if blocks is None:
-        return fingerprint
-    kept = {name: shape for name, shape in blocks.items() if name in chosen.shapes}
-    return replace(fingerprint, must_match={**fingerprint.must_match, "blocks": kept})
-
-
-def _at(fingerprint: Fingerprint, transform: Transform, rows: Rows) -> Fingerprint:
-    """Return the fingerprint of rows that were read at a smaller dim."""
-    shapes = {name: list(row.shape[1:]) for name, row in rows.items()}
-    step = projection(transform)
-    assert step is not None
-    return replace(fingerprint, must_match={**fingerprint.must_match, "dim": step.settings["dim"], "blocks": shapes})
-
-
-def _literal(name: str) -> str:
-    """Return a glob that matches a name alone."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from influence.func.batches import batch_size
 from influence.func.per_example import per_example_grads_fn
 from influence.func.per_token import per_token_grads_fn, real_positions
+from influence.func.plan import Plan
 from influence.func.transform import Transform
 from influence.index.columns import Columns
 from influence.index.encoding import check_dtype
@@ -94,10 +95,11 @@ def build(
     first = next(source, None)
     if first is None:
         raise ValueError("there is no batch: an index needs at least one example to know its columns")
-    step, columns = step_of(
+    step, plan = step_of(
         loss_fn, params, first, transform, engine, per_token, chunk_size=chunk_size, nonfinite=nonfinite
     )
-    fingerprint = fingerprint_of(loss_fn, params, transform or Transform(), columns.shapes, weights, recorded)
+    columns = Columns(plan.folded.row_shapes)
+    fingerprint = fingerprint_of(loss_fn, params, plan.transform, columns.shapes, weights, recorded, plan.layout)
     numbered = _numbered(_chained(first, source), _next_row(path) if append else 0)
     collected = _collected(numbered, step, params, progress)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
@@ -108,9 +110,8 @@ def build(
             state = sink.update(state, index, value)
         about = About("index", dtype, per_token is not None, columns, fingerprint, settings, list(command), {}, ())
         return Index(about, [Held(sink.finalize(state))])
-    with start(
-        path, "index", settings, command, {"shard_size": shard_size}, fingerprint, overwrite, False, append
-    ) as run:
+    planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
+    with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:
         for number, some in enumerate(_shards(collected, shard_size), run.first):
             sink = shard_sink(run.directory, number, None, columns, dtype, per_token is not None)
             state = sink.init()
@@ -129,7 +130,7 @@ def step_of(
     engine: str = "auto",
     per_token: str | None = None,
     **options: Any,
-) -> tuple[Step, Columns]:
+) -> tuple[Step, Plan]:
     """Plan the step that a shard's sink takes: rows, losses and lengths of a batch, from one forward.
 
     Args:
@@ -142,7 +143,7 @@ def step_of(
         options: for `per_example_grads_fn`.
 
     Returns:
-        `(params, batch) -> Collected`, and the columns of its rows.
+        `(params, batch) -> Collected`, and the plan; a row's columns are `Columns(plan.folded.row_shapes)`.
     """
     if per_token is None:
         rows_of = per_example_grads_fn(loss_fn, params, batch, transform=transform, engine=engine, **options)
@@ -151,7 +152,7 @@ def step_of(
             rows, losses = rows_of.with_losses(params, batch)
             return Collected(rows, losses, lengths_of(batch))
 
-        return of_examples, Columns(rows_of.plan.folded.row_shapes)
+        return of_examples, rows_of.plan
     if engine not in ("auto", "batched"):
         raise ValueError(f"per-token rows need the batched engine; got engine={engine!r}")
     tokens_of = per_token_grads_fn(loss_fn, params, batch, position=per_token, transform=transform)
@@ -160,7 +161,7 @@ def step_of(
         found, losses = tokens_of.with_losses(params, batch)
         return Collected(found.rows, losses, lengths_of(batch), None, found.offsets, found.positions)
 
-    return of_tokens, Columns(tokens_of.plan.folded.row_shapes)
+    return of_tokens, tokens_of.plan
 
 
 def lengths_of(batch: Batch) -> Int[Tensor, " n"]:
@@ -175,11 +176,17 @@ def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
     yield from rest
 
 
-def _numbered(batches: Iterator[Batch], begin: int) -> Iterator[tuple[Tensor, Batch]]:
+def _numbered(batches: Iterator[Batch], first: int) -> Iterator[tuple[Tensor, Batch]]:
     """Yield each batch with the rows of the dataset that it holds."""
+    begin = first
     for batch in batches:
         n = batch_size(batch)
         index = batch.get("index") if isinstance(batch, Mapping) else None
+        if index is not None and int(index.min()) < first:
+            raise ValueError(
+                f"a batch holds row {int(index.min())} of the dataset, and the index that is appended to has rows up "
+                f"to {first - 1}: count on from there, or leave `index` out of the batches"
+            )
         yield torch.arange(begin, begin + n) if index is None else index, batch
         begin += n
 

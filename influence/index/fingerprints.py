@@ -12,6 +12,8 @@ from typing import Any
 
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
+from influence.func.layout import Layout
+from influence.func.nested import unprojected
 from influence.func.project import NESTING
 from influence.func.transform import Step, Transform
 from influence.index.recipe import recipe
@@ -70,6 +72,7 @@ def fingerprint_of(
     shapes: Mapping[str, tuple[int, ...]],
     weights: str | None = None,
     recorded: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of rows.
 
@@ -80,6 +83,8 @@ def fingerprint_of(
         shapes: each row's shape by block: `rows_of.plan.folded.row_shapes`.
         weights: the hash of the weights, if it is known: `influence.func.fingerprint.weights_hash(loss_fn, params)`.
         recorded: anything else to record, as `{"data": "wikitext"}`.
+        layout: the parameters' layout, `rows_of.plan.layout`; without it projected rows of a loss that has none cannot
+            be read at a smaller dim.
 
     Returns:
         The fingerprint.
@@ -119,6 +124,10 @@ def fingerprint_of(
     settings = getattr(loss_fn, "settings", None)
     if settings is not None:
         said |= {"loss_settings": settings, "params": list(params or ())}
+    if layout is None and params is not None and getattr(loss_fn, "layout", None) is not None:
+        layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
+    if projection and layout is not None:
+        said["unprojected"] = unprojected(transform, layout)
     return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
 
 
@@ -136,10 +145,13 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
     Raises:
         FingerprintError: naming the field and both values.
     """
-    for name, problem in problems(query, stored):
-        if not force:
-            raise FingerprintError(f"{problem} (field {name!r})")
-        warnings.warn(f"forced past a difference in {name!r}: {problem}", stacklevel=2)
+    found = list(problems(query, stored))
+    if found and not force:
+        name, problem = found[0]
+        raise FingerprintError(f"{problem} (field {name!r})")
+    if found:
+        listed = "; ".join(f"{name!r}: {problem}" for name, problem in found)
+        warnings.warn(f"forced past {len(found)} differences: {listed}", stacklevel=2)
     return query.dim if nests(query, stored) else None
 
 
@@ -153,7 +165,7 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
         yield name, f"{values}: {WHY.get(name, WHY_ELSE)}"
     powers = [_powers_of(side) for side in (query, stored)]
     sums = {key: powers[0].get(key, 0.0) + powers[1].get(key, 0.0) for key in {**powers[0], **powers[1]}}
-    if any(total not in (0.0, -1.0) for total in sums.values()) or sum(sums.values()) < -1:
+    if any(min(abs(total), abs(total + 1)) > 1e-9 for total in sums.values()) or sum(sums.values()) < -1.5:
         listed = [_listed(side) for side in (query, stored)]
         yield (
             "curvature",
@@ -177,7 +189,9 @@ def nests(query: Fingerprint, stored: Fingerprint) -> bool:
         return False
     if there.get("projection") not in NESTING or there.get("target") == "global" or there.get("reshape_to_square"):
         return False
-    if there.get("order", [])[-1:] != ["project"] or stored.complement.get("curvature"):
+    order = there.get("order", [])
+    after = [one for one in stored.complement.get("curvature", ()) if one["after"] == len(order)]
+    if order[-1:] != ["project"] or after or not stored.recorded.get("unprojected"):
         return False
     mine, theirs = query.must_match.get("blocks", {}), there.get("blocks", {})
     return mine.keys() == theirs.keys() and all(
@@ -191,11 +205,10 @@ def differences(
     free: Iterable[str] = (),
     kinds: Iterable[str] = ("must_match", "complement", "recorded"),
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every field that differs, with both values; some are free to."""
+    """Yield every field that differs, with both values, causes before what follows from them; some are free to."""
     for kind in kinds:
         mine, theirs = getattr(one, kind), getattr(other, kind)
-        # what changes a setting changes the blocks' shapes as well, so the setting comes first
-        for name in sorted({*mine, *theirs} - set(free), key=lambda name: (name == "blocks", name)):
+        for name in sorted({*mine, *theirs} - set(free), key=lambda name: (name in ("blocks", "order"), name)):
             if mine.get(name) != theirs.get(name):
                 yield name, mine.get(name), theirs.get(name)
 

@@ -23,6 +23,7 @@ from influence.func.fingerprint import fingerprint
 from influence.func.plan import human
 from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
+from influence.index.run import NEIGHBOURS
 from influence.index.scan import Piece, decoded
 
 SCHEMA = 1
@@ -121,8 +122,8 @@ class Neighbours:
                 graph.efSearch = max(graph.efSearch, k)
             found, ids = map(torch.from_numpy, shard.search(wanted, k))
             missing = ids < 0
-            found = top.Top(found.masked_fill(missing, -torch.inf), torch.where(missing, -1, ids + begin))
-            best = top.merge(top.start(found.values, k) if best is None else best, found)
+            mine = top.Top(found.masked_fill(missing, -torch.inf), torch.where(missing, -1, ids + begin))
+            best = top.merge(top.start(found, k) if best is None else best, mine)
         assert best is not None
         return Nearest(best.values, best.indices)
 
@@ -155,7 +156,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
         "num_shards": config.num_shards,
         "rows": stored.identity,
     }
-    directory = beside / "faiss" / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
+    directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
     if not _is_whole(directory, key):
         _write(directory, key, stored, config)
     paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
@@ -211,8 +212,8 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
             empty.train(_sample(stored, count, config.batch_size).numpy())
         except RuntimeError as error:
             raise ValueError(
-                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or codes, "
-                "or 'Flat'"
+                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or "
+                "codes, or 'Flat'"
             ) from error
     return empty
 

@@ -17,7 +17,7 @@ from influence.index.columns import Columns
 from influence.index.encoding import Encoded, decode
 from influence.index.fingerprints import Fingerprint
 from influence.index.root import HEADER, About, Shard, header_of, read_root
-from influence.index.run import ROOT, RUN, what_is_there
+from influence.index.run import ROOT, RUN, way_on, what_is_there
 from influence.types import Rows
 
 AT_ONCE = 1 << 26
@@ -210,7 +210,7 @@ class Index:
     @cached_property
     def document(self) -> Int[Tensor, " r"]:
         """The row of the dataset that each row is from: of a chunk, its first document, or the token's own."""
-        if all(part.get("document") is not None for part in self.parts):
+        if len(self) and all(part.get("document") is not None for part in self.parts if part.rows):
             return self._whole("document")
         return self.index.repeat_interleave(self.offsets.diff())
 
@@ -357,7 +357,7 @@ def open_index(path: str | Path, verify: bool = True) -> Index:
     directory = path.parent if path.name == ROOT else path
     if not (directory / ROOT).exists():
         if (directory / RUN).exists():
-            raise ValueError(f"{what_is_there(directory)}. It is not finished: run the same command again to resume it")
+            raise ValueError(f"{what_is_there(directory)}. It is not finished: {way_on(directory)}")
         raise FileNotFoundError(f"there is no index at {directory}: it has no {ROOT}")
     about = read_root(directory)
     for shard in about.shards:

@@ -1,16 +1,20 @@
-"""Recipes: a transform from its stored settings. What is made of tensors needs them given, and is checked by hash."""
+"""Recipes: a transform and a loss from their stored settings. Tensors must be given, and are checked by hash."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from influence.func.blocks import as_blocks, split_heads
 from influence.func.fingerprint import canonical, fingerprint
+from influence.func.functionalize import functionalize
 from influence.func.layout import Heads
 from influence.func.normalize import Moments, scale_by_adafactor, scale_by_adam, unit_norm
 from influence.func.precondition import BlockCurvature, precondition
 from influence.func.project import project
 from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten
+from influence.types import LossFn, Params
 
 
 def recipe(transform: Transform) -> list[list[Any]]:
@@ -93,6 +97,47 @@ def rebuild(
     if made.fingerprint != fingerprint(list(steps)):
         raise ValueError(f"{made} is not what was stored: the moments are others, or another version wrote it")
     return made
+
+
+def loss_of(model: nn.Module, recorded: Mapping[str, Any]) -> tuple[LossFn, Params]:
+    """Return a model's loss function and parameters, as those of an index were.
+
+    Args:
+        model: the model.
+        recorded: what the index's fingerprint recorded.
+
+    Returns:
+        `(loss_fn, params)`.
+
+    Raises:
+        ValueError: if the model lacks a parameter, or the loss was a function of the user's, or needs another model.
+    """
+    settings, names = recorded.get("loss_settings"), recorded.get("params")
+    if settings is None or names is None or settings["own"] or settings["loss"] == "kl":
+        what = recorded.get("loss") if settings is None else settings["loss"]
+        raise ValueError(
+            f"the loss of this index, {what}, cannot be made from a model alone: pass (loss_fn, params), as "
+            "functionalize returns them"
+        )
+    present = dict(model.named_parameters())
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(names)} are missing): "
+            "it is not the model that the index is of (field 'blocks')"
+        )
+    return functionalize(
+        model,
+        loss=settings["loss"],
+        reduction=settings["reduction"],
+        targets=[_literal(name) for name in names],
+        label_smoothing=settings["label_smoothing"],
+    )
+
+
+def _literal(name: str) -> str:
+    """Return a glob that matches a name alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _heads(stored: Any) -> dict[str, Heads] | None:

@@ -17,7 +17,7 @@ from influence import store
 from influence.index.columns import Columns, from_json
 from influence.index.fingerprints import Fingerprint
 from influence.index.run import ROOT, RUN, SCHEMA, SHARDS, read_run, write_run
-from influence.index.shards import KIND, shard_name
+from influence.index.shards import KIND, check_index, shard_name
 from influence.index.shards import SCHEMA as SHARD_SCHEMA
 from influence.store import Place
 
@@ -159,6 +159,8 @@ def finish(directory: str | Path) -> Path:
                 )
     shards = tuple(_shard(directory / shard_name(number), about) for number, about in enumerate(facts))
     if is_open:
+        index = torch.cat([_dataset(directory, shard, "index") for shard in shards]).sort().values
+        check_index(index, None, str(directory))
         plan = {key: value for key, value in run["plan"].items() if key != "open"}
         run = {**run, "plan": {**plan, "shards": [[shard.begin, shard.end] for shard in shards]}}
         write_run(directory, run)
@@ -230,18 +232,21 @@ def global_offsets(directory: Path, shards: Sequence[Shard]) -> Tensor:
     """Return where each example's rows begin, counted over all shards."""
     found, rows = [torch.zeros(1, dtype=torch.int64)], 0
     for shard in shards:
-        offsets = store.mapped(store.map_file(directory / shard.file), shard.places["offsets"])
-        found.append(offsets[1:] + rows)
+        found.append(_dataset(directory, shard, "offsets")[1:] + rows)
         rows += shard.rows
     return torch.cat(found)
+
+
+def _dataset(directory: Path, shard: Shard, name: str) -> Tensor:
+    return store.mapped(store.map_file(directory / shard.file), shard.places[name])
 
 
 def _virtual(file: Any, key: str, shards: Sequence[Shard]) -> None:
     import h5py
 
     having = [shard for shard in shards if key in shard.places]
-    if len(having) < len(shards):
-        return
+    if any(shard.rows and key not in shard.places for shard in shards):
+        return  # known of some alone
     first = having[0].places[key]
     dtype = "<u2" if first.dtype == "bfloat16" else _numpy(first.dtype)
     length = sum(shard.places[key].shape[0] for shard in having)

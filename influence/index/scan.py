@@ -20,6 +20,8 @@ from influence.index.chosen import Chosen
 WIDE = (torch.float32, torch.float64)
 BUFFER = 1 << 20
 """Entries decoded at a time: 4 MB of float32."""
+GATHERED = 1 << 19
+"""Scores looked at at a time."""
 
 
 @runtime_checkable
@@ -102,7 +104,7 @@ def scores(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Chos
     Returns:
         The scores.
     """
-    found = [found.scores for found in products(pieces, queries, columns)]
+    found = [found.scores.clone() for found in products(pieces, queries, columns)]
     return torch.cat(found, 1) if found else queries.new_zeros(queries.shape[0], 0)
 
 
@@ -171,7 +173,9 @@ def squared_norms(pieces: Iterable[Piece], columns: Chosen, dtype: torch.dtype) 
 
 
 def products(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Chosen) -> Iterator[Scored]:
-    """Yield the scores of every piece: one matrix product each.
+    """Yield the scores of all rows: one matrix product per piece, gathered until looking at them is worth while.
+
+    What is yielded is overwritten by the next.
 
     Args:
         pieces: all rows, in order.
@@ -181,11 +185,23 @@ def products(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Ch
     Yields:
         The scores.
     """
-    begin = 0
+    q = queries.shape[0]
+    gathered, begin, filled = queries.new_empty(q, 0), 0, 0
     for rows, scale in decoded(pieces, columns, queries.dtype, queries.device):
-        found = queries @ rows.mT
-        yield Scored(begin, found if scale is None else found.mul_(scale.mT))
-        begin += rows.shape[0]
+        r = rows.shape[0]
+        if filled + r > gathered.shape[1]:
+            if filled:
+                yield Scored(begin, gathered[:, :filled])
+                begin, filled = begin + filled, 0
+            if r > gathered.shape[1]:
+                gathered = queries.new_empty(q, max(r, GATHERED // max(q, 1)))
+        part = gathered[:, filled : filled + r]
+        torch.mm(queries, rows.mT, out=part)
+        if scale is not None:
+            part.mul_(scale.mT)
+        filled += r
+    if filled:
+        yield Scored(begin, gathered[:, :filled])
 
 
 def decoded(
@@ -215,7 +231,9 @@ def decoded(
         if buffer.shape[0] < r:
             buffer = torch.empty(r, columns.dim, dtype=dtype, device=device)
         rows, at = buffer[:r], 0
-        for span in columns.spans:
+        if columns.dim == values.shape[1]:
+            rows.copy_(values)
+        for span in columns.spans if columns.dim < values.shape[1] else ():
             rows[:, at : at + span.stop - span.start] = values[:, span]
             at += span.stop - span.start
         scale = None if scale is None else scale.to(device, dtype)
