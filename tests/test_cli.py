@@ -206,7 +206,7 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     refused(capsys, [*ask, "--model", str(other)], "weights")
     status, _, err = run(capsys, *ask, "--model", other, "--force")
     assert status == 0
-    assert "influence: note: forced past a difference in 'weights'" in err
+    assert "influence: note: forced past 1 differences: 'weights'" in err
 
 
 def test_corrupt_and_missing_shards_are_named(corpus: Path, tmp_path: Path, capsys: Any) -> None:

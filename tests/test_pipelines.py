@@ -310,6 +310,39 @@ def test_query_trace_search_and_score_agree(tmp_path: Path, asked: Path) -> None
     close(traced[batch["index"].argsort()], expected)
 
 
+def test_a_smaller_and_a_larger_projection_meet_in_a_score(tmp_path: Path) -> None:
+    """Rows of nested sketches meet at the smaller dim, whichever side it is on."""
+    small, large = TransformConfig(projection_dim=3), TransformConfig(projection_dim=5)
+    for name, view in (("q3", small), ("q5", large)):
+        build.run(replace(build_config(tmp_path / name, transform=view), data=questions()))
+    plain = scored(tmp_path / "33", tmp_path / "q3", transform=small)
+    close(scored(tmp_path / "53", tmp_path / "q5", transform=small), plain)
+    close(scored(tmp_path / "35", tmp_path / "q3", transform=large), plain)
+
+
+def test_token_rows_sum_to_the_documents_and_chunks_know_theirs(tmp_path: Path) -> None:
+    build.run(build_config(tmp_path / "t", per_token="use", transform=WHOLE))
+    index = open_index(tmp_path / "t")
+    assert index.per_token
+    tokens = index.matrix()
+    summed = torch.stack([tokens[a:b].sum(0) for a, b in zip(index.offsets[:-1], index.offsets[1:], strict=True)])
+    close(summed, flat(oracle("corpus.jsonl")))
+    answer = query.run(query.QueryConfig(str(tmp_path / "t"), ("babo lives in the attic",), k=3))
+    hit = answer.facts["answers"][0]["best"][0]
+    assert hit["position"] < int(index.length[hit["example"]])
+    assert "token" in answer.text
+    chunked = replace(corpus(), chunk_length=7)
+    build.run(replace(build_config(tmp_path / "c"), data=chunked))
+    build.run(replace(build_config(tmp_path / "ct", per_token="use"), data=chunked))
+    documents = [number for number, row in enumerate(lines("corpus.jsonl")) for _ in [*row["text"].split(), "<s>"]]
+    whole = len(documents) // 7
+    chunks, of_tokens = open_index(tmp_path / "c"), open_index(tmp_path / "ct")
+    assert chunks.document.tolist() == documents[: 7 * whole : 7]
+    assert of_tokens.document.tolist() == documents[: 7 * whole]
+    said = query.run(query.QueryConfig(str(tmp_path / "c"), ("babo lives in the attic",), k=1))
+    assert len(said.facts["answers"][0]["best"][0]["text"].split()) == 7
+
+
 def test_half_precision_scores_have_their_stated_error(tmp_path: Path) -> None:
     g = flat(sketched(oracle("corpus.jsonl"), 4))
     for dtype, bound in (("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 2e-2)):

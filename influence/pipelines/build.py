@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from influence.func.fold import Sink
 from influence.index import Columns, done, finish, open_index, shard_sink
@@ -31,6 +34,7 @@ class BuildConfig:
         run: the run directory to write.
         model: the model.
         data: the corpus.
+        per_token: a row for every token instead: use (where parameters were used) or loss (whose loss it is).
         loss: the loss.
         transform: what is stored of each gradient.
         execution: the pass.
@@ -39,6 +43,7 @@ class BuildConfig:
     run: Run
     model: Model
     data: Data
+    per_token: Literal["use", "loss"] | None = None
     loss: Loss = field(default_factory=LossConfig)
     transform: View = field(default_factory=TransformConfig)
     execution: Execution = field(default_factory=RunConfig)
@@ -60,9 +65,12 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
     tokens = read_data(config.data, measured)
     shards, batches = own_shards(tokens, execution), batches_of(execution)
     first = first_batch(shards, batches)
-    step = plan_step(measured, first, execution, tokens, config.model.task)
+    step = plan_step(measured, first, execution, tokens, config.model.task, config.per_token)
     dim, columns = total_dim(step.shapes), Columns(step.shapes)
     row = dim * float_size(execution.dtype)
+    lengths = tokens.lengths if config.per_token else torch.ones(len(tokens), dtype=torch.int64)
+    largest = max(int(lengths[begin:end].sum()) for begin, end in shard_ranges(shards))
+    settings = {"per_token": config.per_token}
     with ranks() as place:
         plan = predict(
             f"index of {len(step.shapes)} blocks, {dim:,} numbers a row as {execution.dtype}",
@@ -72,19 +80,21 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
             first,
             execution,
             world=place.world,
-            disk=len(tokens) * (row + 32),
-            memory=2 * min(execution.shard_size, len(tokens)) * row,
+            disk=int(lengths.sum()) * (row + 32),
+            memory=2 * largest * row,
             notes=[tokens.report()],
         )
         if place.first:
             say(str(plan))
         if execution.dry_run:
             return Outcome(config.run, plan._asdict(), "")
-        with run_directory("index", config, measured, tokens, shards, step.shapes, place) as at:
+        with run_directory("index", config, measured, tokens, shards, step, place, settings) as at:
             ranges = shard_ranges(shards)
 
             def rows(number: int) -> Sink:
-                return collected(shard_sink(at, number, ranges[number], columns, execution.dtype))
+                return collected(
+                    shard_sink(at, number, ranges[number], columns, execution.dtype, config.per_token is not None)
+                )
 
             work = Work(shards, batches, step.see, own_device(execution.device))
             sinks: dict[str, Placed | Summed] = {"index": Placed(lambda: done(at), rows), **(also or {})}

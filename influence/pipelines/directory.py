@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from influence.data import Tokenized
+from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
 from influence.pipelines.configs import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
 from influence.pipelines.prepare import Measured, data_hash
 from influence.pipelines.ranks import Ranks
+from influence.pipelines.seen import Step
 
 
 @contextlib.contextmanager
@@ -21,7 +23,7 @@ def run_directory(
     measured: Measured,
     tokens: Tokenized,
     shards: Sequence[Tokenized],
-    shapes: Mapping[str, tuple[int, ...]],
+    step: Step | FitStep,
     place: Ranks,
     settings: Mapping[str, Any] | None = None,
     results: Sequence[str] = (),
@@ -35,7 +37,7 @@ def run_directory(
         measured: what is measured.
         tokens: the dataset.
         shards: its shards.
-        shapes: the shape of each block's row.
+        step: the planned step, which knows the rows' shapes.
         place: this process among its peers.
         settings: what else decides the result, so that a run with other settings does not resume this one.
         results: files whose presence means that it is finished, where that is not the index itself.
@@ -70,7 +72,7 @@ def run_directory(
                 to_mapping(kept),
                 ["influence", kind_command(kind), "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"],
                 plan,
-                fingerprint_for(config, measured, tokens, shapes),
+                fingerprint_for(config, measured, tokens, step),
                 overwrite=execution.overwrite,
                 resume=execution.resume,
             )
@@ -87,9 +89,7 @@ def kind_command(kind: str) -> str:
     return {"index": "build", "scores": "score"}.get(kind, kind)
 
 
-def fingerprint_for(
-    config: Any, measured: Measured, tokens: Tokenized, shapes: Mapping[str, tuple[int, ...]]
-) -> Fingerprint:
+def fingerprint_for(config: Any, measured: Measured, tokens: Tokenized, step: Step | FitStep) -> Fingerprint:
     """Return the fingerprint of a configuration's rows; data and loss are recorded."""
     recorded = {
         "data": data_hash(tokens),
@@ -98,4 +98,7 @@ def fingerprint_for(
         "label_smoothing": config.loss.label_smoothing,
         "model": config.model.model,
     }
-    return fingerprint_of(measured.loss_fn, measured.params, measured.transform, shapes, recorded=recorded)
+    shapes, layout = (step.shapes, step.layout) if isinstance(step, Step) else (step.about.shapes, step.plan.layout)
+    return fingerprint_of(
+        measured.loss_fn, measured.params, measured.transform, shapes, recorded=recorded, layout=layout
+    )

@@ -93,10 +93,9 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
             say(str(plan))
         if config.execution.dry_run:
             return Outcome(config.run, plan._asdict(), "")
-        shapes = {name: tuple(shape) for name, shape in step.about.shapes.items()}
         settings = {"labels": step.about.labels._asdict(), "method": config.method, "max_side": config.max_side}
         device = own_device(config.execution.device)
-        with run_directory("hessian", config, measured, tokens, shards, shapes, place, settings, ["factors.h5"]) as at:
+        with run_directory("hessian", config, measured, tokens, shards, step, place, settings, ["factors.h5"]) as at:
             work = Work(shards, batches, step, device)
             shown = config.execution.progress
             factors = collect(work, {"factors": Summed(sink)}, at, place, what=config.method, shown=shown).get(

@@ -140,9 +140,7 @@ def run(config: ReduceConfig, say: Say = quiet) -> Outcome:
             return Outcome(config.run, plan._asdict(), "")
         settings = {"method": config.method, "normalize": config.normalize}
         one = [[0, 1]]  # the only row, whatever the dataset's shards
-        with run_directory(
-            "reduce", config, measured, tokens, shards, step.shapes, place, settings, ["index.h5"], one
-        ) as at:
+        with run_directory("reduce", config, measured, tokens, shards, step, place, settings, ["index.h5"], one) as at:
             work = Work(shards, batches, step.see, own_device(execution.device))
             found = collect(work, {"sum": Summed(totals())}, at, place, what="reduce", shown=execution.progress)
             facts: dict[str, Any] = {}

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from influence.func.folding import vectors
 from influence.func.losses import widen
+from influence.func.sinks import taking
 from influence.func.top import Top
-from influence.index import Collected, Columns, Fingerprint, check, done, finish, open_index, shard_sink
+from influence.index import Collected, Columns, Fingerprint, done, finish, narrowed, open_index, shard_sink
+from influence.index.chosen import choose
+from influence.index.matching import matched
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
 from influence.pipelines.configs import (
     Data,
@@ -31,7 +34,7 @@ from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import first_batch, predict, shard_ranges
 from influence.pipelines.prepare import batches_of, measure, own_shards, read_data
 from influence.pipelines.ranks import own_device, ranks
-from influence.pipelines.seen import Seen, plan_step, through
+from influence.pipelines.seen import Seen, plan_step
 from influence.pipelines.topk import best
 from influence.types import Rows
 
@@ -56,7 +59,7 @@ class ScoreConfig:
         data: the corpus.
         query: runs of build or reduce, whose rows are the queries.
         mode: individual keeps a score for each query row, nearest the best of each run's rows.
-        blocks: score by these blocks only.
+        blocks: score by these blocks only (names or globs).
         per_block: keep each block's part of every score too.
         top_k: keep the so many best and worst examples of each query only, not all scores.
         force: score what the fingerprints refuse, with a warning.
@@ -97,14 +100,19 @@ class Queries(NamedTuple):
 
 
 def load_queries(
-    paths: Sequence[str], fingerprint: Fingerprint, blocks: Sequence[str] = (), force: bool = False
+    paths: Sequence[str],
+    fingerprint: Fingerprint,
+    shapes: Mapping[str, tuple[int, ...]],
+    blocks: Sequence[str] = (),
+    force: bool = False,
 ) -> list[Queries]:
     """Return the rows of query runs, checked against the rows that they will meet.
 
     Args:
         paths: the runs.
         fingerprint: of the corpus's rows.
-        blocks: the blocks to take; all by default.
+        shapes: of the corpus's rows.
+        blocks: the blocks to take, names or globs; all by default.
         force: warn where fingerprints refuse.
 
     Returns:
@@ -115,13 +123,17 @@ def load_queries(
     """
     if not paths:
         raise ValueError("no query: pass --query RUN, a run of influence build or reduce")
-    found = []
+    found, chosen = [], choose(shapes, list(blocks) or None)
     for path in paths:
         index = open_index(path)
         if not len(index):
             raise ValueError(f"the query {path} holds no row")
-        check(index.fingerprint, fingerprint, force)
-        found.append(Queries(path, index.rows(list(blocks) or None)))
+        mine, theirs = index.fingerprint.dim, fingerprint.dim
+        if mine is not None and theirs is not None and mine > theirs:
+            index = narrowed(index, theirs)
+        rows = matched(index.rows(chosen.names), fingerprint, chosen, index.fingerprint, force=force)
+        chosen.matrix(rows)  # says what does not fit where a difference was forced
+        found.append(Queries(path, rows))
     return found
 
 
@@ -187,9 +199,12 @@ def run(config: ScoreConfig, say: Say = quiet) -> Outcome:
     first = first_batch(shards, batches)
     step = plan_step(measured, first, execution, tokens, config.model.task)
     queries = load_queries(
-        config.query, fingerprint_for(config, measured, tokens, step.shapes), config.blocks, config.force
+        config.query,
+        fingerprint_for(config, measured, tokens, step),
+        step.shapes,
+        config.blocks,
+        config.force,
     )
-    _same_blocks(queries, step.shapes, config.blocks)
 
     def see(batch: Mapping[str, Tensor]) -> Scored:
         return scored(step.see(batch), queries, config.mode, config.per_block)
@@ -220,13 +235,13 @@ def run(config: ScoreConfig, say: Say = quiet) -> Outcome:
         }
         settings["blocks"] = list(config.blocks)
         results = ["index.h5", "best.h5"]
-        with run_directory("scores", config, measured, tokens, shards, step.shapes, place, settings, results) as at:
+        with run_directory("scores", config, measured, tokens, shards, step, place, settings, results) as at:
             work = Work(shards, batches, see, own_device(execution.device))
             ranges = shard_ranges(shards)
 
             def rows(number: int) -> Any:
                 sink = shard_sink(at, number, ranges[number], Columns(shapes), dtype)
-                return through(sink, stored)
+                return taking(sink, stored)
 
             sinks: dict[str, Placed | Summed] = {"scores": Placed(lambda: done(at), rows)}
             if config.top_k is not None:
@@ -247,29 +262,13 @@ def stored(value: Scored) -> Collected:
     return value.seen.collected._replace(rows=value.columns)
 
 
-def _same_blocks(queries: Sequence[Queries], shapes: Mapping[str, tuple[int, ...]], chosen: Sequence[str]) -> None:
-    """Refuse queries of other blocks than the corpus's.
-
-    Raises:
-        ValueError: naming them.
-    """
-    for run in queries:
-        theirs = {name: tuple(rows.shape[1:]) for name, rows in run.rows.items()}
-        mine = {name: tuple(shapes[name]) for name in (chosen or shapes) if name in shapes}
-        if theirs != mine:
-            differing = sorted({*theirs.items()} ^ {*mine.items()})[:4]
-            raise ValueError(
-                f"blocks: the query {run.name} has other blocks than the corpus; they differ in {differing}"
-            )
-
-
 def _heaps(k: int, queries: Sequence[Queries], mode: str) -> dict[str, Placed | Summed]:
     sinks: dict[str, Placed | Summed] = {}
     for number, run in enumerate(queries):
         count = 1 if mode == "nearest" else run.number
         for end, reverse in (("best", False), ("worst", True)):
             heap = best(k, count, reverse)
-            sinks[f"{column(number)}/{end}"] = Summed(through(heap, _column_of(column(number))))
+            sinks[f"{column(number)}/{end}"] = Summed(taking(heap, _column_of(column(number))))
     return sinks
 
 

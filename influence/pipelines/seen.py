@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from influence.data import Tokenized
 from influence.func.fold import Sink
-from influence.func.per_example import PlannedRows, per_example_grads_fn
-from influence.index import Collected
+from influence.func.layout import Layout
+from influence.func.sinks import taking
+from influence.index import Collected, step_of
 from influence.pipelines.configs import RunConfig
 from influence.pipelines.prepare import Measured, predicted
 
@@ -31,21 +32,23 @@ class Step(NamedTuple):
     """A planned step.
 
     Attributes:
-        rows_of: the planned rows.
         see: `batch -> Seen`.
+        shapes: the shape of each block's row.
+        layout: the parameters' layout.
     """
 
-    rows_of: PlannedRows
     see: Callable[[Mapping[str, Tensor]], Seen]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each block's row."""
-        return {name: tuple(shape) for name, shape in self.rows_of.plan.folded.row_shapes.items()}
+    shapes: dict[str, tuple[int, ...]]
+    layout: Layout
 
 
 def plan_step(
-    measured: Measured, first: Mapping[str, Tensor], execution: RunConfig, tokens: Tokenized, task: str
+    measured: Measured,
+    first: Mapping[str, Tensor],
+    execution: RunConfig,
+    tokens: Tokenized,
+    task: str,
+    per_token: str | None = None,
 ) -> Step:
     """Plan the rows of a dataset on its first batch.
 
@@ -55,49 +58,53 @@ def plan_step(
         execution: by which engine.
         tokens: the dataset, which knows from which documents a chunk is.
         task: of the model.
+        per_token: a row for every token, `"use"` or `"loss"`, instead of one for every example.
 
     Returns:
         The step.
     """
-    rows_of = per_example_grads_fn(
-        measured.loss_fn,
-        measured.params,
-        dict(first),
-        transform=measured.transform,
-        engine=execution.engine,
-        compile=execution.compile,
-        nonfinite=execution.nonfinite,
+    options: dict[str, Any] = {}
+    if per_token is None:
+        options = {"compile": execution.compile, "nonfinite": execution.nonfinite}
+    step, plan = step_of(
+        measured.loss_fn, measured.params, dict(first), measured.transform, execution.engine, per_token, **options
     )
-    documents = first_documents(tokens)
 
     def see(batch: Mapping[str, Tensor]) -> Seen:
-        rows, losses = rows_of.with_losses(measured.params, batch)
-        document = None if documents is None else documents[batch["index"].cpu()]
-        return Seen(Collected(rows, losses, batch["attention_mask"].sum(1), document), predicted(batch, task))
+        collected = step(measured.params, dict(batch))
+        return Seen(collected._replace(document=documents_of(tokens, batch, collected)), predicted(batch, task))
 
-    return Step(rows_of, see)
+    return Step(see, {name: tuple(shape) for name, shape in plan.folded.row_shapes.items()}, plan.layout)
 
 
-def first_documents(tokens: Tokenized) -> Int[Tensor, " n"] | None:
-    """Return the document that each chunk begins with; `None` where examples are documents themselves."""
+def documents_of(tokens: Tokenized, batch: Mapping[str, Tensor], collected: Collected) -> Tensor | None:
+    """Return the document that each row is from: a chunk's first, a token's own; `None` where examples are documents.
+
+    Args:
+        tokens: the dataset.
+        batch: a batch of it.
+        collected: its rows.
+
+    Returns:
+        Rows of the dataset.
+    """
     if tokens.document is None:
         return None
-    return tokens.document[tokens.offsets[:-1]].long()
+    begins = tokens.offsets[batch["index"].cpu() - tokens.index[0]]
+    if collected.offsets is None or collected.positions is None:
+        return tokens.document[begins].long()
+    begins = begins.repeat_interleave(collected.offsets.diff().cpu())
+    return tokens.document[begins + collected.positions.cpu()].long()
 
 
 def collected(sink: Sink) -> Sink:
     """Return a sink of what an index stores as one of what a pass sees."""
-    return through(sink, lambda seen: seen.collected)
+    return taking(sink, lambda seen: seen.collected)
 
 
 def of_rows(sink: Sink) -> Sink:
     """Return a sink of rows (`sinks.mean()`, `sinks.gram()`) as one of what a pass sees."""
-    return through(sink, lambda seen: dict(seen.collected.rows))
-
-
-def through(sink: Sink, view: Callable[[Any], Any]) -> Sink:
-    """Return a sink that sees a view of each value."""
-    return sink._replace(update=lambda state, index, value: sink.update(state, index, view(value)))
+    return taking(sink, lambda seen: dict(seen.collected.rows))
 
 
 def total_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -86,7 +86,9 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
             return mix.run(made, say) if place.first else None
 
     def rows(execution: RunConfig) -> Outcome:
-        made = build.BuildConfig(str(at / "query"), config.model, config.query, config.loss, white, execution)
+        made = build.BuildConfig(
+            str(at / "query"), config.model, config.query, loss=config.loss, transform=white, execution=execution
+        )
         return build.run(made, say)
 
     def scores(execution: RunConfig) -> Outcome:

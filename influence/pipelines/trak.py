@@ -81,7 +81,7 @@ def run(config: TrakConfig, say: Say = quiet) -> Outcome:
         curvature, query, scores = (str(at / name) for name in names)
         inverse = replace(plain, hessian=curvature, power=-1.0)
         fitted = hessian.HessianConfig(curvature, model, config.data, "autocorrelation", "data", transform=plain)
-        rows = build.BuildConfig(query, model, config.query, config.loss, inverse)
+        rows = build.BuildConfig(query, model, config.query, loss=config.loss, transform=inverse)
         scored = score.ScoreConfig(scores, model, config.data, (query,), loss=config.loss, transform=plain)
         steps[names[0]] = lambda e: hessian.run(replace(fitted, loss=config.loss, execution=e), say)
         steps[names[1]] = lambda e: build.run(replace(rows, execution=e), say)
