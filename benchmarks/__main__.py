@@ -47,6 +47,7 @@ def main() -> int:
     suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
     suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     suite.add_argument("--quick", action="store_true", help="40,000 rows and 5 rounds: whether it runs, not how fast")
+    suite.add_argument("--faiss", action=argparse.BooleanOptionalAction, default=True, help="build and time FAISS too")
     suite.set_defaults(run=_index)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
@@ -129,7 +130,9 @@ def _ranks(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    settings = {name: getattr(arguments, name) for name in ("rows", "dim", "rounds", "threads", "quick", "path")}
+    settings = {
+        name: getattr(arguments, name) for name in ("rows", "dim", "rounds", "threads", "quick", "path", "faiss")
+    }
     found = search.run(**settings)
     arguments.only = arguments.rows < 1_000_000
     return _finish(arguments, found, search.targets(found) if arguments.check else [])
