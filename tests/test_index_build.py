@@ -11,7 +11,7 @@ from torch import Tensor
 import influence
 from influence import as_blocks, chain, fold, functionalize, per_example_grads_fn, per_token_grads, project, sinks
 from influence.func.per_token import per_token_grads_fn
-from influence.index import Columns, Index, build, memory_sink, open_index, step_of
+from influence.index import Columns, Index, build, memory_sink, open_index, root, step_of
 from tests.cases import CASES
 from tests.oracles import loop
 
@@ -202,6 +202,27 @@ def test_appending_counts_on(tmp_path: Path) -> None:
         build(loss_fn, params, [batch], path, transform=SMALL, append=True, dtype="float32")
     assert len(open_index(path)) == 4
     open_index(path).verify()
+
+
+def test_an_append_that_was_killed_before_its_root_is_finished_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that names shards which the root does not: they were counted twice, or never."""
+    loss_fn, params, batch, _ = setup("mlp")
+    parts, path = list(split(batch, [1, 1, 1, 1])), tmp_path / "run"
+    build(loss_fn, params, parts[:1], path, transform=SMALL)
+    written = root.write_root
+
+    def killed(directory: Path, about: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(root, "write_root", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(loss_fn, params, parts[1:3], path, transform=SMALL, append=True, shard_size=1)
+    monkeypatch.setattr(root, "write_root", written)
+    assert len(open_index(path)) == 1
+    index = build(loss_fn, params, parts[3:], path, transform=SMALL, append=True)
+    same(index, build(loss_fn, params, parts, transform=SMALL))
 
 
 def weights_of(path: Path) -> str:

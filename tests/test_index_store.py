@@ -56,7 +56,7 @@ def value(index: Tensor, per_token: bool = False) -> Collected:
     rows = torch.cat([torch.arange(int(OFFSETS[i]), int(OFFSETS[i + 1])) for i in index])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
     positions = rows - OFFSETS[index].repeat_interleave(length)
-    return Collected(COLUMNS.split(TOKENS[rows]), LOSS[index], length, None, offsets, positions)
+    return Collected(COLUMNS.split(TOKENS[rows]), LOSS[index], length, 100 + rows // 2, offsets, positions)
 
 
 def fill(sink: Sink, begin: int, end: int, order: list[int], size: int, per_token: bool = False) -> Any:
@@ -110,7 +110,7 @@ def test_what_went_in_comes_out(tmp_path: Path, dtype: str, per_token: bool) -> 
         assert index.place(torch.tensor(5)).position == 2
         assert torch.equal(index.tokens(3)["b"], index.rows(["b"], 3, 6)["b"])
         assert index.tokens(1)["a"].shape == (0, 3, 4)
-        assert torch.equal(index.document, torch.arange(12).repeat_interleave(COUNTS))
+        assert torch.equal(index.document, 100 + torch.arange(len(TOKENS)) // 2)  # chunks: each token's own
     else:
         assert torch.equal(index.document, torch.arange(12) // 2)
         with pytest.raises(ValueError, match="row for every example"):
@@ -331,6 +331,8 @@ def test_an_index_of_nothing(tmp_path: Path) -> None:
         assert (len(index), index.examples, list(index.pieces())) == (0, 0, [])
         assert index.matrix().shape == (0, 17)
         assert "0 rows" in str(index)
+        assert len(index.dataset()) == 0
+        assert index.rows()["a"].shape == (0, 3, 4)
         with h5py.File(directory / "index.h5") as root:
             assert root["rows"].shape == (0, 17)
 

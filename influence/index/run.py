@@ -232,6 +232,8 @@ def what_is_there(directory: str | Path) -> str:
 
 def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], present: int | None, lock: Lock) -> Run:
     """Grow a finished run's plan, or go on with an append that was cut off."""
+    from influence.index.root import finish
+
     old, new = there["plan"].get("shards", []), about["plan"].get("shards")
     for first, last in _segments(there)[1:]:
         if old[first:last] == new and (present is None or present < last):
@@ -240,6 +242,9 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], prese
         raise FileExistsError(
             f"{what_is_there(directory)}. It is not finished, so there is nothing to append to yet: resume it first"
         )
+    if len(old) > present and done(directory) >= set(range(len(old))):
+        finish(directory)  # all that was missing of the last append was the root
+        present = len(old)
     if len(old) > present:
         raise ValueError(
             f"{directory}: an append of shards {_short(old[present:])} was cut off; append the same again to go on, "
