@@ -4,8 +4,8 @@
     influence build --model tiny/model --dataset tiny/corpus.jsonl --run runs/corpus
 
 The corpus tells facts about invented animals: where they live, what they eat, what they are good at. The model, a Llama
-of two layers with a word-level tokenizer, is trained on it for a moment, so that a question's nearest documents are
-those which tell the answer.
+of two layers with a word-level tokenizer, is trained on it for a moment; it learns what a question is from half of the
+animals, and the questions are about the other half.
 """
 
 import argparse
@@ -36,21 +36,23 @@ QUESTIONS = {
 
 
 def make_corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Return documents of one to four sentences about an animal, and a question about each of some animals."""
+    """Return documents of a few sentences about an animal, and a question about each of some others."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(items: list) -> object:
         return items[int(torch.randint(len(items), (1,), generator=draw))]
 
-    names = sorted({f"{a}{b}" for a in SYLLABLES for b in SYLLABLES if a != b})[: max(documents // 20, 3)]
+    names = sorted({f"{a}{b}" for a in SYLLABLES for b in SYLLABLES if a != b})[: max(documents // 20, 6)]
     world = {name: {kind: pick(values) for kind, values in VALUES.items()} for name in names}
     corpus, questions = [], []
     for number in range(documents):
         name = names[number % len(names)]
         kinds = [pick(list(VALUES)) for _ in range(1 + int(torch.randint(4, (1,), generator=draw)))]
-        text = " . ".join(pick(TELLINGS[kind]).format(name=name, value=world[name][kind]) for kind in kinds)
-        corpus.append({"text": text, "about": name})
-    for name in names[:20]:
+        told = [pick(TELLINGS[kind]).format(name=name, value=world[name][kind]) for kind in kinds]
+        if names.index(name) % 2 == 0 and number % 3 == 0:  # half of the animals are asked about in the corpus too
+            told.append(QUESTIONS[kinds[0]].format(name=name, value=world[name][kinds[0]]))
+        corpus.append({"text": " . ".join(told), "about": name})
+    for name in names[1:40:2]:
         kind = pick(list(VALUES))
         questions.append({"text": QUESTIONS[kind].format(name=name, value=world[name][kind]), "about": name})
     return corpus, questions

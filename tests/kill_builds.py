@@ -81,10 +81,10 @@ def kill_and_resume(folder: Path, config: BuildConfig, shards: int, kills: int, 
         if len(done) == kills:
             return done
         run = folder / f"killed-{attempt}"
-        moment = float(torch.rand(1, generator=draw)) * (last - first)
+        moment = 1 + float(torch.rand(1, generator=draw)) * (shards - 1)  # in shards: other load stretches all alike
         process = started(config, run)
-        begun = until(lambda run=run: written(run) > 0, process)
-        while time.monotonic() < begun + moment and process.is_alive():
+        begun = until(lambda run=run, moment=moment: written(run) >= int(moment), process)
+        while time.monotonic() < begun + moment % 1 * (last - first) / (shards - 1) and process.is_alive():
             time.sleep(0.0005)
         if not process.is_alive():
             continue  # it was quicker than the one that was timed

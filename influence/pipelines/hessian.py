@@ -1,6 +1,8 @@
 """Fit the curvature of a model on a corpus, in one pass (EK-FAC in two): any fit of `hessians`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +88,7 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
             first,
             config.execution,
             world=place.world,
+            disk=factors_size(config.method, step.about.shapes, config.max_side),
             notes=[tokens.report(), "two passes" if passes == 2 else ""],
         )
         plan = plan._replace(seconds=plan.seconds * passes)
@@ -145,6 +148,12 @@ def _corrected(
     sinks = {"factors": Summed(hessians.ekfac.sink(factors, step))}
     found = collect(work._replace(step=step), sinks, at / "eigenvalues", place, what="eigenvalues", shown=shown)
     return found.get("factors")
+
+
+def factors_size(method: str, shapes: Mapping[str, tuple[int, ...]], max_side: int) -> int:
+    """Return about how many bytes factors of blocks take: a matrix of eigenvectors per side, or of the whole row."""
+    sides = [[prod(shape)] if method == "autocorrelation" else [*shape] for shape in shapes.values()]
+    return 4 * sum(d * d if d <= max_side or method == "autocorrelation" else d for side in sides for d in side)
 
 
 def outcome(run: str, factors: Factors) -> Outcome:

@@ -50,6 +50,7 @@ def run(config: MixConfig, say: Say = quiet) -> Outcome:
     query, index = load_factors(config.query), load_factors(config.index)
     mixed = hessians.mix(query, index, components=config.components, weight=config.weight)
     say(f"plan: mix of {query!r} and {index!r} → {config.run}")
+    say(f"      {mixed.notes['mix']}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_config(file.parent / "config.yaml", config, "mix")
     mixed.save(file)
