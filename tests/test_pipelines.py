@@ -331,6 +331,8 @@ def test_token_rows_sum_to_the_documents_and_chunks_know_theirs(tmp_path: Path) 
     hit = answer.facts["answers"][0]["best"][0]
     assert hit["position"] < int(index.length[hit["example"]])
     assert "token" in answer.text
+    words = lines("corpus.jsonl")[hit["example"]]["text"].split()
+    assert f"«{words[hit['position']]}»" in hit["text"]
     chunked = replace(corpus(), chunk_length=7)
     build.run(replace(build_config(tmp_path / "c"), data=chunked))
     build.run(replace(build_config(tmp_path / "ct", per_token="use"), data=chunked))

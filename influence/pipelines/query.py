@@ -25,7 +25,7 @@ from influence.pipelines.configs import (
 )
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.prepare import Measured, measure, predicted, tokens_of
-from influence.pipelines.texts import short, texts_of
+from influence.pipelines.texts import highlighted, short, texts_of
 from influence.types import Rows
 
 
@@ -112,6 +112,7 @@ class Session(NamedTuple):
         task: of the model.
         weights: the hash of the model's weights.
         texts: what examples say.
+        marked: what they say around a token.
         greeting: what to say first.
     """
 
@@ -122,6 +123,7 @@ class Session(NamedTuple):
     task: str
     weights: str
     texts: Callable[[Sequence[int]], list[str]]
+    marked: Callable[[Sequence[int], Sequence[int]], list[str]]
     greeting: str
 
 
@@ -160,10 +162,11 @@ def open_session(config: QueryConfig) -> Session:
         view = replace(view, **curvature)
     loss = from_mapping(LossConfig, stored["loss"], "loss.")
     measured = measure(model, loss, view, RunConfig(device=config.device))
-    texts = texts_of(own, measured.tokenizer, measured.config)
+    shown = own, measured.tokenizer, measured.config
+    texts, marked = texts_of(*shown), highlighted(*shown)
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
-    return Session(config, Attributor(config.index), measured, own, model.task, weights, texts, greeting)
+    return Session(config, Attributor(config.index), measured, own, model.task, weights, texts, marked, greeting)
 
 
 def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
@@ -220,12 +223,13 @@ def query_rows(session: Session, texts: Sequence[str]) -> tuple[Rows, torch.Tens
 
 def _hits(session: Session, hits: Any, number: int) -> list[Hit]:
     index, rows = session.attributor.index, hits.indices[number]
-    examples, positions = index.index[rows].tolist() if not index.per_token else [], [None] * len(rows)
-    if index.per_token:
-        place = index.place(rows)
-        examples, positions = place.document.tolist(), place.position.tolist()
-    found = zip(hits.values[number].tolist(), examples, positions, session.texts(examples), strict=True)
-    return [Hit(*hit) for hit in found]
+    scores = hits.values[number].tolist()
+    if not index.per_token:
+        examples = index.index[rows].tolist()
+        return [Hit(s, n, None, text) for s, n, text in zip(scores, examples, session.texts(examples), strict=True)]
+    examples, positions = (numbers.tolist() for numbers in index.place(rows))
+    texts = session.marked(examples, positions)
+    return [Hit(*hit) for hit in zip(scores, examples, positions, texts, strict=True)]
 
 
 def shown(session: Session, answers: Sequence[Answer]) -> str:

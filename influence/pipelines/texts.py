@@ -61,6 +61,40 @@ def _said(document: Document) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in document.messages)
 
 
+def highlighted(
+    config: DataConfig, tokenizer: Any, model: Any, around: int = 12
+) -> Callable[[Sequence[int], Sequence[int]], list[str]]:
+    """Return a function from examples and positions to the text around each token, the token in «».
+
+    Args:
+        config: the run's data.
+        tokenizer: the run's tokenizer.
+        model: transformers' config of the model.
+        around: tokens on either side that are shown.
+
+    Returns:
+        The function.
+    """
+
+    @lru_cache
+    def whole() -> Tokenized:
+        return tokens_of(config, load_rows(config), tokenizer, model)
+
+    def marked(examples: Sequence[int], positions: Sequence[int]) -> list[str]:
+        try:
+            found = whole()
+            return [_marked(found.take(n, n + 1).ids.tolist(), p) for n, p in zip(examples, positions, strict=True)]
+        except (OSError, ValueError) as error:
+            return [f"(its text cannot be read: {' '.join(str(error).split())[:120]})"] * len(examples)
+
+    def _marked(ids: list[int], at: int) -> str:
+        begin, end = max(0, at - around), at + around + 1
+        before, token, after = map(tokenizer.decode, (ids[begin:at], ids[at], ids[at + 1 : end]))
+        return f"{'…' * (begin > 0)}{before} «{token.strip()}» {after}{'…' * (end < len(ids))}".strip()
+
+    return marked
+
+
 def short(text: str, most: int) -> str:
     """Return a text in one line of at most so many characters."""
     line = " ".join(text.split())
