@@ -345,6 +345,25 @@ def test_token_rows_sum_to_the_documents_and_chunks_know_theirs(tmp_path: Path) 
     assert len(said.facts["answers"][0]["best"][0]["text"].split()) == 7
 
 
+def test_examples_are_appended_behind_those_that_are_there(tmp_path: Path) -> None:
+    config = build_config(tmp_path / "a")
+    build.run(config)
+    more = replace(config, data=questions(), append=True)
+    build.run(more)
+    index = open_index(tmp_path / "a")
+    both = [flat(sketched(oracle(name), 4)) for name in ("corpus.jsonl", "questions.jsonl")]
+    close(index.matrix(), torch.cat(both))
+    assert index.index.tolist() == list(range(DOCUMENTS + len(both[1])))
+    assert from_mapping(build.BuildConfig, read_config(tmp_path / "a" / "config.yaml")) == config
+    text = lines("questions.jsonl")[0]["text"]
+    answer = query.run(query.QueryConfig(str(tmp_path / "a"), (text,), k=len(index))).facts["answers"][0]
+    found = {hit["example"]: hit["text"] for hit in answer["best"]}
+    assert found[DOCUMENTS] == text
+    assert found[0] == lines("corpus.jsonl")[0]["text"]
+    with pytest.raises(FileNotFoundError, match="no index"):
+        build.run(replace(more, run=str(tmp_path / "nothing")))
+
+
 def test_half_precision_scores_have_their_stated_error(tmp_path: Path) -> None:
     g = flat(sketched(oracle("corpus.jsonl"), 4))
     for dtype, bound in (("float32", 1e-6), ("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 2e-2)):

@@ -1,7 +1,7 @@
 """Build an index: the row of every example, in the dataset's order, on disk."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ class BuildConfig:
         model: the model.
         data: the corpus.
         per_token: a row for every token instead: use (where parameters were used) or loss (whose loss it is).
+        append: add the dataset's examples to the finished index that is there, behind those it has.
         loss: the loss.
         transform: what is stored of each gradient.
         execution: the pass.
@@ -44,6 +45,7 @@ class BuildConfig:
     model: Model
     data: Data
     per_token: Literal["use", "loss"] | None = None
+    append: bool = False
     loss: Loss = field(default_factory=LossConfig)
     transform: View = field(default_factory=TransformConfig)
     execution: Execution = field(default_factory=RunConfig)
@@ -63,6 +65,8 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
     execution, directory = config.execution, Path(config.run)
     measured = measure(config.model, config.loss, config.transform, execution)
     tokens = read_data(config.data, measured)
+    behind, written = _behind(directory) if config.append else (0, 0)
+    tokens = replace(tokens, index=tokens.index + behind)
     shards, batches = own_shards(tokens, execution), batches_of(execution)
     first = first_batch(shards, batches)
     step = plan_step(measured, first, execution, tokens, config.model.task, config.per_token)
@@ -88,16 +92,23 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
             say(str(plan))
         if execution.dry_run:
             return Outcome(config.run, plan._asdict(), "")
-        with run_directory("index", config, measured, tokens, shards, step, place, settings) as at:
+        with run_directory(
+            "index", config, measured, tokens, shards, step, place, settings, append=config.append
+        ) as at:
             ranges = shard_ranges(shards)
 
             def rows(number: int) -> Sink:
                 return collected(
-                    shard_sink(at, number, ranges[number], columns, execution.dtype, config.per_token is not None)
+                    shard_sink(
+                        at, written + number, ranges[number], columns, execution.dtype, config.per_token is not None
+                    )
                 )
 
             work = Work(shards, batches, step.see, own_device(execution.device))
-            sinks: dict[str, Placed | Summed] = {"index": Placed(lambda: done(at), rows), **(also or {})}
+            sinks: dict[str, Placed | Summed] = {
+                "index": Placed(lambda: {number - written for number in done(at)}, rows),
+                **(also or {}),
+            }
             results = collect(work, sinks, at, place, what="build", shown=execution.progress)
             if place.first:
                 finish(at)
@@ -106,3 +117,9 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
     index = open_index(directory)
     facts = {"run": config.run, "rows": len(index), "dim": index.dim, "dtype": index.dtype, **results}
     return Outcome(config.run, facts, f"{len(index):,} rows of {index.dim:,} numbers ({index.dtype}) in {directory}")
+
+
+def _behind(directory: Path) -> tuple[int, int]:
+    """Return the first row and the first shard that an index does not have."""
+    index = open_index(directory)
+    return int(index.index.max()) + 1 if index.examples else 0, len(index.about.shards)

@@ -28,6 +28,7 @@ def run_directory(
     settings: Mapping[str, Any] | None = None,
     results: Sequence[str] = (),
     stored: Sequence[Sequence[int]] | None = None,
+    append: bool = False,
 ) -> Iterator[Path]:
     """Begin or resume a run.
 
@@ -42,6 +43,7 @@ def run_directory(
         settings: what else decides the result, so that a run with other settings does not resume this one.
         results: files whose presence means that it is finished, where that is not the index itself.
         stored: begin and end of every shard that is written, where they are not the dataset's.
+        append: add to a finished index, whose configuration stays.
 
     Yields:
         The directory. The first rank holds its lock until the end.
@@ -75,11 +77,13 @@ def run_directory(
                 fingerprint_for(config, measured, tokens, step),
                 overwrite=execution.overwrite,
                 resume=execution.resume,
+                append=append,
             )
             stack.enter_context(run)
             for file in finished:
                 file.unlink()
-            write_config(directory / "config.yaml", kept, kind_command(kind))
+            if not append:
+                write_config(directory / "config.yaml", kept, kind_command(kind))
         place.barrier()
         yield directory
 

@@ -101,7 +101,9 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
     def rows(execution: RunConfig) -> Outcome:
         to, model, query, loss = str(at / "query"), config.model, config.query, config.loss
         if config.query_rows == "individual":
-            return build.run(build.BuildConfig(to, model, query, None, loss, sides[0], execution), say)
+            return build.run(
+                build.BuildConfig(to, model, query, loss=loss, transform=sides[0], execution=execution), say
+            )
         how = config.query_rows
         return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, sides[0], execution), say)
 

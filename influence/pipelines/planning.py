@@ -170,8 +170,5 @@ def first_batch(shards: Sequence[data.Tokenized], batches: Callable[[data.Tokeni
 
 def shard_ranges(shards: Sequence[data.Tokenized]) -> list[tuple[int, int]]:
     """Return where each shard begins and ends in the dataset, for `run.json`."""
-    ends, begin = [], 0
-    for shard in shards:
-        ends.append((begin, begin + len(shard)))
-        begin += len(shard)
-    return ends
+    begins = [int(shard.index[0]) for shard in shards]
+    return [(begin, begin + len(shard)) for begin, shard in zip(begins, shards, strict=True)]

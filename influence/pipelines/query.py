@@ -12,7 +12,7 @@ import torch
 from influence import data
 from influence.func.fingerprint import weights_hash
 from influence.func.per_example import per_example_grads_fn
-from influence.index import Fingerprint, fingerprint_of, open_index
+from influence.index import Fingerprint, Index, fingerprint_of, open_index
 from influence.index.attributor import Attributor
 from influence.pipelines.configs import (
     DataConfig,
@@ -25,7 +25,7 @@ from influence.pipelines.configs import (
 )
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.prepare import Measured, measure, predicted, tokens_of
-from influence.pipelines.texts import highlighted, short, texts_of
+from influence.pipelines.texts import by_part, highlighted, short, texts_of
 from influence.types import Rows
 
 
@@ -162,11 +162,19 @@ def open_session(config: QueryConfig) -> Session:
         view = replace(view, **curvature)
     loss = from_mapping(LossConfig, stored["loss"], "loss.")
     measured = measure(model, loss, view, RunConfig(device=config.device))
-    shown = own, measured.tokenizer, measured.config
-    texts, marked = texts_of(*shown), highlighted(*shown)
+    begins, parts = _datasets(index, own)
+    shown = [(part, measured.tokenizer, measured.config) for part in parts]
+    texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
     return Session(config, Attributor(config.index), measured, own, model.task, weights, texts, marked, greeting)
+
+
+def _datasets(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
+    """Return the first example and the configuration of each dataset that an index is of."""
+    appended = [change for change in index.about.appended if "data" in change["config"]]
+    begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]
+    return begins, [own, *(from_mapping(DataConfig, change["config"]["data"], "data.") for change in appended)]
 
 
 def ask(session: Session, texts: Sequence[str]) -> list[Answer]:

@@ -1,5 +1,6 @@
 """What the rows of a dataset say, for people: text as the run read it, chunks decoded from their tokens."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -93,6 +94,31 @@ def highlighted(
         return f"{'…' * (begin > 0)}{before} «{token.strip()}» {after}{'…' * (end < len(ids))}".strip()
 
     return marked
+
+
+def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) -> Callable[..., list[str]]:
+    """Return a function of numbers over several datasets, one behind the other, as appending makes them.
+
+    Args:
+        begins: the number of each dataset's first example.
+        parts: for each, a function of its own numbers (and of whatever goes with each).
+
+    Returns:
+        The function of all numbers.
+
+    Example:
+        >>> by_part([0, 10], [lambda numbers: ["a"], lambda numbers: [f"b{n}" for n in numbers]])([11, 2])
+        ['b1', 'a']
+    """
+
+    def texts(numbers: Sequence[int], *more: Sequence[int]) -> list[str]:
+        found = []
+        for k, number in enumerate(numbers):
+            part = bisect_right(begins, number) - 1
+            found += parts[part]([number - begins[part]], *([values[k]] for values in more))
+        return found
+
+    return texts
 
 
 def short(text: str, most: int) -> str:
