@@ -18,9 +18,9 @@ from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
 
 WIDE = (torch.float32, torch.float64)
-BUFFER = 1 << 20
-"""Entries decoded at a time: 4 MB of float32."""
-GATHERED = 1 << 19
+BUFFER = 1 << 19
+"""Entries decoded at a time: 2 MB of float32."""
+GATHERED = 1 << 20
 """Scores looked at at a time."""
 
 
@@ -195,10 +195,11 @@ def products(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Ch
                 begin, filled = begin + filled, 0
             if r > gathered.shape[1]:
                 gathered = queries.new_empty(q, max(r, GATHERED // max(q, 1)))
-        part = gathered[:, filled : filled + r]
-        torch.mm(queries, rows.mT, out=part)
-        if scale is not None:
-            part.mul_(scale.mT)
+        part, product = gathered[:, filled : filled + r], queries @ rows.mT  # a product into part itself is slower
+        if scale is None:
+            part.copy_(product)
+        else:
+            torch.mul(product, scale.mT, out=part)
         filled += r
     if filled:
         yield Scored(begin, gathered[:, :filled])
