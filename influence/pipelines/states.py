@@ -21,6 +21,7 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
         Tensors, and the structure that refers to them.
 
     Example:
+        >>> import torch
         >>> from influence.func.sinks import Total
         >>> flatten(Total({"w": torch.ones(2)}, 3))[1]
         {'tuple': [{'dict': {'w': {'tensor': '0'}}}, {'value': 3}]}
