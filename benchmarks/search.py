@@ -139,7 +139,7 @@ def search(path: Path, dim: int, rows: int, rounds: int, threads: int, faiss: bo
         near = rows_of(0, min(SHARD, rows), dim)[: 7 * q : 7]
         queries = near + 0.5 * torch.randn(near.shape, generator=torch.Generator().manual_seed(9)) / dim**0.5
         steps: dict[str, measure.Step] = {
-            f"bare product, {q}": blocked_product(raw_maps(index), queries, rows_at_once(dim)),
+            f"bare product, {q}": blocked_product(raw_maps(index), queries, rows_at_once(dim, q)),
             f"scan, {q}": lambda q=queries: scan.search({"w": q}, K, unchecked=True),
         }
         for step in steps.values():

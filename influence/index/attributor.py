@@ -104,16 +104,16 @@ class Attributor:
             what = "rows" if documents is None else "documents"
             raise ValueError(f"k must be from 1 to the number of {what}, {count:,}; got {k}. k=None returns all")
         if documents is not None and groups is not None:
-            sums = scan.summed(self._pieces(), matrix, chosen, groups, count)
+            sums = scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, count)
             found = _sorted(sums, k, reverse)
             named = documents[found.indices]
             return Hits(found.values, named, named)
         if k is None:
-            found = _sorted(scan.scores(self._pieces(), matrix, chosen), None, reverse)
+            found = _sorted(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
         elif self.faiss is not None:
             found = self._by_faiss(self.faiss, matrix, chosen, k, reverse)
         else:
-            found = scan.scan(self._pieces(), matrix, chosen, k, reverse)
+            found = scan.scan(self._pieces(len(matrix)), matrix, chosen, k, reverse)
         indices = found.indices.cpu()
         positions = self.index.position[indices] if self.index.per_token else None
         return Hits(found.values.cpu(), indices, self.index.document[indices], positions)
@@ -133,7 +133,7 @@ class Attributor:
             `⟨query, row⟩`, in the order of the index.
         """
         chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        return scan.scores(self._pieces(), matrix, chosen).cpu()
+        return scan.scores(self._pieces(len(matrix)), matrix, chosen).cpu()
 
     def block_scores(
         self,
@@ -150,7 +150,7 @@ class Attributor:
             `{block: [q, n]}`, which sum to `scores`.
         """
         chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        parts = scan.block_scores(self._pieces(), matrix, chosen)
+        parts = scan.block_scores(self._pieces(len(matrix)), matrix, chosen)
         return {name: part.cpu() for name, part in parts.items()}
 
     def document_scores(
@@ -169,7 +169,7 @@ class Attributor:
         """
         chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
         documents, groups = self._documents
-        return documents, scan.summed(self._pieces(), matrix, chosen, groups, len(documents)).cpu()
+        return documents, scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, len(documents)).cpu()
 
     def self_influence(
         self, inverse: Transform | None = None, blocks: str | Sequence[str] | None = None
@@ -328,8 +328,8 @@ class Attributor:
         documents, groups = torch.unique(self.index.document, return_inverse=True)
         return documents, groups
 
-    def _pieces(self) -> Iterable[Piece]:
-        return self.index.pieces(scan.rows_at_once(self.index.dim))
+    def _pieces(self, queries: int = 1) -> Iterable[Piece]:
+        return self.index.pieces(scan.rows_at_once(self.index.dim, queries))
 
     def _asked(
         self,
@@ -363,7 +363,7 @@ class Attributor:
         values, indices = (-found.values if reverse else found.values).to(matrix.dtype), found.indices
         lacking = (indices < 0).any(1)
         if lacking.any():
-            exact = scan.scan(self._pieces(), matrix[lacking.to(matrix.device)], chosen, k, reverse)
+            exact = scan.scan(self._pieces(len(matrix)), matrix[lacking.to(matrix.device)], chosen, k, reverse)
             values[lacking], indices[lacking] = exact.values.cpu(), exact.indices.cpu()
         return Nearest(values, indices)
 

@@ -18,10 +18,12 @@ from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
 
 WIDE = (torch.float32, torch.float64)
-BUFFER = 1 << 19
-"""Entries decoded at a time: 2 MB of float32."""
-GATHERED = 1 << 20
-"""Scores looked at at a time."""
+BUFFER = 1 << 20
+"""Entries decoded at a time: 4 MB of float32, or half of it where products, not Python, are what takes time."""
+FEW = 8
+"""Queries from which on they are."""
+GATHERED, WIDEST = 1 << 20, 1 << 16
+"""Scores looked at at a time, in all and of one query."""
 
 
 @runtime_checkable
@@ -51,9 +53,9 @@ class Scored(NamedTuple):
     scores: Float[Tensor, "q r"]
 
 
-def rows_at_once(dim: int) -> int:
+def rows_at_once(dim: int, queries: int = 1) -> int:
     """Return how many rows of a width a piece should have: few enough to stay in the cache once decoded."""
-    return min(max(BUFFER // dim, 16), 8192)
+    return min(max((BUFFER if queries < FEW else BUFFER // 2) // dim, 16), 8192)
 
 
 def scan(
@@ -194,7 +196,7 @@ def products(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Ch
                 yield Scored(begin, gathered[:, :filled])
                 begin, filled = begin + filled, 0
             if r > gathered.shape[1]:
-                gathered = queries.new_empty(q, max(r, GATHERED // max(q, 1)))
+                gathered = queries.new_empty(q, max(r, min(GATHERED // max(q, 1), WIDEST)))
         part, product = gathered[:, filled : filled + r], queries @ rows.mT  # a product into part itself is slower
         if scale is None:
             part.copy_(product)
