@@ -87,6 +87,7 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
             disk=int(lengths.sum()) * (row + 32),
             memory=2 * largest * row,
             notes=[tokens.report()],
+            resumes=not config.append,
         )
         if place.first:
             say(str(plan))

@@ -69,6 +69,7 @@ def predict(
     disk: int = 0,
     memory: int = 0,
     notes: Sequence[str] = (),
+    resumes: bool = True,
 ) -> Prediction:
     """Predict a pass from one batch, timed.
 
@@ -83,9 +84,10 @@ def predict(
         disk: bytes that will be written.
         memory: bytes that are held besides what the step takes.
         notes: whatever else is worth knowing.
+        resumes: whether shards that are there are of this run.
 
     Returns:
-        The prediction.
+        The prediction, of what is left to do.
 
     Raises:
         OSError: if the disk has not that much room.
@@ -102,8 +104,14 @@ def predict(
     )
     whole = positions / first["input_ids"].numel() * seconds
     tokens = sum(len(shard.ids) for shard in shards)
+    speed = tokens / whole if whole else 0.0
     there = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
+    ready = [*directory.glob("shard-*.h5")] if resumes and not execution.overwrite else []
+    if ready:
+        notes = [f"{len(ready):,} of {len(shards):,} shards are there already", *notes]
+        whole *= max(len(shards) - len(ready), 0) / len(shards)
+        disk = max(disk - sum(path.stat().st_size for path in ready), 0)
     if disk > free:
         raise OSError(
             f"no space: {directory} will take {size(disk)} and its disk has {size(free)} free. Choose a smaller "
@@ -116,7 +124,7 @@ def predict(
         tokens,
         len(shards),
         world,
-        tokens / whole if whole else 0.0,
+        speed,
         whole / world,
         peak_memory(execution.device) + memory,
         disk,
