@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,20 @@ def test_search_examples_run_and_find_what_they_say():
     torch.testing.assert_close(sum(names["parts"].values()), names["scores"], rtol=1e-4, atol=1e-6)
     assert names["near"].indices.equal(names["hits"].indices)
     assert names["alone"].shape == (200,)
+
+
+def test_the_command_line_of_the_readme_runs(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from influence.cli import main
+    from notebooks.make_corpus import make
+
+    console = re.search(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert console is not None
+    typed = [line[2:] for line in console[1].splitlines() if line.startswith("$ ")]
+    assert typed[0] == "python notebooks/make_corpus.py tiny"
+    make(tmp_path / "tiny", documents=60, steps=2, hidden=16, layers=1)
+    monkeypatch.chdir(tmp_path)
+    for line in typed[1:]:
+        program, *flags = shlex.split(line)
+        assert program == "influence"
+        assert main(flags) == 0, (line, capsys.readouterr().err)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"corpus", "scores.parquet", "again"}
