@@ -37,7 +37,7 @@ from influence import (
 )
 from influence.func.nested import raise_project, unprojected
 from influence.func.transform import CollectedRows, Transform
-from influence.index import FingerprintError, Index, fingerprint_of, neighbours
+from influence.index import FingerprintError, Index, fingerprint_of, neighbours, provenance
 from influence.index.recipe import rebuild, recipe
 from tests.cases import GPT2, VOCAB, hf
 from tests.tokenizers_zoo import bpe, wordpiece
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_dense_matrix(dtype: str, where: str, tmp_path: 
     transform = as_blocks()
     index = index_of(transform, dtype, None if where == "memory" else tmp_path / "run")
     query, truth = rows_of(transform, QUERIES), flat(rows_of(transform))
-    found = Attributor(index).scores(query)
+    found = Attributor(index).scores(query, unchecked=True)
     expected = flat(query) @ truth.mT
     lengths = flat(query).norm(dim=1)[:, None] * truth.norm(dim=1)
     bound = {"float64": 1e-14, "float32": 2**-23, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.02}[dtype]
@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_dense_matrix(dtype: str, where: str, tmp_path: 
 def test_hits_are_the_top_of_all_scores(k: int | None, reverse: bool, transform: Transform, tmp_path: Path) -> None:
     truth = ordered(flat(rows_of(transform, QUERIES)) @ flat(rows_of(transform)).mT, reverse)
     for index in (index_of(transform), index_of(transform, path=tmp_path / "run")):
-        hits = Attributor(index).search(rows_of(transform, QUERIES), k, reverse=reverse)
+        hits = Attributor(index).search(rows_of(transform, QUERIES), k, reverse=reverse, unchecked=True)
         torch.testing.assert_close(hits.values, truth.values[:, :k], rtol=1e-10, atol=1e-14)
         assert hits.indices.equal(truth.indices[:, :k])
         assert hits.documents.equal(hits.indices)
@@ -126,7 +126,7 @@ def test_hits_are_the_top_of_all_scores(k: int | None, reverse: bool, transform:
 
 def test_reverse_is_the_search_of_the_negated_query() -> None:
     attr, query = Attributor(index_of(as_blocks(), "float16")), rows_of(as_blocks(), QUERIES)
-    backwards = attr.search(query, 7, reverse=True)
+    backwards = attr.search(query, 7, reverse=True, unchecked=True)
     negated = attr.search({name: -row for name, row in query.items()}, 7, unchecked=True)
     assert backwards.values.equal(-negated.values)
     assert backwards.indices.equal(negated.indices)
@@ -142,7 +142,9 @@ def test_scores_go_through_the_inverse_once(inversion: str) -> None:
     if inversion == "two sided":
         norms = [(dense_inverse(rows) * rows).sum(1).sqrt() for rows in (query, train)]
         expected = expected / norms[0][:, None] / norms[1]
-    torch.testing.assert_close(attr.scores(rows_of(sides.query, QUERIES)), expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        attr.scores(rows_of(sides.query, QUERIES), unchecked=True), expected, rtol=1e-8, atol=1e-12
+    )
     torch.testing.assert_close(
         attr.trace((ell, PARAMS), QUERIES, 3, transform=sides.query).values,
         ordered(expected).values[:, :3],
@@ -151,7 +153,7 @@ def test_scores_go_through_the_inverse_once(inversion: str) -> None:
     )
     if inversion == "one sided":
         with pytest.raises(FingerprintError, match="curvature"):
-            Attributor(index_of(sides.query)).search(rows_of(sides.query, QUERIES))
+            Attributor(index_of(sides.query)).search(rows_of(sides.query, QUERIES), unchecked=True)
 
 
 # Blocks and heads
@@ -161,34 +163,36 @@ def test_some_blocks_alone() -> None:
     transform = as_blocks()
     query, train = rows_of(transform, QUERIES), rows_of(transform)
     attr = Attributor(index_of(transform))
-    parts = attr.block_scores(query)
+    parts = attr.block_scores(query, unchecked=True)
     for blocks in (["a"], ["c"], ["a", "c"], ["c", "b"], "[ab]"):
         names = ["a", "b"] if blocks == "[ab]" else sorted(blocks)
         expected = sum(query[name].flatten(1) @ train[name].flatten(1).mT for name in names)
-        torch.testing.assert_close(attr.scores(query, blocks), expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(attr.scores(query, blocks, unchecked=True), expected, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(sum(parts[name] for name in names), expected, rtol=1e-10, atol=1e-13)
         only = CollectedRows({name: query[name] for name in names}, transform, query.layout)
-        assert attr.search(only, 4, blocks).indices.equal(ordered(expected).indices[:, :4])
+        assert attr.search(only, 4, blocks, unchecked=True).indices.equal(ordered(expected).indices[:, :4])
         with pytest.raises(ValueError, match="blocks"):
-            attr.search(only, 4)
+            attr.search(only, 4, unchecked=True)
 
 
 def test_heads_are_blocks() -> None:
     transform = chain(as_blocks(), split_heads({"b": Heads(1, 5), "a": Heads(7, 1)}), project(4))
     query, train = rows_of(transform, QUERIES), rows_of(transform)
     attr = Attributor(index_of(transform))
-    torch.testing.assert_close(attr.scores(query), flat(query) @ flat(train).mT, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(attr.scores(query, unchecked=True), flat(query) @ flat(train).mT, rtol=1e-10, atol=1e-13)
     expected = query["a.head_3"].flatten(1) @ train["a.head_3"].flatten(1).mT
-    torch.testing.assert_close(attr.scores(query, "a.head_3"), expected, rtol=1e-10, atol=1e-13)
-    assert attr.trace((ell, PARAMS), QUERIES, 3).indices.equal(attr.search(query, 3).indices)
+    torch.testing.assert_close(attr.scores(query, "a.head_3", unchecked=True), expected, rtol=1e-10, atol=1e-13)
+    assert attr.trace((ell, PARAMS), QUERIES, 3).indices.equal(attr.search(query, 3, unchecked=True).indices)
 
 
 def test_a_global_projection_is_one_block() -> None:
     transform = chain(as_blocks(), project(16, target="global"), unit_norm())
     query, train = rows_of(transform, QUERIES), rows_of(transform)
     attr = Attributor(index_of(transform))
-    torch.testing.assert_close(attr.scores(query), flat(query) @ flat(train).mT, rtol=1e-10, atol=1e-13)
-    assert attr.search(query, 3, ["global"]).indices.equal(attr.trace((ell, PARAMS), QUERIES, 3).indices)
+    torch.testing.assert_close(attr.scores(query, unchecked=True), flat(query) @ flat(train).mT, rtol=1e-10, atol=1e-13)
+    assert attr.search(query, 3, ["global"], unchecked=True).indices.equal(
+        attr.trace((ell, PARAMS), QUERIES, 3).indices
+    )
 
 
 # Projections that nest
@@ -202,11 +206,11 @@ def test_a_projection_is_read_at_the_smaller_dim_of_both(stored: int, asked: int
     smaller = at[min(stored, asked)]
     expected = flat(rows_of(smaller, QUERIES)) @ flat(rows_of(smaller)).mT
     attr, query = Attributor(index_of(at[stored])), rows_of(at[asked], QUERIES)
-    torch.testing.assert_close(attr.scores(query), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(attr.scores(query, unchecked=True), expected, rtol=1e-10, atol=1e-12)
     mine = fingerprint_of(ell, PARAMS, at[asked], {name: tuple(row.shape[1:]) for name, row in query.items()})
     torch.testing.assert_close(attr.scores(query, fingerprint=mine), expected, rtol=1e-10, atol=1e-12)
     assert attr.trace((ell, PARAMS), QUERIES, 3, transform=at[asked]).indices.equal(ordered(expected).indices[:, :3])
-    parts = attr.scores(query, ["b"])
+    parts = attr.scores(query, ["b"], unchecked=True)
     mine_b, theirs_b = (rows_of(smaller, x)["b"].flatten(1) for x in (QUERIES, DATA))
     torch.testing.assert_close(parts, mine_b @ theirs_b.mT, rtol=1e-10, atol=1e-12)
 
@@ -222,9 +226,9 @@ def test_raising_is_the_adjoint_of_reading_smaller() -> None:
 def test_a_sketch_that_does_not_nest_is_refused() -> None:
     at = {p: chain(as_blocks(), project(p, kind="srht")) for p in (2, 4)}
     with pytest.raises(FingerprintError, match="dim"):
-        Attributor(index_of(at[4])).search(rows_of(at[2], QUERIES))
+        Attributor(index_of(at[4])).search(rows_of(at[2], QUERIES), unchecked=True)
     with pytest.raises(ValueError, match="nest"):
-        Attributor(index_of(at[2])).search(rows_of(at[4], QUERIES))
+        Attributor(index_of(at[2])).search(rows_of(at[4], QUERIES), unchecked=True)
 
 
 # Tokens
@@ -261,7 +265,7 @@ def test_hits_on_tokens_say_document_and_position(notion: str, tmp_path: Path) -
     query = per_example_grads(loss_fn, params, documents(3, seed=2), transform=transform)
     expected = flat(query) @ flat(tokens.rows).mT
     attr = Attributor(tmp_path / "run")
-    hits = attr.search(query, 5)
+    hits = attr.search(query, 5, unchecked=True)
     assert hits.indices.equal(ordered(expected).indices[:, :5])
     for q in range(3):
         for j in range(5):
@@ -274,17 +278,19 @@ def test_hits_on_tokens_say_document_and_position(notion: str, tmp_path: Path) -
     assert traced.indices.equal(hits.indices)
     # a document's tokens sum to its row, and so do their scores
     whole = per_example_grads(loss_fn, params, documents(), transform=transform)
-    ids, sums = attr.document_scores(query)
+    ids, sums = attr.document_scores(query, unchecked=True)
     assert ids.tolist() == list(range(100, 108))
     torch.testing.assert_close(sums, flat(query) @ flat(whole).mT, rtol=1e-6, atol=1e-9)
-    top = attr.search(query, 3, by_document=True)
+    top = attr.search(query, 3, by_document=True, unchecked=True)
     assert top.indices.equal(ordered(sums).indices[:, :3] + 100)
     assert top.documents.equal(top.indices)
-    assert attr.search(query, 3, by_document=True, reverse=True).indices.equal(ordered(sums, True).indices[:, :3] + 100)
+    assert attr.search(query, 3, by_document=True, reverse=True, unchecked=True).indices.equal(
+        ordered(sums, True).indices[:, :3] + 100
+    )
     assert "position" in index.dataset().column_names
     assert set(hits.to_dict()) == {"query", "rank", "score", "row", "document", "position"}
     with pytest.raises(ValueError, match="number of documents, 8; got 9"):
-        attr.search(query, 9, by_document=True)
+        attr.search(query, 9, by_document=True, unchecked=True)
     tokenwise = attr.search(dict(query.items()), None, unchecked=True)
     assert tokenwise.values.shape == (3, len(index))
 
@@ -299,7 +305,7 @@ def test_zero_queries_have_zero_scores() -> None:
     hits = attr.search(query, 4, unchecked=True)
     assert (hits.values == 0).all()
     assert hits.indices.equal(torch.arange(4).expand(Q, 4))
-    still = attr.search(rows_of(transform, QUERIES * 0), 4)
+    still = attr.search(rows_of(transform, QUERIES * 0), 4, unchecked=True)
     assert (still.values == 0).all()
 
 
@@ -308,7 +314,7 @@ def test_bad_questions() -> None:
     attr, query = Attributor(index_of(transform)), rows_of(transform, QUERIES)
     for k in (0, -1, N + 1):
         with pytest.raises(ValueError, match=rf"k must be from 1 to the number of rows, {N}; got {k}"):
-            attr.search(query, k)
+            attr.search(query, k, unchecked=True)
     with pytest.raises(ValueError, match="do not say how they were made"):
         attr.search(dict(query.items()))
     for bad in (float("nan"), float("inf")):
@@ -319,7 +325,7 @@ def test_bad_questions() -> None:
     with pytest.raises(ValueError, match="the query is empty"):
         attr.search({name: row[:0] for name, row in query.items()}, unchecked=True)
     with pytest.raises(ValueError, match="'d' matches none of the index's 3 blocks"):
-        attr.search(query, blocks=["d"])
+        attr.search(query, blocks=["d"], unchecked=True)
 
 
 CHANGES: list[tuple[str, Transform, Transform]] = [
@@ -335,11 +341,11 @@ CHANGES: list[tuple[str, Transform, Transform]] = [
 def test_rows_of_another_kind_are_refused_by_name(field: str, mine: Transform, theirs: Transform) -> None:
     attr = Attributor(index_of(theirs))
     with pytest.raises(FingerprintError, match=field):
-        attr.search(rows_of(mine, QUERIES))
+        attr.search(rows_of(mine, QUERIES), unchecked=True)
     if field != "dim":
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            attr.search(rows_of(mine, QUERIES), force=True)
+            attr.search(rows_of(mine, QUERIES), force=True, unchecked=True)
         assert any(field in str(warning.message) for warning in said)
 
 
@@ -351,9 +357,14 @@ def test_other_weights_are_refused_where_they_are_known() -> None:
     with pytest.warns(UserWarning, match="weights"):
         attr.trace((ell, other), QUERIES, force=True)
     rows = per_example_grads(ell, other, QUERIES, transform=as_blocks())
-    mine = fingerprint_of(ell, other, as_blocks(), {name: tuple(row.shape[1:]) for name, row in rows.items()})
     with pytest.raises(FingerprintError, match="weights"):
-        attr.search(rows, fingerprint=mine)
+        attr.search(rows, fingerprint=provenance(ell, other, rows))
+    with pytest.raises(ValueError, match="do not say of which weights they are"):
+        attr.search(rows)
+    own = per_example_grads(ell, PARAMS, QUERIES, transform=as_blocks())
+    assert attr.search(own, fingerprint=provenance(ell, PARAMS, own)).indices.equal(
+        attr.trace((ell, PARAMS), QUERIES).indices
+    )
 
 
 def test_training_side_scaling_is_accepted() -> None:
@@ -361,7 +372,7 @@ def test_training_side_scaling_is_accepted() -> None:
     attr = Attributor(index_of(chain(as_blocks(), scale_by_adam(moments))))
     query = rows_of(as_blocks(), QUERIES)
     expected = flat(query) @ flat(rows_of(chain(as_blocks(), scale_by_adam(moments)))).mT
-    torch.testing.assert_close(attr.scores(query), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(attr.scores(query, unchecked=True), expected, rtol=1e-10, atol=1e-12)
 
 
 # Live models
@@ -376,7 +387,7 @@ def test_a_model_is_traced_by_the_stored_loss_and_transform(tmp_path: Path) -> N
         path = tmp_path / reduction
         build(loss_fn, params, [documents()], path, transform=transform, dtype="float64")
         query = per_example_grads(loss_fn, params, documents(3, seed=2), transform=transform)
-        expected = Attributor(path).search(query, 4)
+        expected = Attributor(path).search(query, 4, unchecked=True)
         hits = Attributor(path).trace(language_model(), documents(3, seed=2), 4)
         assert hits.indices.equal(expected.indices)
         torch.testing.assert_close(hits.values, expected.values, rtol=1e-9, atol=1e-12)
@@ -451,7 +462,7 @@ def test_factors_of_the_recipe_are_given_and_another_transform_is_refused() -> N
     index = index_of(sides.train)
     with pytest.raises(ValueError, match="made with the factors kfac"):
         Attributor(index).trace((ell, PARAMS), QUERIES)
-    expected = Attributor(index).search(rows_of(sides.query, QUERIES), 3)
+    expected = Attributor(index).search(rows_of(sides.query, QUERIES), 3, unchecked=True)
     for attr in (Attributor(index, factors=[factors]), Attributor(index, transform=sides.train)):
         assert attr.trace((ell, PARAMS), QUERIES, 3).indices.equal(expected.indices)
     with pytest.raises(FingerprintError):
@@ -495,7 +506,7 @@ def test_faiss_finds_what_the_scan_finds(factory: str, shards: int, mapped: bool
     for attr in (Attributor(tmp_path / "run", faiss=config), Attributor(tmp_path / "run", faiss=config)):
         for reverse in (False, True):
             for blocks in (None, ["a", "c"]):
-                found, exact = (one.search(query, 5, blocks, reverse) for one in (attr, scanned))
+                found, exact = (one.search(query, 5, blocks, reverse, unchecked=True) for one in (attr, scanned))
                 torch.testing.assert_close(found.values, exact.values, rtol=1e-4, atol=1e-5)
                 assert found.indices.equal(exact.indices)
 
@@ -506,20 +517,20 @@ def test_ids_that_faiss_does_not_find_are_dropped() -> None:
     query = rows_of(transform, QUERIES)
     few = attr._neighbours.search(flat(query), 30, 1)
     assert (few.indices < 0).any()
-    hits = attr.search(query, 30)
-    exact = Attributor(attr.index).search(query, 30)
+    hits = attr.search(query, 30, unchecked=True)
+    exact = Attributor(attr.index).search(query, 30, unchecked=True)
     missing = (few.indices < 0).any(1)
     assert (hits.indices >= 0).all()
     assert hits.indices[missing].equal(exact.indices[missing])
     assert hits.indices.sort(dim=1).values.diff(dim=1).ne(0).all()
-    assert attr.search(query, None).values.shape == (Q, N)
+    assert attr.search(query, None, unchecked=True).values.shape == (Q, N)
 
 
 def test_the_faiss_cache_is_keyed_by_everything(tmp_path: Path) -> None:
     transform = chain(as_blocks(), project(3))
 
     def kept(config: FaissConfig, path: Path) -> dict[str, int]:
-        Attributor(path, faiss=config).search(rows_of(transform, QUERIES), 2)
+        Attributor(path, faiss=config).search(rows_of(transform, QUERIES), 2, unchecked=True)
         return {str(p.parent.name): p.stat().st_mtime_ns for p in sorted((path / "faiss").glob("*/0.faiss"))}
 
     index_of(transform, "float32", tmp_path / "one")
@@ -531,10 +542,12 @@ def test_the_faiss_cache_is_keyed_by_everything(tmp_path: Path) -> None:
     assert len(before) == 4
     # other rows under the same name, and a file that was cut off, are made again
     build(ell, PARAMS, [DATA + 1], tmp_path / "one", transform=transform, overwrite=True)
-    exact = Attributor(tmp_path / "one").search(rows_of(transform, QUERIES), 2)
+    exact = Attributor(tmp_path / "one").search(rows_of(transform, QUERIES), 2, unchecked=True)
     for _ in range(2):
         after = kept(FaissConfig("Flat"), tmp_path / "one")
-        found = Attributor(tmp_path / "one", faiss=FaissConfig("Flat")).search(rows_of(transform, QUERIES), 2)
+        found = Attributor(tmp_path / "one", faiss=FaissConfig("Flat")).search(
+            rows_of(transform, QUERIES), 2, unchecked=True
+        )
         assert found.indices.equal(exact.indices)
         (new,) = after.keys() - before.keys()
         path = tmp_path / "one" / "faiss" / new / "0.faiss"
@@ -545,24 +558,24 @@ def test_appended_rows_are_found_by_faiss(tmp_path: Path) -> None:
     transform = chain(as_blocks(), project(3))
     index_of(transform, "float32", tmp_path / "run")
     config, query = FaissConfig("Flat"), rows_of(transform, QUERIES)
-    Attributor(tmp_path / "run", faiss=config).search(query, 2)
+    Attributor(tmp_path / "run", faiss=config).search(query, 2, unchecked=True)
     build(ell, PARAMS, [DATA * 2], tmp_path / "run", transform=transform, append=True)
-    found = Attributor(tmp_path / "run", faiss=config).search(query, 7)
-    assert found.indices.equal(Attributor(open_index(tmp_path / "run")).search(query, 7).indices)
+    found = Attributor(tmp_path / "run", faiss=config).search(query, 7, unchecked=True)
+    assert found.indices.equal(Attributor(open_index(tmp_path / "run")).search(query, 7, unchecked=True).indices)
 
 
 def test_bad_faiss_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = chain(as_blocks(), project(3))
     query, index = rows_of(transform, QUERIES), index_of(transform, "float32")
     with pytest.raises(ValueError, match="does not understand index_factory='Flut'"):
-        Attributor(index, faiss=FaissConfig("Flut")).search(query)
+        Attributor(index, faiss=FaissConfig("Flut")).search(query, unchecked=True)
     with pytest.raises(ValueError, match="cannot learn 'IVF100,Flat' from 41 rows"):
-        Attributor(index, faiss=FaissConfig("IVF100,Flat")).search(query)
+        Attributor(index, faiss=FaissConfig("IVF100,Flat")).search(query, unchecked=True)
     with pytest.raises(ValueError, match="nprobe=0"):
         FaissConfig(nprobe=0)
     monkeypatch.setattr(neighbours, "available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"1kB are available\. Use mmap_index=True"):
-        Attributor(index, faiss=FaissConfig()).search(query)
+        Attributor(index, faiss=FaissConfig()).search(query, unchecked=True)
 
 
 # Hits
@@ -570,10 +583,10 @@ def test_bad_faiss_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hits_read_as_a_table() -> None:
     attr = Attributor(index_of(as_blocks()))
-    hits = attr.search(rows_of(as_blocks(), QUERIES), 2)
+    hits = attr.search(rows_of(as_blocks(), QUERIES), 2, unchecked=True)
     lines = repr(hits).splitlines()
     assert lines[0].split() == ["query", "rank", "score", "row", "document"]
     assert len(lines) == 1 + 2 * Q
     assert hits.rows()[1] == {key: column[1] for key, column in hits.to_dict().items()}
     assert len(hits) == Q
-    assert "of 6 queries with 41 hits each" in repr(attr.search(rows_of(as_blocks(), QUERIES), None))
+    assert "of 6 queries with 41 hits each" in repr(attr.search(rows_of(as_blocks(), QUERIES), None, unchecked=True))

@@ -3,7 +3,7 @@
 from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
 from influence.index.columns import Columns, columns_of
-from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of, provenance
 from influence.index.hits import Hits
 from influence.index.narrowing import narrowed
 from influence.index.neighbours import FaissConfig
@@ -35,6 +35,7 @@ __all__ = [
     "memory_sink",
     "narrowed",
     "open_index",
+    "provenance",
     "rebuild",
     "recipe",
     "shard_sink",

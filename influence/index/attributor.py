@@ -84,9 +84,9 @@ class Attributor:
             k: how many; `None` for all.
             blocks: names or globs: score these blocks alone.
             reverse: the smallest scores, smallest first.
-            fingerprint: what the query rows are. Rows that come straight from `per_example_grads` know their transform,
-                but not the model's weights, which only `trace` and a fingerprint can check.
-            unchecked: take rows that say nothing of themselves as they are.
+            fingerprint: what the query rows are: `provenance(loss_fn, params, rows)`. Rows that come straight from
+                `per_example_grads` know their transform, but not the model's weights.
+            unchecked: take the weights on trust, and rows that do not even know their transform as they are.
             force: warn where fingerprints do not fit, instead of refusing.
             by_document: sum the scores of a document's rows: tokens, or chunks by their first document.
 

@@ -15,7 +15,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
 from influence.func.nested import unprojected
 from influence.func.project import NESTING
-from influence.func.transform import Step, Transform
+from influence.func.transform import CollectedRows, Step, Transform
 from influence.index.recipe import recipe
 from influence.types import LossFn, Params
 
@@ -63,6 +63,24 @@ class Fingerprint:
     def dim(self) -> int | None:
         """The projection's dim, if there is one."""
         return self.must_match.get("dim")
+
+
+def provenance(
+    loss_fn: LossFn, params: Params, rows: CollectedRows, recorded: Mapping[str, Any] | None = None
+) -> Fingerprint:
+    """Return the fingerprint of rows that come straight from `per_example_grads`, for a search.
+
+    Args:
+        loss_fn: the loss function they were made by.
+        params: the parameters they were made at, as they were then.
+        rows: the rows.
+        recorded: anything else to record.
+
+    Returns:
+        The fingerprint.
+    """
+    shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+    return fingerprint_of(loss_fn, params, rows.transform, shapes, recorded=recorded, layout=rows.layout)
 
 
 def fingerprint_of(

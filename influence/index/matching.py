@@ -28,7 +28,7 @@ def matched(
         stored: what the stored rows are.
         chosen: the blocks that are looked at.
         fingerprint: what the query's rows are; rows from `per_example_grads` know all but the weights.
-        unchecked: take rows as they are.
+        unchecked: take the weights on trust, and rows that do not even know their transform as they are.
         force: warn where they do not belong together, instead of refusing.
 
     Returns:
@@ -36,9 +36,9 @@ def matched(
 
     Raises:
         FingerprintError: if they do not belong together, naming the field and both values.
-        ValueError: if the query's rows say nothing of themselves.
+        ValueError: if the query's rows do not say of which weights they are.
     """
-    if unchecked:
+    if unchecked and not isinstance(query, CollectedRows):
         return query
     if isinstance(query, CollectedRows):
         step = projection(query.transform)
@@ -46,12 +46,13 @@ def matched(
             made = at_dim(query.transform, stored.dim)
             query = CollectedRows(down_project(query, stored.dim), made, query.layout)
             fingerprint = None if fingerprint is None else _read_at(fingerprint, stored.dim, query)
-        if fingerprint is None:
+        if fingerprint is None and unchecked:
             fingerprint = _said(query, query.transform, stored)
     if fingerprint is None:
+        missing = "of which weights they are" if isinstance(query, CollectedRows) else "how they were made"
         raise ValueError(
-            "the query rows do not say how they were made: pass fingerprint= (fingerprint_of(loss_fn, params, "
-            "transform, shapes)), or unchecked=True if you are sure that they were collected as the index was"
+            f"the query rows do not say {missing}: pass fingerprint=provenance(loss_fn, params, rows), or ask by "
+            "trace(), or pass unchecked=True if you are sure that they belong to this index"
         )
     lower = check(_restricted(fingerprint, chosen), _restricted(stored, chosen), force)
     if lower is None or stored.dim is None:

@@ -250,7 +250,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if isinstance(value, int) and not isinstance(value, bool) and hint is float:
         value = float(value)
-    if not is_bearable(value, hint):
+    lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
+    if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
         raise ValueError(f"field {name} must be {_said(hint)}; got {value!r}")
     return value
 
