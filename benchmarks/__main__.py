@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import agree, collect, curvature, loader, peers, ranks, report, search, vocabulary
+from benchmarks import agree, building, collect, curvature, loader, peers, ranks, report, search, vocabulary
 from benchmarks.models import MODELS
 from benchmarks.report import Check
 
@@ -49,7 +49,9 @@ def main() -> int:
         suite.add_argument("--quick", action="store_true", help="a small batch: whether it runs")
         suite.set_defaults(run=_simple, suite_module=which)
 
-    suite = suites.add_parser("index", help="search and the store's bandwidth against a bare product and memory maps")
+    suite = suites.add_parser(
+        "index", help="building beside bare collection, search and bandwidth beside a bare product and memory maps"
+    )
     suite.add_argument("--rows", type=int, default=1_000_000)
     suite.add_argument("--dim", type=int, default=512)
     suite.add_argument("--rounds", type=int, default=50, help="interleaved rounds (default: 50)")
@@ -153,9 +155,15 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     settings = {
         name: getattr(arguments, name) for name in ("rows", "dim", "rounds", "threads", "quick", "path", "faiss")
     }
-    found = search.run(**settings)
+    made = building.run(
+        rounds=2 if arguments.quick else 5,
+        threads=arguments.threads,
+        documents=200 if arguments.quick else 3_000,
+        path=arguments.path,
+    )
+    found = {**search.run(**settings), "building": made}
     arguments.only = arguments.rows < 1_000_000
-    return _finish(arguments, found, search.targets(found) if arguments.check else [])
+    return _finish(arguments, found, search.targets(found) + building.targets(made) if arguments.check else [])
 
 
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
