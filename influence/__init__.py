@@ -1,7 +1,7 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from influence.func import similarity, sinks
 from influence.func.blocks import as_blocks, split_heads
@@ -25,6 +25,7 @@ __all__ = [
     "Sink",
     "Transform",
     "as_blocks",
+    "build",
     "chain",
     "down_project",
     "eigen_whiten",
@@ -32,9 +33,11 @@ __all__ = [
     "fold",
     "functionalize",
     "hessians",
+    "index",
     "kept_energy",
     "kfac_whiten",
     "one_sided",
+    "open_index",
     "per_example_grads",
     "per_example_grads_fn",
     "per_token_grads",
@@ -49,12 +52,17 @@ __all__ = [
     "unit_norm",
 ]
 
-ROOMS = ("hessians",)
+ROOMS = ("hessians", "index")
 """Rooms that are imported when they are first asked for."""
 
+LENT = {"build": "index", "open_index": "index"}
+"""Names of such rooms that are to be had from here."""
 
-def __getattr__(name: str) -> ModuleType:
+
+def __getattr__(name: str) -> Any:
     """Import a room on its first use."""
     if name in ROOMS:
         return import_module(f"influence.{name}")
+    if name in LENT:
+        return getattr(import_module(f"influence.{LENT[name]}"), name)
     raise AttributeError(f"module 'influence' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The two engines that need no trace: `vmap(grad)`, the definition, and a loop; and what torch means when they fail."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.attention import under_vmap
@@ -9,6 +10,16 @@ from influence.types import Batch, LossFn, Params, Rows
 
 
 def vmap_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
+    """Return the rows of `vmap_both` alone."""
+    return vmap_both(loss_fn, params, batch)[0]
+
+
+def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
+    """Return the rows of `loop_both` alone."""
+    return loop_both(loss_fn, params, batch)[0]
+
+
+def vmap_both(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
     r"""Per-example gradients by definition: `vmap(grad(ℓ))`, each example a batch of one.
 
     Args:
@@ -17,7 +28,7 @@ def vmap_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
         batch: the batch.
 
     Returns:
-        `{name: [n, *shape]}`.
+        `{name: [n, *shape]}`, and the losses.
     """
     leaves, rebuild = split_leaves(batch)
 
@@ -26,10 +37,10 @@ def vmap_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
 
     plain = {name: p.detach() for name, p in params.items()}
     with torch.no_grad(), under_vmap():
-        return torch.func.vmap(torch.func.grad(one), (None, 0), randomness="error")(plain, leaves)
+        return torch.func.vmap(torch.func.grad_and_value(one), (None, 0), randomness="error")(plain, leaves)
 
 
-def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
+def loop_both(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
     """Per-example gradients by plain autograd, one example at a time.
 
     Args:
@@ -38,13 +49,15 @@ def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
         batch: the batch.
 
     Returns:
-        `{name: [n, *shape]}`.
+        `{name: [n, *shape]}`, and the losses.
     """
+    losses: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in params}
     for i in range(batch_size(batch)):
         with torch.enable_grad():
             leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
             loss = loss_fn(leaves, take(batch, slice(i, i + 1))).sum()
+            losses.append(loss.detach())
             names = list(leaves)
             grads = (
                 torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
@@ -53,7 +66,7 @@ def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
             )
         for name, grad in zip(names, grads, strict=True):
             found[name].append(torch.zeros_like(params[name]) if grad is None else grad)
-    return {name: torch.stack(rows) for name, rows in found.items()}
+    return {name: torch.stack(rows) for name, rows in found.items()}, torch.stack(losses)
 
 
 def vmap_problem(loss_fn: LossFn, params: Params, batch: Batch) -> str | None:

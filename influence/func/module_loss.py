@@ -27,6 +27,7 @@ class ModuleLoss:
 
     Attributes:
         layout: the layout of all its parameters.
+        name: which loss it is.
         reduction: `"sum"` or `"mean"`.
         frozen: the parameters that are not differentiated.
         encoder_decoder: whether two streams of positions meet in it.
@@ -50,6 +51,7 @@ class ModuleLoss:
         self.encoder_decoder = bool(getattr(getattr(model.skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
+        self.name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
         known = {"cross_entropy": categorical, "squared_error": gaussian}
         self.likelihood = known[loss]() if isinstance(loss, str) and loss in known else None
 

@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from influence.func.batches import batch_size, chunks, take
 from influence.func.compiled import Compiled
-from influence.func.engines import explain_torch, loop_rows, vmap_rows
+from influence.func.engines import explain_torch, loop_both, vmap_both
 from influence.func.folding import vectors
 from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.planned import Planned
@@ -16,6 +18,8 @@ from influence.types import Batch, LossFn, Params, Rows
 
 GUARDED = 3
 """Examples that the plan's guard sees at the least: with one, a misplaced example axis does not show."""
+LOSSES = "(losses)"
+"""Where a step puts the losses of the same forward, beside the rows: no parameter has such a name."""
 
 
 def per_example_grads(
@@ -173,9 +177,15 @@ class PlannedRows:
 
     def __call__(self, params: Params, batch: Batch) -> CollectedRows:
         """Return the rows of a batch."""
+        return self.with_losses(params, batch)[0]
+
+    def with_losses(self, params: Params, batch: Batch) -> tuple[CollectedRows, Float[Tensor, " n"]]:
+        """Return the rows of a batch, and its losses from the same forward."""
         pieces = [self.planned(params, chunk) for chunk in chunks(batch, self._chunk_size)]
-        rows = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
-        return CollectedRows(finite_rows(rows, batch, self._nonfinite), self.plan.transform, self.plan.layout)
+        found = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        rows = {name: row for name, row in found.items() if name != LOSSES}
+        finite = finite_rows(rows, batch, self._nonfinite)
+        return CollectedRows(finite, self.plan.transform, self.plan.layout), found[LOSSES]
 
     def __repr__(self) -> str:
         """Return the plan."""
@@ -183,19 +193,24 @@ class PlannedRows:
 
 
 def eager_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], Rows]:
-    """Return the pure function a plan describes."""
+    """Return the pure function a plan describes: rows, and the losses under `LOSSES`."""
     batched = plan.batched
     if batched is not None:
-        return lambda params, batch: plan.folded.finish_rows(batched.rows(loss_fn, params, batch)[0])
-    rows_of = vmap_rows if plan.engine == "vmap" else loop_rows
+
+        def tapped(params: Params, batch: Batch) -> Rows:
+            rows, losses = batched.rows(loss_fn, params, batch)
+            return {**plan.folded.finish_rows(rows), LOSSES: losses}
+
+        return tapped
+    both = vmap_both if plan.engine == "vmap" else loop_both
 
     def step(params: Params, batch: Batch) -> Rows:
         try:
-            grads = rows_of(loss_fn, params, batch)
+            grads, losses = both(loss_fn, params, batch)
         except RuntimeError as error:
             meaning = explain_torch(str(error))
             raise EngineError(f"engine={plan.engine!r} failed on this batch: {meaning}") from error
-        return plan.folded.rows(grads)
+        return {**plan.folded.rows(grads), LOSSES: losses}
 
     return step
 

@@ -7,17 +7,18 @@ r"""Per-token gradients, in both notions.
 Either way an example's token rows sum to its row.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from influence.func.batched import BatchedPlan, batched_rows, cotangent_rows, tapped_losses
 from influence.func.batches import batch_size
 from influence.func.contributions import Route
 from influence.func.plan import EngineError, Plan, make_plan
+from influence.func.planned import Planned
 from influence.func.probe import UseKey
 from influence.func.trace import position_axes
 from influence.func.transform import Transform
@@ -41,6 +42,9 @@ class TokenRows(NamedTuple):
         """Return the token rows of one example."""
         begin, end = (int(self.offsets[j]) for j in (i, i + 1))
         return {name: row[begin:end] for name, row in self.rows.items()}
+
+
+TokenRowsAndLosses: TypeAlias = tuple[TokenRows, Float[Tensor, " n"]]
 
 
 def per_token_grads(
@@ -76,28 +80,89 @@ def per_token_grads(
         >>> tokens.rows["w"].shape, tokens.offsets
         (torch.Size([3, 2, 2]), tensor([0, 3]))
     """
+    return per_token_grads_fn(loss_fn, params, batch, position=position, transform=transform)(params, batch)
+
+
+def per_token_grads_fn(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    position: str = "use",
+    transform: Transform | None = None,
+) -> "PlannedTokens":
+    """Plan per-token gradients once, for use in a loop.
+
+    Args:
+        loss_fn: a loss function.
+        params: the parameters to differentiate.
+        batch: a first batch: the plan is checked on it.
+        position: `"use"` or `"loss"`.
+        transform: what is wanted of each token's gradient.
+
+    Returns:
+        A pure function `(params, batch) -> TokenRows`, with its `plan`.
+
+    Raises:
+        ValueError: if positions cannot be told apart.
+    """
     if position not in ("use", "loss"):
         raise ValueError(f"position must be 'use' or 'loss'; got {position!r}")
-    plan = make_plan(loss_fn, params, batch, transform, "auto")
-    if plan.batched is None:
-        raise EngineError(
-            f"per-token gradients need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
-        )
-    rows, kept = _at_use(plan, loss_fn, params, batch) if position == "use" else _at_loss(plan, loss_fn, params, batch)
-    chosen = {name: row[kept] for name, row in rows.items()}
-    offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
-    return TokenRows(plan.folded.finish_rows(chosen), offsets, kept.nonzero()[:, 1])
+    collect = _at_use if position == "use" else _at_loss
+
+    def planned(params: Params, batch: Batch) -> tuple[Plan, Callable[[Params, Batch], TokenRowsAndLosses]]:
+        plan = make_plan(loss_fn, params, batch, transform, "auto")
+        if plan.batched is None:
+            raise EngineError(
+                f"per-token gradients need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
+            )
+
+        def step(params: Params, batch: Batch) -> TokenRowsAndLosses:
+            rows, kept, losses = collect(plan, loss_fn, params, batch)
+            chosen = {name: row[kept] for name, row in rows.items()}
+            offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+            return TokenRows(plan.folded.finish_rows(chosen), offsets, kept.nonzero()[:, 1]), losses
+
+        return plan, step
+
+    return PlannedTokens(Planned(loss_fn, planned, params, batch))
 
 
-def _at_use(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Bool[Tensor, "n s"]]:
+class PlannedTokens:
+    """Planned per-token gradients: call it with parameters and a batch.
+
+    Attributes:
+        planned: the plans, and when they are checked again.
+    """
+
+    def __init__(self, planned: Planned) -> None:
+        self.planned = planned
+
+    @property
+    def plan(self) -> Plan:
+        """The first plan; `print` it."""
+        return self.planned.plan
+
+    def __call__(self, params: Params, batch: Batch) -> TokenRows:
+        """Return the token rows of a batch."""
+        return self.with_losses(params, batch)[0]
+
+    def with_losses(self, params: Params, batch: Batch) -> TokenRowsAndLosses:
+        """Return the token rows of a batch, and its examples' losses from the same forward."""
+        return self.planned(params, batch)
+
+
+def _at_use(
+    plan: Plan, loss_fn: LossFn, params: Params, batch: Batch
+) -> tuple[Rows, Bool[Tensor, "n s"], Float[Tensor, " n"]]:
     assert plan.batched is not None
     kept = real_positions(batch)
     try:
         located = with_positions(plan.batched, loss_fn, params, batch, kept.shape[1])
-        rows, _ = batched_rows(located, loss_fn, params, batch, keep=kept.shape[1])
+        rows, losses = batched_rows(located, loss_fn, params, batch, keep=kept.shape[1])
     except ValueError as error:
         raise ValueError(f"position='use': {error}. Leave such parameters out with targets or exclude") from error
-    return rows, kept
+    return rows, kept, losses
 
 
 def with_positions(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch, s: int) -> BatchedPlan:
@@ -131,7 +196,9 @@ def real_positions(batch: Batch) -> Bool[Tensor, "n s"]:
     return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
 
 
-def _at_loss(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Bool[Tensor, "n t"]]:
+def _at_loss(
+    plan: Plan, loss_fn: LossFn, params: Params, batch: Batch
+) -> tuple[Rows, Bool[Tensor, "n t"], Float[Tensor, " n"]]:
     positions: Any = getattr(loss_fn, "positions", None)
     reduce: Any = getattr(loss_fn, "reduce", None)
     if positions is None or reduce is None:
@@ -152,7 +219,8 @@ def _at_loss(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple
         losses, run = tapped_losses(plan.batched, losses_of, params, batch)
         (labelled,) = masks
         leaf = losses.detach().requires_grad_()
-        (weights,) = torch.autograd.grad(reduce(leaf, labelled, batch).sum(), leaf)
+        reduced = reduce(leaf, labelled, batch)
+        (weights,) = torch.autograd.grad(reduced.sum(), leaf)
         for t in range(losses.shape[1]):
             cotangent = torch.zeros_like(losses)
             cotangent[:, t] = weights[:, t]
@@ -160,4 +228,4 @@ def _at_loss(plan: Plan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple
                 found.setdefault(name, []).append(row)
     n = batch_size(batch)
     assert labelled.shape[0] == n
-    return {name: torch.stack(rows, dim=1) for name, rows in found.items()}, labelled
+    return {name: torch.stack(rows, dim=1) for name, rows in found.items()}, labelled, reduced.detach()

@@ -363,15 +363,35 @@ def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layou
         expected = tuple(min(size, p) for size in block.shape)
         if tuple(row.shape[1:]) != expected:
             raise ValueError(f"down_project: row {name!r} is {list(row.shape[1:])}; stored at dim {p} it is {expected}")
-        for axis, (size, side) in enumerate(zip(block.shape, ("left", "right"), strict=False)):
-            row = _shrink(row.movedim(axis + 1, -1), size, side, block.name, p, dim, settings).movedim(-1, axis + 1)
-        found[name] = row
+        found[name] = corner(row, block.name, block.shape, p, dim, settings["seed"], kind)
     return found
 
 
-def _shrink(row: Tensor, size: int, side: str, name: str, p: int, dim: int, settings: Any) -> Tensor:
+def corner(
+    row: Float[Tensor, "n ..."], name: str, shape: tuple[int, ...], p: int, dim: int, seed: int, kind: str
+) -> Float[Tensor, "n ..."]:
+    """Return one block's projected rows at a smaller dim.
+
+    Args:
+        row: the block's rows, projected.
+        name: the block.
+        shape: the block's shape before it was projected.
+        p: the dim it was projected to.
+        dim: the smaller dim.
+        seed: of the projection.
+        kind: its kind; one that nests.
+
+    Returns:
+        What `project(dim, seed, kind)` gives.
+    """
+    for axis, (size, side) in enumerate(zip(shape, ("left", "right"), strict=False)):
+        row = _shrink(row.movedim(axis + 1, -1), size, side, name, p, dim, seed, kind).movedim(-1, axis + 1)
+    return row
+
+
+def _shrink(row: Tensor, size: int, side: str, name: str, p: int, dim: int, seed: int, kind: str) -> Tensor:
     if size <= dim:
         return row
     if size <= p:
-        return row @ sketch(name, side, dim, size, settings["seed"], settings["kind"]).to(row).mT
+        return row @ sketch(name, side, dim, size, seed, kind).to(row).mT
     return row[..., :dim] * math.sqrt(p / dim)

@@ -1,6 +1,7 @@
 """Sinks: what a pass over data can fold its rows into. Sums are taken in at least float32."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,26 @@ def _update_total(state: Total, index: Int[Tensor, " n"], rows: Rows) -> Total:
 
 def _merge_total(a: Total, b: Total) -> Total:
     return Total(_add(a.sums, b.sums), a.number + b.number)
+
+
+def taking(sink: Sink, part: Callable[[Any], Any]) -> Sink:
+    """Return a sink that folds a part of each value, so that sinks of other values share a pass.
+
+    Args:
+        sink: the sink.
+        part: what it is to see of a step's value, as `lambda value: value.rows`.
+
+    Returns:
+        The sink.
+
+    Example:
+        >>> import torch
+        >>> from influence import fold, sinks
+        >>> step = lambda batch: ({"x": batch}, batch.sum(1))
+        >>> fold(step, [torch.ones(2, 3)], {"sum": sinks.taking(sinks.total(), lambda value: value[0])})
+        {'sum': {'x': tensor([2., 2., 2.])}}
+    """
+    return sink._replace(update=lambda state, index, value: sink.update(state, index, part(value)))
 
 
 def total() -> Sink:

@@ -1,0 +1,34 @@
+"""The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
+
+from influence.index.building import build, step_of
+from influence.index.columns import Columns, columns_of
+from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
+from influence.index.narrowing import narrowed
+from influence.index.reading import Index, Piece, Place, open_index
+from influence.index.root import About, finish
+from influence.index.run import Run, done, start
+from influence.index.shards import Collected, memory_sink, shard_sink
+
+__all__ = [
+    "About",
+    "Collected",
+    "Columns",
+    "Fingerprint",
+    "FingerprintError",
+    "Index",
+    "Piece",
+    "Place",
+    "Run",
+    "build",
+    "check",
+    "columns_of",
+    "done",
+    "fingerprint_of",
+    "finish",
+    "memory_sink",
+    "narrowed",
+    "open_index",
+    "shard_sink",
+    "start",
+    "step_of",
+]

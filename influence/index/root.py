@@ -1,0 +1,271 @@
+"""The root of a run: one file that presents all shards, written last.
+
+Its facts name every shard with its size, its checksums and where its datasets begin, so a reader can map the shards
+without opening them one by one; its virtual datasets serve whoever has h5py and nothing else.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from influence import store
+from influence.index.columns import Columns, from_json
+from influence.index.fingerprints import Fingerprint
+from influence.index.run import ROOT, RUN, SCHEMA, SHARDS, read_run, write_run
+from influence.index.shards import KIND, check_index, shard_name
+from influence.index.shards import SCHEMA as SHARD_SCHEMA
+from influence.store import Place
+
+HEADER = "(header)"
+"""Name of the checksum over a shard's bytes outside its datasets."""
+MISSING: dict[str, Any] = {"bfloat16": 0x7FC0, "int8": -128, "int64": -1}
+"""What a virtual dataset shows where a shard is gone; NaN for numbers."""
+
+
+class Shard(NamedTuple):
+    """What the root knows of a shard.
+
+    Attributes:
+        file: its name beside the root.
+        bytes: its size.
+        begin: the first row of the dataset in it.
+        end: the one behind its last.
+        examples: how many examples it holds.
+        rows: how many rows.
+        header: checksum of everything outside the datasets.
+        places: where its datasets are, and their checksums.
+    """
+
+    file: str
+    bytes: int
+    begin: int
+    end: int
+    examples: int
+    rows: int
+    header: str
+    places: dict[str, Place]
+
+
+class About(NamedTuple):
+    """What is known of an index.
+
+    Attributes:
+        kind: what the run holds.
+        dtype: the stored type.
+        per_token: whether there is a row for every token.
+        columns: the blocks.
+        fingerprint: what the rows are.
+        config: the configuration.
+        command: what to type to make it again.
+        plan: the shards as planned.
+        shards: the shards.
+        appended: command, configuration and records of every append.
+    """
+
+    kind: str
+    dtype: str
+    per_token: bool
+    columns: Columns
+    fingerprint: Fingerprint
+    config: dict[str, Any]
+    command: list[str]
+    plan: dict[str, Any]
+    shards: tuple[Shard, ...]
+    appended: tuple[dict[str, Any], ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        """Return the facts as the root holds them."""
+        return self._asdict() | {
+            "columns": None,
+            "blocks": self.columns.json(),
+            "fingerprint": self.fingerprint.json(),
+            "rows": sum(shard.rows for shard in self.shards),
+            "examples": sum(shard.examples for shard in self.shards),
+            "shards": [s._asdict() | {"places": {k: p._asdict() for k, p in s.places.items()}} for s in self.shards],
+        }
+
+
+def about_of(facts: dict[str, Any]) -> About:
+    """Return the facts of a root."""
+    shards = tuple(
+        Shard(
+            **{**shard, "places": {k: Place(**{**p, "shape": tuple(p["shape"])}) for k, p in shard["places"].items()}}
+        )
+        for shard in facts["shards"]
+    )
+    known = {key: facts[key] for key in ("kind", "dtype", "per_token", "config", "command", "plan")}
+    return About(
+        **known,
+        columns=from_json(facts["blocks"]),
+        fingerprint=Fingerprint.from_json(facts["fingerprint"]),
+        shards=shards,
+        appended=tuple(facts["appended"]),
+    )
+
+
+def read_root(directory: str | Path) -> About:
+    """Read the root of a run.
+
+    Raises:
+        FileNotFoundError: if there is none: the run was not finished.
+        ValueError: if it is damaged, or of another schema.
+    """
+    path = Path(directory) / ROOT
+    facts = store.read_facts(path, kind="index", schema=SCHEMA)
+    return about_of(facts)
+
+
+def finish(directory: str | Path) -> Path:
+    """Write the root of a run whose shards are all there; replaced atomically if there is one.
+
+    Args:
+        directory: the run.
+
+    Returns:
+        The root.
+
+    Raises:
+        ValueError: if shards are missing, damaged, or of another run; naming the first.
+    """
+    directory = Path(directory)
+    run = read_run(directory)
+    planned = run["plan"].get("shards")
+    is_open = planned is None or run["plan"].get("open", False)
+    if is_open:
+        count = len(list(directory.glob(SHARDS)))
+        if not count:
+            raise ValueError(f"{directory} has no shard: an index of nothing still has one shard of no rows")
+    else:
+        count = len(planned)
+    missing = [number for number in range(count) if not (directory / shard_name(number)).exists()]
+    if missing:
+        raise ValueError(
+            f"{directory} is not finished: {len(missing)} of {count} shards are missing, the first of them "
+            f"{shard_name(missing[0])}. Run it again to resume"
+        )
+    facts = [_facts(directory / shard_name(number), run, number, planned) for number in range(count)]
+    first = facts[0]
+    for number, other in enumerate(facts):
+        for key in ("dtype", "per_token", "blocks"):
+            if other[key] != first[key]:
+                raise ValueError(
+                    f"{directory / shard_name(number)} has {key} {str(other[key])[:120]}, and {shard_name(0)} has "
+                    f"{str(first[key])[:120]}: they are no shards of one run"
+                )
+    shards = tuple(_shard(directory / shard_name(number), about) for number, about in enumerate(facts))
+    if is_open:
+        index = torch.cat([_dataset(directory, shard, "index") for shard in shards]).sort().values
+        check_index(index, None, str(directory))
+        plan = {key: value for key, value in run["plan"].items() if key != "open"}
+        run = {**run, "plan": {**plan, "shards": [[shard.begin, shard.end] for shard in shards]}}
+        write_run(directory, run)
+    about = About(
+        run["kind"],
+        first["dtype"],
+        first["per_token"],
+        from_json(first["blocks"]),
+        Fingerprint.from_json(run["fingerprint"]),
+        run["config"],
+        run["command"],
+        run["plan"],
+        shards,
+        tuple(run.get("appended", ())),
+    )
+    write_root(directory, about)
+    return directory / ROOT
+
+
+def _facts(path: Path, run: dict[str, Any], number: int, planned: Any) -> dict[str, Any]:
+    about = store.read_facts(path, kind=KIND, schema=SHARD_SCHEMA)
+    if about["run"] != run["stamp"] or about["number"] != number:
+        raise ValueError(
+            f"{path} is shard {about['number']} of another run: delete it, and run this one again to resume"
+        )
+    ends = [about["begin"], about["end"]]
+    if planned is not None and number < len(planned) and planned[number] != ends:
+        raise ValueError(f"{path} holds rows {ends} of the dataset, and {RUN} plans {planned[number]}")
+    return about
+
+
+def _shard(path: Path, about: dict[str, Any]) -> Shard:
+    places = store.locate(path)
+    known = {key: about[key] for key in ("begin", "end", "examples", "rows")}
+    return Shard(path.name, path.stat().st_size, **known, header=header_of(path, places), places=places)
+
+
+def header_of(path: Path, places: dict[str, Place]) -> str:
+    """Return the checksum of a file's bytes outside its datasets."""
+    digest = hashlib.sha256()
+    end = 0
+    with open(path, "rb") as file:
+        for place in sorted(place for place in places.values() if place.bytes):
+            file.seek(end)
+            digest.update(file.read(place.offset - end))
+            end = place.offset + place.bytes
+        file.seek(end)
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def write_root(directory: Path, about: About) -> None:
+    """Write the root, atomically."""
+    import h5py
+
+    facts = json.dumps(about.json())
+    with store.replacing(directory / ROOT) as name, h5py.File(name, "x", libver="latest") as file:
+        file.attrs.update(kind="index", schema=SCHEMA)
+        file.attrs["about"] = facts
+        file.attrs["sha256"] = hashlib.sha256(facts.encode()).hexdigest()
+        names = {key for shard in about.shards for key in shard.places} - {"offsets"}
+        for key in sorted(names):
+            _virtual(file, key, about.shards)
+        if about.per_token:
+            file.create_dataset("offsets", data=global_offsets(directory, about.shards).numpy())
+
+
+def global_offsets(directory: Path, shards: Sequence[Shard]) -> Tensor:
+    """Return where each example's rows begin, counted over all shards."""
+    found, rows = [torch.zeros(1, dtype=torch.int64)], 0
+    for shard in shards:
+        found.append(_dataset(directory, shard, "offsets")[1:] + rows)
+        rows += shard.rows
+    return torch.cat(found)
+
+
+def _dataset(directory: Path, shard: Shard, name: str) -> Tensor:
+    return store.mapped(store.map_file(directory / shard.file), shard.places[name])
+
+
+def _virtual(file: Any, key: str, shards: Sequence[Shard]) -> None:
+    import h5py
+
+    having = [shard for shard in shards if key in shard.places]
+    if any(shard.rows and key not in shard.places for shard in shards):
+        return  # known of some alone
+    first = having[0].places[key]
+    dtype = "<u2" if first.dtype == "bfloat16" else _numpy(first.dtype)
+    length = sum(shard.places[key].shape[0] for shard in having)
+    if length and all(first.shape[1:]):
+        layout = h5py.VirtualLayout((length, *first.shape[1:]), dtype)
+        begin = 0
+        for shard in having:
+            shape = shard.places[key].shape
+            if shape[0]:
+                layout[begin : begin + shape[0]] = h5py.VirtualSource(shard.file, key, shape, dtype)
+            begin += shape[0]
+        dataset = file.create_virtual_dataset(key, layout, fillvalue=MISSING.get(first.dtype, float("nan")))
+    else:
+        dataset = file.create_dataset(key, (length, *first.shape[1:]), dtype)
+    if first.dtype == "bfloat16":
+        dataset.attrs["dtype"] = "bfloat16"
+
+
+def _numpy(dtype: str) -> Any:
+    import numpy
+
+    return numpy.dtype(dtype).newbyteorder("<")

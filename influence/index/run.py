@@ -1,0 +1,309 @@
+"""A run directory: started once, resumed after anything, grown by appending, never overwritten unless told."""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from influence import store
+from influence.func.fingerprint import fingerprint as hash_of
+from influence.index.fingerprints import Fingerprint, differences
+from influence.index.lock import LOCK, Lock
+
+SCHEMA = 1
+RUN, ROOT = "run.json", "index.h5"
+SHARDS, PARTIALS = "shard-*.h5", "partial-*.h5"
+OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, ".*.partial")
+"""What a run directory holds of ours."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that this process writes; a context manager that gives the lock back.
+
+    Attributes:
+        directory: where.
+        about: what run.json says.
+        first: number of the first shard that is to be written: 0, or behind those of the index that is appended to.
+        lock: the writer's lock.
+    """
+
+    directory: Path
+    about: Mapping[str, Any]
+    first: int
+    lock: Lock
+
+    @property
+    def shards(self) -> list[tuple[int, int]] | None:
+        """Begin and end of every shard, those of earlier appends among them; `None` where they come as they come."""
+        planned = self.about["plan"].get("shards")
+        return None if planned is None else [(int(begin), int(end)) for begin, end in planned]
+
+    @property
+    def todo(self) -> list[int]:
+        """Numbers of the planned shards that are not there yet."""
+        finished = done(self.directory)
+        return [number for number in range(len(self.shards or ())) if number not in finished]
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self.lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def start(
+    directory: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    plan: Mapping[str, Any],
+    fingerprint: Fingerprint,
+    overwrite: bool = False,
+    resume: bool = True,
+    append: bool = False,
+) -> Run:
+    """Take the lock on a run directory, and begin, resume or append.
+
+    Args:
+        directory: the run; made if it is not there.
+        kind: what it will hold: `"index"`, `"scores"`, ….
+        config: the configuration, as JSON has it.
+        command: what to type to run it again.
+        plan: `{"shards": [[begin, end], …], …}`; without `"shards"` they come as they come, and cannot be resumed. When
+            appending, the new ones alone.
+        fingerprint: what the rows will be.
+        overwrite: delete what is there first: files of ours, no others.
+        resume: go on with an unfinished run of the same plan and fingerprint.
+        append: add shards to a finished index.
+
+    Returns:
+        The run.
+
+    Raises:
+        FileExistsError: if something is there; saying what, and what to do.
+        FileNotFoundError: if there is nothing to append to.
+        ValueError: if it has another kind, plan or fingerprint; naming the field and both values.
+        BlockingIOError: if another writer is at it.
+    """
+    directory = Path(directory)
+    if append and overwrite:
+        raise ValueError("append=True adds to what is there, and overwrite=True deletes it: choose one")
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_ours(directory)
+    lock = Lock(directory)
+    try:
+        about: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "command": list(command),
+            "config": dict(config),
+            "plan": json.loads(json.dumps(plan)),
+            "fingerprint": fingerprint.json(),
+        }
+        if overwrite:
+            _wipe(directory)
+        if not (directory / RUN).exists():
+            if append:
+                raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
+            about["stamp"] = f"{hash_of([kind, about['fingerprint']])[:32]}-{secrets.token_hex(8)}"
+            write_run(directory, about)
+            return Run(directory, about, 0, lock)
+        there = read_run(directory)
+        _check_same(directory, there, about, append)
+        first = rooted(directory)
+        if append:
+            return _append(directory, there, about, first, lock)
+        if first is not None and first == len(there["plan"].get("shards", ())):
+            raise FileExistsError(
+                f"{what_is_there(directory)}. It is finished: pass overwrite=True to replace it, "
+                "append=True to add examples, or write to another directory"
+            )
+        if not resume:
+            raise FileExistsError(
+                f"{what_is_there(directory)}. Pass resume=True to go on with it, overwrite=True to "
+                "replace it, or write to another directory"
+            )
+        _check_plan(directory, there, about)
+        return Run(directory, there, first or 0, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def done(directory: str | Path) -> set[int]:
+    """Return the numbers of the shards of a run that are there and whole: of this run, and not cut off.
+
+    Args:
+        directory: the run.
+
+    Returns:
+        The numbers.
+    """
+    from influence.index.shards import KIND
+    from influence.index.shards import SCHEMA as SHARD_SCHEMA
+
+    mine = stamp(directory)
+    finished = set()
+    for path in Path(directory).glob(SHARDS):
+        try:
+            facts = store.read_facts(path, kind=KIND, schema=SHARD_SCHEMA)
+        except (ValueError, OSError, KeyError):
+            continue
+        if facts["run"] == mine and path.name == f"shard-{facts['number']:05d}.h5":
+            finished.add(int(facts["number"]))
+    return finished
+
+
+def stamp(directory: str | Path) -> str:
+    """Return what the shards of a run are marked with; nothing where no run was started."""
+    path = Path(directory) / RUN
+    return str(read_run(directory)["stamp"]) if path.exists() else ""
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """Read run.json.
+
+    Raises:
+        ValueError: if it is damaged, or of another schema.
+    """
+    path = Path(directory) / RUN
+    try:
+        about = json.loads(path.read_text())
+        schema = about["schema"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or start again with overwrite=True") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: use the version that wrote it")
+    return about
+
+
+def write_run(directory: Path, about: Mapping[str, Any]) -> None:
+    """Write run.json, atomically."""
+    text = json.dumps(about, indent=1) + "\n"
+    with store.replacing(directory / RUN, len(text)) as name:
+        name.write_text(text)
+
+
+def rooted(directory: Path) -> int | None:
+    """Return how many shards the root presents; `None` where there is no root, so the run was never finished."""
+    from influence.index.root import read_root
+
+    return len(read_root(directory).shards) if (directory / ROOT).exists() else None
+
+
+def what_is_there(directory: str | Path) -> str:
+    """Say in a line what a run directory holds."""
+    directory = Path(directory)
+    about = read_run(directory)
+    planned = about["plan"].get("shards")
+    size = sum(path.stat().st_size for path in directory.glob(SHARDS))
+    shards = f"{len(list(directory.glob(SHARDS)))}" + ("" if planned is None else f" of {len(planned)}")
+    made = " ".join(about["command"]) or "a call from Python"
+    state = "finished" if (directory / ROOT).exists() else "unfinished"
+    return (
+        f"{directory} holds a run of kind {about['kind']!r} ({state}; {shards} shards, {size:,} bytes), made by: {made}"
+    )
+
+
+def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], first: int | None, lock: Lock) -> Run:
+    """Grow a finished run's plan, or go on with an append that was cut off."""
+    if first is None:
+        raise FileExistsError(
+            f"{what_is_there(directory)}. It is not finished, so there is nothing to append to yet: resume it first"
+        )
+    old, new = there["plan"]["shards"], about["plan"].get("shards")
+    if len(old) > first:
+        if old[first:] != new:
+            raise ValueError(
+                f"{directory}: an append of shards {_short(old[first:])} was cut off; append the same again to go on, "
+                f"got {_short(new)}"
+            )
+        return Run(directory, there, first, lock)
+    for path in directory.glob(SHARDS):
+        if int(path.stem.split("-")[1]) >= first:
+            path.unlink()
+    if new is not None:
+        last = max((end for _, end in old), default=0)
+        if any(begin < last for begin, _ in new):
+            raise ValueError(
+                f"{directory} holds rows of the dataset up to {last - 1}: appended shards begin at {last} or later, "
+                f"got {_short(new)}"
+            )
+    plan = {**there["plan"], "shards": old + new} if new is not None else {**there["plan"], "open": True}
+    change = {key: about[key] for key in ("command", "config")} | {
+        "recorded": about["fingerprint"]["recorded"],
+        "first": first,
+    }
+    grown = {**there, "plan": plan, "appended": [*there.get("appended", ()), change]}
+    write_run(directory, grown)
+    return Run(directory, grown, first, lock)
+
+
+def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], append: bool) -> None:
+    """Refuse a run of another kind or fingerprint; data that are appended may be others."""
+    if there["kind"] != about["kind"]:
+        raise FileExistsError(
+            f"{what_is_there(directory)}. This run is of kind {about['kind']!r}: pass overwrite=True to replace it, or "
+            "write to another directory"
+        )
+    free = ("data",) if append else ()
+    for name, mine, theirs in differences(
+        Fingerprint.from_json(about["fingerprint"]), Fingerprint.from_json(there["fingerprint"]), free
+    ):
+        verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
+        raise ValueError(
+            f"{what_is_there(directory)}. Its {name} is {_short(theirs)}, and this run's is {_short(mine)}: {verb}; "
+            "pass overwrite=True to replace it, or write to another directory"
+        )
+
+
+def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
+    if "shards" not in about["plan"]:
+        raise FileExistsError(
+            f"{what_is_there(directory)}. Its shards came as their batches came, so it cannot be resumed: pass "
+            "overwrite=True to begin again, or write to another directory"
+        )
+    for key in sorted({*about["plan"], *there["plan"]}):
+        mine, theirs = about["plan"].get(key), there["plan"].get(key)
+        if mine != theirs:
+            raise ValueError(
+                f"{what_is_there(directory)}. Its plan has {key} = {_short(theirs)}, and this run's has "
+                f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
+            )
+
+
+def _check_ours(directory: Path) -> None:
+    """Refuse a directory that holds something else."""
+    ours = {path for pattern in OURS for path in directory.glob(pattern)}
+    foreign = sorted(path.name for path in directory.iterdir() if path not in ours)
+    if (directory / RUN).exists() or not (foreign or ours - {directory / LOCK}):
+        return
+    names = foreign or sorted(path.name for path in ours)
+    raise FileExistsError(
+        f"{directory} holds {', '.join(names[:3])}{'…' if len(names) > 3 else ''} and no run: write to "
+        "another directory"
+    )
+
+
+def _wipe(directory: Path) -> None:
+    """Delete a run: the root first, so that it never looks finished, and run.json last."""
+    (directory / ROOT).unlink(missing_ok=True)
+    for pattern in (SHARDS, PARTIALS, ".*.partial", RUN):
+        for path in directory.glob(pattern):
+            path.unlink()
+    store.sync(directory)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 200 else f"{text[:120]} … {text[-60:]}"

@@ -1,0 +1,247 @@
+"""Shards: a sink that writes the rows of a contiguous slice of a dataset to one file, in the dataset's order.
+
+Rows may come in any order, as packing has it, and in any batches: `index` says which is which. So the file is the same
+for every batch size, world size and resume.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence import store
+from influence.func.fold import Sink
+from influence.func.losses import widen
+from influence.index.columns import Columns
+from influence.index.encoding import Encoded, Unstorable, check_dtype, encode
+from influence.index.run import stamp
+from influence.types import Rows
+
+SCHEMA = 1
+KIND = "shard"
+
+
+class Collected(NamedTuple):
+    """What a step gives a shard: the rows of a batch, and what is known of its examples.
+
+    Attributes:
+        rows: `{block: [n, …]}`, or `[total, …]` where every token has a row.
+        loss: each example's loss.
+        length: each example's tokens; 1 each if nothing is said.
+        document: for chunks, the row of the dataset that each row is from.
+        offsets: for token rows, where each example's begin, and where the last one's end.
+        positions: for token rows, each row's position in its example.
+    """
+
+    rows: Rows
+    loss: Float[Tensor, " n"]
+    length: Int[Tensor, " n"] | None = None
+    document: Int[Tensor, " r"] | None = None
+    offsets: Int[Tensor, " n_and_1"] | None = None
+    positions: Int[Tensor, " r"] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch as it will be stored."""
+
+    index: Int[Tensor, " n"]
+    counts: Int[Tensor, " n"]
+    stored: Encoded
+    per_example: dict[str, Tensor]
+    per_row: dict[str, Tensor]
+
+
+class Parts(NamedTuple):
+    """What a shard has seen so far."""
+
+    parts: tuple[Part, ...]
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:05d}.h5"
+
+
+def shard_sink(
+    directory: str | Path,
+    number: int,
+    expected: tuple[int, int] | None,
+    columns: Columns,
+    dtype: str = "float32",
+    per_token: bool = False,
+) -> Sink:
+    """Return a sink that holds one shard's rows as they will be stored, and writes them when it is finalised.
+
+    Args:
+        directory: the run, already started.
+        number: the shard's number in the plan.
+        expected: the dataset's rows `begin` to `end` that the shard must hold, each once; `None` takes what comes.
+        columns: the blocks of a row: `Columns(rows_of.plan.folded.row_shapes)`.
+        dtype: the stored type.
+        per_token: whether there is a row for every token.
+
+    Returns:
+        A sink of `Collected` values, whose result is the file. Holding a shard takes twice its size of memory when it
+        is written.
+
+    Raises:
+        ValueError: if the type is unknown; when finalised, if examples are missing or came twice.
+    """
+    check_dtype(dtype)
+    path = Path(directory) / shard_name(number)
+
+    def finalize(state: Parts) -> Path:
+        tensors = gather(state, expected, columns, dtype, per_token, str(path))
+        index = tensors["index"]
+        ends = expected or ((int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0))
+        about = {
+            "number": number,
+            "begin": ends[0],
+            "end": ends[1],
+            "examples": len(index),
+            "rows": tensors["rows"].shape[0],
+            "dtype": dtype,
+            "per_token": per_token,
+            "blocks": columns.json(),
+            "run": stamp(directory),
+        }
+        store.write(path, tensors, about, kind=KIND, schema=SCHEMA)
+        return path
+
+    return _sink(columns, dtype, per_token, finalize)
+
+
+def memory_sink(columns: Columns, dtype: str = "float32", per_token: bool = False) -> Sink:
+    """Return the same sink for rows that stay in memory: its result are the tensors that a file would hold."""
+    check_dtype(dtype)
+    return _sink(
+        columns, dtype, per_token, lambda state: gather(state, None, columns, dtype, per_token, "the rows in memory")
+    )
+
+
+def _sink(columns: Columns, dtype: str, per_token: bool, finalize: Any) -> Sink:
+    def update(state: Parts, index: Int[Tensor, " n"], value: Collected) -> Parts:
+        return Parts((*state.parts, part_of(index.cpu(), value, columns, dtype, per_token)))
+
+    return Sink(lambda: Parts(()), update, lambda a, b: Parts(a.parts + b.parts), finalize)
+
+
+def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype: str, per_token: bool) -> Part:
+    """Return a batch as it will be stored.
+
+    Raises:
+        ValueError: if it has token rows where there should be none, or the other way round, or a row that cannot be
+            stored.
+    """
+    if (value.offsets is None) == per_token:
+        got, wanted = ("no offsets", "token") if per_token else ("offsets", "example")
+        raise ValueError(
+            f"this shard has a row for every {wanted}, and the batch has {got}: pass per_token={not per_token}"
+        )
+    rows = columns.joined(value.rows)
+    counts = torch.ones_like(index) if value.offsets is None else value.offsets.diff().cpu()
+    length = torch.ones_like(index) if value.length is None else value.length.cpu()
+    if not (len(index) == len(value.loss) == len(counts) == len(length) and int(counts.sum()) == len(rows)):
+        raise ValueError(
+            f"a batch of {len(index)} examples came with {len(value.loss)} losses, {len(length)} lengths and "
+            f"{len(rows)} rows for {int(counts.sum())}"
+        )
+    try:
+        stored = encode(rows, dtype, columns)
+    except Unstorable as error:
+        which = int(index.repeat_interleave(counts)[error.row])
+        raise ValueError(f"example {which} of the dataset: {error}") from error
+    per_row = {} if value.positions is None else {"position": value.positions.long().cpu()}
+    if value.document is not None:
+        per_row["document"] = value.document.long().cpu()
+    per_example = {"loss": widen(value.loss.detach()).cpu(), "length": length.long()}
+    return Part(
+        index.long(),
+        counts,
+        Encoded(stored.values.cpu(), None if stored.scale is None else stored.scale.cpu()),
+        per_example,
+        per_row,
+    )
+
+
+def gather(
+    state: Parts, expected: tuple[int, int] | None, columns: Columns, dtype: str, per_token: bool, name: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a shard, in the dataset's order.
+
+    Raises:
+        ValueError: if examples are missing, came twice, or should not be here.
+    """
+    parts = state.parts or (_nothing(columns, dtype, per_token),)
+    arrived = torch.cat([part.index for part in parts])
+    index, order = arrived.sort(stable=True)
+    check_index(index, expected, name)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    counts = torch.cat([part.counts for part in parts])
+    offsets = torch.cat([counts.new_zeros(1), counts[order].cumsum(0)])
+    tensors = {
+        "rows": _placed([part.stored.values for part in parts], parts, place, offsets),
+        "index": index,
+        **{key: torch.cat([part.per_example[key] for part in parts])[order] for key in parts[0].per_example},
+        **{key: _placed([part.per_row[key] for part in parts], parts, place, offsets) for key in parts[0].per_row},
+    }
+    scales = [part.stored.scale for part in parts if part.stored.scale is not None]
+    if scales:
+        tensors["scale"] = _placed(scales, parts, place, offsets)
+    return tensors | ({"offsets": offsets} if per_token else {})
+
+
+def check_index(index: Int[Tensor, " n"], expected: tuple[int, int] | None, name: str) -> None:
+    """Refuse sorted rows of a dataset that are not each there once.
+
+    Raises:
+        ValueError: naming the first that is wrong.
+    """
+    again = index[1:][index.diff() == 0]
+    if len(again):
+        raise ValueError(
+            f"{name}: row {int(again[0])} of the dataset came more than once ({len(again)} such): `index` must count "
+            "on over all batches"
+        )
+    if expected is None:
+        return
+    wanted = torch.arange(*expected)
+    missing = wanted[~torch.isin(wanted, index)]
+    foreign = index[~torch.isin(index, wanted)]
+    if len(missing) or len(foreign):
+        which, count = ("did not come", missing) if len(missing) else ("do not belong here", foreign)
+        raise ValueError(
+            f"{name} holds rows {expected[0]} to {expected[1] - 1} of the dataset; {len(count)} {which}, the first of "
+            f"them {int(count[0])}"
+        )
+
+
+def _placed(
+    tensors: list[Tensor], parts: tuple[Part, ...], place: Int[Tensor, " n"], offsets: Int[Tensor, " n_and_1"]
+) -> Tensor:
+    """Put what came in parts where its examples belong."""
+    if len(parts) == 1 and bool((place.diff() == 1).all()):
+        return tensors[0]
+    out = tensors[0].new_empty((int(offsets[-1]), *tensors[0].shape[1:]))
+    begin = 0
+    for part, tensor in zip(parts, tensors, strict=True):
+        starts = offsets[place[begin : begin + len(part.index)]]
+        within = torch.arange(len(tensor)) - (part.counts.cumsum(0) - part.counts).repeat_interleave(part.counts)
+        out[starts.repeat_interleave(part.counts) + within] = tensor
+        begin += len(part.index)
+    return out
+
+
+def _nothing(columns: Columns, dtype: str, per_token: bool) -> Part:
+    none = torch.zeros(0, dtype=torch.int64)
+    value = Collected(
+        {name: torch.zeros(0, *shape) for name, shape in columns.shapes.items()},
+        torch.zeros(0),
+        offsets=torch.zeros(1, dtype=torch.int64) if per_token else None,
+        positions=none if per_token else None,
+    )
+    return part_of(none, value, columns, dtype, per_token)
