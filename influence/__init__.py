@@ -48,6 +48,7 @@ __all__ = [
     "similarity",
     "sinks",
     "split_heads",
+    "train",
     "two_sided",
     "unit_norm",
 ]
