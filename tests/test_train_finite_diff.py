@@ -42,14 +42,14 @@ def test_the_error_falls_as_its_order_says(central: bool, order: int) -> None:
 
 
 def test_the_effect_of_a_training_step_is_the_inner_product() -> None:
-    """⟨∇ℓ_m, g_n⟩ for every pair, at the step that step_for chooses; float32 too."""
+    """⟨∇ℓ_m, g_n⟩ for every pair, at an eighth of the step for gentle losses; float32 too."""
     for dtype, bound in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
         _, loss_fn, params, batch = setting(dtype)
         rows = per_example_grads(loss_fn, params, batch)
         for n in range(3):
             direction = direction_of(rows, loss_fn.layout, torch.eye(3)[n])
             expected = sum(row.double().flatten(1) @ row[n].double().flatten() for row in rows.values())
-            found = FiniteDiff(direction, step_for(params, direction)).effect(loss_fn, params, batch)
+            found = FiniteDiff(direction, step_for(params, direction) / 8).effect(loss_fn, params, batch)
             assert (found - expected).norm() <= bound * expected.norm()
 
 

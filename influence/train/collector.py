@@ -1,0 +1,310 @@
+"""The collector: what happens at each micro-batch, epoch, save and resume of a training run."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from influence import store
+from influence.func.axes import AnotherPath
+from influence.func.functionalize import functionalize
+from influence.func.module_loss import ModuleLoss
+from influence.func.per_example import LOSSES, eager_step, finite_rows
+from influence.func.plan import Plan, make_plan
+from influence.func.transform import Transform
+from influence.index import Columns
+from influence.models.targets import layer_matrices
+from influence.train import sharing
+from influence.train.epochs import Facts, finish_epoch, open_scratch
+from influence.train.live import Live, live, rebound
+from influence.train.scratch import Scratch
+from influence.train.visits import Visits, joined, processes, read_visits, visits_of, write_visits
+from influence.types import ExampleLoss, Params, Rows
+
+FACTS = "training.json"
+
+
+class Settings(NamedTuple):
+    """What is collected and how; see `GradientCollectorCallback`."""
+
+    path: Path
+    transform: Transform
+    share: bool
+    scale: str | None
+    loss: str | ExampleLoss
+    reduction: str
+    targets: Any
+    engine: str
+    dtype: str
+    shard_size: int
+    nonfinite: str
+    overwrite: bool
+
+
+class Collector:
+    """One training run's rows."""
+
+    def __init__(self, settings: Settings, model: nn.Module, compute_loss: Any, examples: int, arguments: Any) -> None:
+        """Make the examples' own losses from the model, before the Trainer wraps it."""
+        if settings.share:
+            sharing.refuse(model, arguments)
+        self.settings, self.model, self.examples = settings, model, examples
+        self._compute_loss, self._arguments = compute_loss, arguments
+        targets = layer_matrices(model) if settings.targets is None else settings.targets
+        smoothing = float(arguments.label_smoothing_factor) if settings.loss == "cross_entropy" else 0.0
+        self.loss_fn: ModuleLoss
+        self.loss_fn, self.params = functionalize(
+            model, settings.loss, settings.reduction, targets, label_smoothing=smoothing
+        )
+        self.rank, self.world = arguments.process_index, arguments.world_size
+        self._plan: Plan | None = None
+        self._live: Live | None = None
+        self._whole: sharing.Whole | None = None
+        self._parts: list[Visits] = []
+        self._step, self._micro, self._live_at = -1, 0, -1
+        self.epoch = 0
+        self._scratch: Scratch | None = None
+        self._facts: Facts | None = None
+        self.flight: sharing.Shared | None = None
+        self.seconds = 0.0
+
+    # What the run's events call
+
+    def begin(self, step: int) -> None:
+        """Begin, or go on after `step` updates.
+
+        Raises:
+            FileExistsError: if rows of another run are there.
+            ValueError: if other processes collected before.
+        """
+        path = self.settings.path
+        if self.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+        there = (path / FACTS).exists()
+        if there and not step and not self.settings.overwrite:
+            raise FileExistsError(
+                f"{path} holds rows of a training run, and this one begins anew: pass overwrite=True to replace them, "
+                "or write to another directory; to go on, call trainer.train(resume_from_checkpoint=True)"
+            )
+        if there and step and processes(path) not in (0, self.world):
+            raise ValueError(
+                f"{path} was collected by {processes(path)} processes, and this run has {self.world}: resume with as "
+                "many, or write to another directory"
+            )
+        found = read_visits(path, self.rank) if there and step else None
+        self._parts = [] if found is None else [found.where(found.step < step)]
+        self._wait()
+        if self.rank == 0 and there and not step:
+            for old in (path / FACTS, *path.glob("visits-*.h5"), *path.glob("scratch-*")):
+                old.unlink()
+        self._wait()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Note the epoch."""
+        self.epoch, self._scratch = epoch, None
+
+    def end_epoch(self) -> None:
+        """Write the epoch's index, in the dataset's order."""
+        self.save()
+        self._wait()
+        if self.rank == 0 and self._facts is not None and self._scratch is not None:
+            finish_epoch(self.settings.path, self._facts, self.epoch, self._scratch, self.seconds)
+        self._wait()
+        self._scratch = None
+
+    def save(self) -> None:
+        """Put on disk what a resume needs: a checkpoint of the Trainer was written."""
+        if self._scratch is not None:
+            self._scratch.flush()
+        write_visits(self.settings.path, self.rank, joined(self._parts))
+
+    # What a training step calls
+
+    def step(self, run: Callable[[], Any], inputs: Mapping[str, Any], trainer: Any, counts: list[float]) -> Any:
+        """Run a training step and collect the rows of its examples.
+
+        Args:
+            run: the Trainer's own step, whose `compute_loss` comes back to `forward`.
+            inputs: its inputs, with `index`.
+            trainer: the Trainer.
+            counts: what it may divide its loss by.
+
+        Returns:
+            What the step returns.
+        """
+        index, batch = self._examples(inputs)
+        began = time.perf_counter()
+        self._advance(trainer)
+        current = self._current(batch, trainer)
+        rate = float(trainer.optimizer.param_groups[0]["lr"])
+        if not self.settings.share:
+            found = eager_step(self.loss_fn, current.plan)(self._values(), self._placed(batch))
+            losses = found[LOSSES]
+            rows = {name: row for name, row in found.items() if name != LOSSES}
+            lengths = self._lengths(batch)
+            self.seconds += time.perf_counter() - began
+            result = run()
+        else:
+            fresh = self.world == 1 and not self._parts and all(p.grad is None for p in self._own().values())
+            self.flight = None
+            result = run()
+            flight = self.flight
+            if flight is None:
+                raise RuntimeError(
+                    "share=True: the training step did not call trainer.compute_loss, so no probes rode along: pass "
+                    "share=False"
+                )
+            began = time.perf_counter()
+            assert self._live is not None
+            assert self._live.plan.batched is not None
+            if fresh:
+                sharing.check_sum(flight, self._live.plan.batched, self._own())
+            rows, losses = sharing.rows_of(flight, self._live.plan.batched, counts, self.settings.reduction)
+            lengths, self.flight = flight.lengths, None
+            self.seconds += time.perf_counter() - began
+        self._write(index, rows, losses, lengths, rate, current.scaled)
+        return result
+
+    def forward(self, model: nn.Module, inputs: dict[str, Any], **settings: Any) -> tuple[Tensor, Any]:
+        """Compute the Trainer's loss with probes in the parameters' place."""
+        if self._whole is None or self._whole.model is not model:
+            self._whole = sharing.Whole(model, self._compute_loss)
+        batch = sharing.as_batch(inputs)
+        n = next(iter(batch.values())).shape[0]
+        for again in (False, True):
+            assert self._live is not None
+            assert self._live.plan.batched is not None
+            own = self._own()
+            try:
+                loss, outputs, self.flight = sharing.forward(
+                    self._whole, self._live.plan.batched, own, self.loss_fn, inputs, n, **settings
+                )
+                break
+            except AnotherPath:
+                if again:
+                    raise
+                plan = make_plan(self.loss_fn, self._values(), batch, self._live.plan.transform, "batched")
+                self._plan, self._live = plan, self._live._replace(plan=plan)
+        return loss, outputs
+
+    # Inside
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self.params}
+
+    def _values(self) -> Params:
+        return {name: p.detach() for name, p in self._own().items()}
+
+    def _examples(self, inputs: Mapping[str, Any]) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
+        """Return which examples a micro-batch holds, and the batch."""
+        index, batch = inputs["index"], sharing.as_batch(inputs)
+        sizes = {key: tuple(x.shape) for key, x in batch.items() if x.ndim == 0 or x.shape[0] != len(index)}
+        if sizes:
+            raise ValueError(
+                f"a micro-batch of {len(index)} examples came with {sizes}: every input must have the example axis "
+                "first. Switch off what joins examples in one row (padding-free collators, packing in the collator)"
+            )
+        return index.long().cpu(), batch
+
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = next(iter(self._own().values())).device
+        return {key: x.to(device) for key, x in batch.items()}
+
+    def _advance(self, trainer: Any) -> None:
+        step = int(trainer.state.global_step)
+        self._micro = self._micro + 1 if step == self._step else 0
+        self._step = step
+
+    def _current(self, batch: dict[str, Any], trainer: Any) -> Live:
+        """Return the plan of this step, under the optimizer's moments if they are wanted."""
+        settings = self.settings
+        if self._plan is None:
+            engine = "batched" if settings.share else settings.engine
+            self._plan = make_plan(self.loss_fn, self._values(), self._placed(batch), settings.transform, engine)
+            self._facts = self._describe(self._plan)
+        if self._live is None or (settings.scale is not None and self._live_at != self._step):
+            self._live = Live(rebound(self._plan, settings.transform), False, None)
+            if settings.scale is not None:
+                names = list(self.params)
+                self._live = live(self._plan, settings.transform, self.model, trainer.optimizer, names, self._step)
+            self._live_at = self._step
+        if self._scratch is None:
+            assert self._facts is not None
+            self._scratch = self._open(self._facts)
+        return self._live
+
+    def _describe(self, plan: Plan) -> Facts:
+        """Return what is known of the rows, and refuse others that are there."""
+        settings = self.settings
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in self.params.values()]
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        facts = Facts(
+            self.examples,
+            Columns(plan.folded.row_shapes),
+            str(wide).removeprefix("torch."),
+            settings.dtype,
+            settings.shard_size,
+            {"share": settings.share, "scale": settings.scale, "reduction": settings.reduction},
+            plan.transform,
+            self.loss_fn,
+            plan.layout,
+        )
+        path = settings.path / FACTS
+        if path.exists():
+            there = json.loads(path.read_text())
+            for key, value in facts.json().items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f"{settings.path} holds rows of a run whose {key} is {there.get(key)}, and this run's is "
+                        f"{value}: resume with the same, or write to another directory"
+                    )
+        elif self.rank == 0:
+            text = json.dumps(facts.json(), indent=1) + "\n"
+            with store.replacing(path, len(text)) as name:
+                name.write_text(text)
+        return facts
+
+    def _open(self, facts: Facts) -> Scratch:
+        if self.rank == 0:
+            open_scratch(self.settings.path, facts, self.epoch)
+        self._wait()
+        return open_scratch(self.settings.path, facts, self.epoch)
+
+    def _write(self, index: Tensor, rows: Rows, losses: Tensor, lengths: Tensor, rate: float, scaled: bool) -> None:
+        assert self._scratch is not None
+        assert self._facts is not None
+        began = time.perf_counter()
+        finite = finite_rows(
+            {name: row.detach() for name, row in rows.items()}, {"index": index}, self.settings.nonfinite
+        )
+        self._scratch.put(index, self._facts.columns.joined(finite))
+        self._parts.append(
+            visits_of(
+                index,
+                losses,
+                lengths,
+                step=self._step,
+                micro=self._micro,
+                epoch=self.epoch,
+                rank=self.rank,
+                rate=rate,
+                scaled=scaled,
+            )
+        )
+        self.seconds += time.perf_counter() - began
+
+    def _lengths(self, batch: dict[str, Any]) -> Tensor:
+        if callable(self.settings.loss):
+            return torch.ones(len(next(iter(batch.values()))), dtype=torch.int64)
+        labels = self.loss_fn.labels(batch)
+        return (labels != -100).flatten(1).sum(1) if labels.ndim > 1 else torch.ones(len(labels), dtype=torch.int64)
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
