@@ -1,5 +1,6 @@
 """Rows collected while a Trainer trains, against rows of an autograd loop at the very weights of each step."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence import as_blocks, chain, functionalize, per_example_grads, project, scale_by_adafactor, scale_by_adam
+from influence import (
+    Moments,
+    as_blocks,
+    chain,
+    functionalize,
+    per_example_grads,
+    project,
+    scale_by_adafactor,
+    scale_by_adam,
+)
 from influence.index import open_index
 from influence.train import (
     GradientCollectorCallback,
@@ -354,3 +364,22 @@ def test_what_cannot_be_collected(tmp_path: Path) -> None:
     refused(ValueError, "has a column 'index' of its own: rename it", make(), data=named)
     wrong = make(overwrite=True, loss=lambda output, batch: output.logits.sum((1, 2)))
     refused(ValueError, "the examples' losses sum to .* share=False", wrong)
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """DDP on gloo, two micro-batches an update; both write their rows, one writes the index; the padding comes twice."""
+    from tests.rank_collect import collect
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(collect, (port, tmp_path), nprocs=2)
+    saved = torch.load(tmp_path / "snapshots.pt", weights_only=True)
+    snapshots = Snapshots()
+    snapshots.weights = saved["weights"]
+    snapshots.moments = {step: Moments(second) for step, second in saved["moments"].items()}
+    print("worst", compare(tmp_path / "rows", snapshots, 1e-10, scale_by_adam))
+    order = read_order(tmp_path / "rows")
+    assert len(order.example) == 24
+    assert set(order.rank.tolist()) == {0, 1}
+    assert order.step.max() == 1
