@@ -367,7 +367,7 @@ def test_what_cannot_be_collected(tmp_path: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    """DDP on gloo, two micro-batches an update; both write their rows, one writes the index; the padding comes twice."""
+    """DDP on gloo, two micro-batches an update; both write rows, one writes the index; padding comes twice."""
     from tests.rank_collect import collect
 
     with socket.socket() as free:

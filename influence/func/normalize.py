@@ -85,7 +85,7 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
             for part in block.parts:
                 v = unfactor(moments.second[part.source]).reshape(folded.layout[part.source].shape)
                 scale = 1 / (v.double().sqrt() + eps)
-                piece = _place(scale, part, folded.layout)
+                piece = place(scale, part, folded.layout)
                 total = piece if total is None else total + piece
             assert total is not None
             dtype = folded.layout[block.parts[0].source]
@@ -199,7 +199,7 @@ class _Scale:
         return rows * self.scale
 
 
-def _place(scale: Tensor, part: Part, layout: Layout) -> Tensor:
+def place(scale: Tensor, part: Part, layout: Layout) -> Tensor:
     """Return a parameter's elementwise scale where its gradient lies in the block."""
     oriented = layout[part.source].orient(scale[None].cpu())[0]
     if part.right is None:
