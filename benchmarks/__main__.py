@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import agree, collect, curvature, loader, peers, ranks, report, vocabulary
+from benchmarks import agree, collect, curvature, loader, peers, ranks, report, training, vocabulary
 from benchmarks.models import MODELS
 from benchmarks.report import Check
 
@@ -41,12 +41,16 @@ def main() -> int:
     for name, which, meaning in (
         ("vocabulary", vocabulary, "projected rows at a vocabulary of 128,256: logits whole and in pieces"),
         ("loader", loader, "tokens a second of the loader and of the model on its batches"),
+        ("training", training, "what collecting adds to a Trainer's step"),
     ):
         suite = suites.add_parser(name, help=meaning)
         suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
         suite.add_argument("--threads", type=int, default=1)
         suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
         suite.add_argument("--quick", action="store_true", help="a small batch: whether it runs")
+        suite.add_argument(
+            "--check", action="store_true", help="exit with 1 when a target is missed, as it always does"
+        )
         suite.set_defaults(run=_simple, suite_module=which)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")

@@ -29,3 +29,11 @@ def test_curvature_examples_run_and_a_score_is_largest_for_the_example_itself():
     assert bool((scores.diagonal() > 0).all())
     torch.testing.assert_close(scores, scores.mT, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
     assert {block: rows.shape for block, rows in names["rows"].items()} == {"0": (100, 16, 9), "2": (100, 3, 16)}
+
+
+def test_training_examples_run_and_say_who_was_seen_when():
+    names = run("docs/training.md")
+    assert names["rows"].index.tolist() == list(range(12))
+    assert names["order"].example.shape == (24,)
+    assert names["order"].scaled.tolist() == [0] * 8 + [1] * 16
+    assert names["effect"].shape == names["scores"].shape == (3,)

@@ -90,6 +90,7 @@ def trainer_of(
     exact: bool = True,
     warm: float | None = None,
     eval_data: Any = None,
+    collator: Any = None,
     **settings: Any,
 ) -> tuple[transformers.Trainer, Snapshots]:
     model = gpt2() if model is None else model
@@ -104,6 +105,7 @@ def trainer_of(
         ),
         train_dataset=dataset() if data is None else data,
         eval_dataset=eval_data,
+        data_collator=collator,
         compute_loss_func=exact_loss if exact else None,
         optimizers=(made, torch.optim.lr_scheduler.LambdaLR(made, rate)),
         callbacks=[snapshots] if callback is None else [snapshots, callback],
@@ -206,6 +208,37 @@ def test_training_goes_as_without_collection(tmp_path: Path) -> None:
         assert all(type(p) is nn.Parameter for p in model.parameters())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert len(read_order(tmp_path / "rows").example) == 20
+
+
+def padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A collator that pads on the right, and knows nothing of numbers."""
+    ids, labels = (
+        torch.nn.utils.rnn.pad_sequence([item[key] for item in items], True, fill)
+        for key, fill in (("input_ids", 3), ("labels", -100))
+    )
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+    }
+
+
+def test_padding_adds_nothing(tmp_path: Path) -> None:
+    """Documents of unequal length, padded by the collator: the rows of each alone, without its padding."""
+    data = [{key: value[: 3 + i % 5] for key, value in item.items()} for i, item in enumerate(dataset())]
+    callback = GradientCollectorCallback(tmp_path / "rows", TRANSFORM, targets=TARGETS, dtype="float64")
+    trainer, snapshots = trainer_of(tmp_path, callback, data=data, collator=padded, num_train_epochs=1)
+    trainer.train()
+    index, order = open_index(tmp_path / "rows/epoch-0").rows(), read_order(tmp_path / "rows")
+    for i, step in zip(order.example.tolist(), order.step.tolist(), strict=True):
+        model = gpt2()
+        model.load_state_dict(snapshots.weights[step], strict=False)
+        loss_fn, params = functionalize(model, targets=TARGETS)
+        alone = {key: value[None] for key, value in data[i].items()}
+        expected = per_example_grads(loss_fn, params, alone, transform=TRANSFORM, engine="loop")
+        for name, row in expected.items():
+            torch.testing.assert_close(index[name][i], row[0], rtol=1e-10, atol=1e-10 * float(row.abs().max()))
 
 
 def test_two_epochs_added(tmp_path: Path) -> None:

@@ -36,14 +36,18 @@ def data(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(n, size, generator=draw, dtype=torch.float64) for size in (3, 2))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("rate", [0.02, 0.01])
-def test_tracin_of_every_step_is_the_loss_decrease_to_first_order(rate: float, record: dict[float, float]) -> None:
+def test_tracin_of_every_step_is_the_loss_decrease_to_first_order() -> None:
     """SGD on one example a step: scores of all visits add up to the decrease, with an error that falls as η."""
-    model = small().double()
-    loss_fn, params = functionalize(model, loss=loss_of)
+    coarse, fine = untraced(0.02), untraced(0.01)
+    assert coarse < 0.25
+    assert fine < 0.6 * coarse
+
+
+def untraced(rate: float) -> float:
+    """The share of the loss decrease that TracIn does not explain."""
+    loss_fn, params = functionalize(small().double(), loss=loss_of)
     train, query = data(12, 0), data(3, 1)
     before = loss_fn(params, query)
-    params = {name: p.clone() for name, p in params.items()}
     total = torch.zeros(3, dtype=torch.float64)
     for i in range(12):
         one = tuple(x[i : i + 1] for x in train)
@@ -51,15 +55,7 @@ def test_tracin_of_every_step_is_the_loss_decrease_to_first_order(rate: float, r
         total += tracin([Checkpoint(rows, queries, rate)])[0]
         params = {name: p - rate * rows[name][0] for name, p in params.items()}
     decrease = before - loss_fn(params, query)
-    record[rate] = float((total - decrease).norm() / decrease.norm())
-    assert record[rate] < 12 * rate
-    if len(record) == 2:
-        assert record[0.01] < 0.6 * record[0.02]
-
-
-@pytest.fixture(scope="module")
-def record() -> dict[float, float]:
-    return {}
+    return float((total - decrease).norm() / decrease.norm())
 
 
 def test_over_indexes_as_over_rows(tmp_path: Path) -> None:
@@ -142,7 +138,7 @@ def stacked(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def test_less_recovers_the_helpful_examples(tmp_path: Path) -> None:
-    """A warm-up of adapters on a twentieth of the pool, its checkpoints with Adam's state, and two subtasks."""
+    """A warm-up of adapters on a quarter of the pool, its checkpoints with Adam's state, and two subtasks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         settings = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
