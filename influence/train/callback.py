@@ -184,6 +184,7 @@ def prepare_for_gradient_collection(trainer: Trainer) -> Trainer:
         model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         settings = {"num_items_in_batch": num_items_in_batch, **kwargs}
+        inputs = {key: value for key, value in inputs.items() if key != "index"}
         if not (callback.collecting and collector.settings.share and model.training and torch.is_grad_enabled()):
             return compute_loss(model, inputs, return_outputs=return_outputs, **settings)
         loss, outputs = collector.forward(model, inputs, **settings)

@@ -1,16 +1,14 @@
 """The collector: what happens at each micro-batch, epoch, save and resume of a training run."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from influence import store
 from influence.func.axes import AnotherPath
 from influence.func.functionalize import functionalize
 from influence.func.module_loss import ModuleLoss
@@ -20,13 +18,15 @@ from influence.func.transform import Transform
 from influence.index import Columns
 from influence.models.targets import layer_matrices
 from influence.train import sharing
-from influence.train.epochs import Facts, finish_epoch, open_scratch
-from influence.train.live import Live, live, rebound
+from influence.train.epochs import FACTS, Facts, check_facts, finish_epoch, open_scratch
+from influence.train.live import live, rebound
+from influence.train.numbering import INDEX
 from influence.train.scratch import Scratch
 from influence.train.visits import Visits, joined, processes, read_visits, visits_of, write_visits
 from influence.types import ExampleLoss, Params, Rows
 
-FACTS = "training.json"
+Route: TypeAlias = tuple[Any, ...]
+"""What decides which path a batch takes through a model, as far as it shows."""
 
 
 class Settings(NamedTuple):
@@ -62,11 +62,12 @@ class Collector:
             model, settings.loss, settings.reduction, targets, label_smoothing=smoothing
         )
         self.rank, self.world = arguments.process_index, arguments.world_size
-        self._plan: Plan | None = None
-        self._live: Live | None = None
+        self._plans: dict[Route, Plan] = {}
+        self._bound: dict[Route, Plan] = {}
+        self._transform, self._scaled = settings.transform, False
         self._whole: sharing.Whole | None = None
         self._parts: list[Visits] = []
-        self._step, self._micro, self._live_at = -1, 0, -1
+        self._step, self._micro = -1, 0
         self.epoch = 0
         self._scratch: Scratch | None = None
         self._facts: Facts | None = None
@@ -140,56 +141,48 @@ class Collector:
         index, batch = self._examples(inputs)
         began = time.perf_counter()
         self._advance(trainer)
-        current = self._current(batch, trainer)
+        key = self._prepare(batch)
         rate = float(trainer.optimizer.param_groups[0]["lr"])
         if not self.settings.share:
-            found = eager_step(self.loss_fn, current.plan)(self._values(), self._placed(batch))
-            losses = found[LOSSES]
+            placed = self._placed(batch)
+            found = self._again(key, batch, lambda plan: eager_step(self.loss_fn, plan)(self._values(), placed))
             rows = {name: row for name, row in found.items() if name != LOSSES}
-            lengths = self._lengths(batch)
+            losses, lengths = found[LOSSES], self._lengths(batch)
             self.seconds += time.perf_counter() - began
             result = run()
         else:
             fresh = self.world == 1 and not self._parts and all(p.grad is None for p in self._own().values())
             self.flight = None
+            self.seconds += time.perf_counter() - began
             result = run()
-            flight = self.flight
+            began, flight = time.perf_counter(), self.flight
             if flight is None:
                 raise RuntimeError(
                     "share=True: the training step did not call trainer.compute_loss, so no probes rode along: pass "
                     "share=False"
                 )
-            began = time.perf_counter()
-            assert self._live is not None
-            assert self._live.plan.batched is not None
+            plan = self._bound[key].batched
+            assert plan is not None
             if fresh:
-                sharing.check_sum(flight, self._live.plan.batched, self._own())
-            rows, losses = sharing.rows_of(flight, self._live.plan.batched, counts, self.settings.reduction)
+                sharing.check_sum(flight, plan, self._own())
+            rows, losses = sharing.rows_of(flight, plan, counts, self.settings.reduction)
             lengths, self.flight = flight.lengths, None
             self.seconds += time.perf_counter() - began
-        self._write(index, rows, losses, lengths, rate, current.scaled)
+        self._write(index, rows, losses, lengths, rate)
         return result
 
     def forward(self, model: nn.Module, inputs: dict[str, Any], **settings: Any) -> tuple[Tensor, Any]:
         """Compute the Trainer's loss with probes in the parameters' place."""
         if self._whole is None or self._whole.model is not model:
             self._whole = sharing.Whole(model, self._compute_loss)
-        batch = sharing.as_batch(inputs)
+        batch, whole = sharing.as_batch(inputs), self._whole
         n = next(iter(batch.values())).shape[0]
-        for again in (False, True):
-            assert self._live is not None
-            assert self._live.plan.batched is not None
-            own = self._own()
-            try:
-                loss, outputs, self.flight = sharing.forward(
-                    self._whole, self._live.plan.batched, own, self.loss_fn, inputs, n, **settings
-                )
-                break
-            except AnotherPath:
-                if again:
-                    raise
-                plan = make_plan(self.loss_fn, self._values(), batch, self._live.plan.transform, "batched")
-                self._plan, self._live = plan, self._live._replace(plan=plan)
+
+        def tapped(plan: Plan) -> tuple[Tensor, Any, sharing.Shared]:
+            assert plan.batched is not None
+            return sharing.forward(whole, plan.batched, self._own(), self.loss_fn, inputs, n, **settings)
+
+        loss, outputs, self.flight = self._again(path_of(batch), batch, tapped)
         return loss, outputs
 
     # Inside
@@ -203,7 +196,7 @@ class Collector:
 
     def _examples(self, inputs: Mapping[str, Any]) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
         """Return which examples a micro-batch holds, and the batch."""
-        index, batch = inputs["index"], sharing.as_batch(inputs)
+        index, batch = inputs[INDEX], sharing.as_batch(inputs)
         sizes = {key: tuple(x.shape) for key, x in batch.items() if x.ndim == 0 or x.shape[0] != len(index)}
         if sizes:
             raise ValueError(
@@ -217,27 +210,42 @@ class Collector:
         return {key: x.to(device) for key, x in batch.items()}
 
     def _advance(self, trainer: Any) -> None:
+        """Note the step; at a new one, take the optimizer's moments as they are now."""
         step = int(trainer.state.global_step)
         self._micro = self._micro + 1 if step == self._step else 0
+        if step != self._step and self.settings.scale is not None:
+            names = list(self.params)
+            self._transform, self._scaled = live(self.settings.transform, self.model, trainer.optimizer, names, step)
+            self._bound = {}
         self._step = step
 
-    def _current(self, batch: dict[str, Any], trainer: Any) -> Live:
-        """Return the plan of this step, under the optimizer's moments if they are wanted."""
-        settings = self.settings
-        if self._plan is None:
-            engine = "batched" if settings.share else settings.engine
-            self._plan = make_plan(self.loss_fn, self._values(), self._placed(batch), settings.transform, engine)
-            self._facts = self._describe(self._plan)
-        if self._live is None or (settings.scale is not None and self._live_at != self._step):
-            self._live = Live(rebound(self._plan, settings.transform), False, None)
-            if settings.scale is not None:
-                names = list(self.params)
-                self._live = live(self._plan, settings.transform, self.model, trainer.optimizer, names, self._step)
-            self._live_at = self._step
+    def _prepare(self, batch: dict[str, Any]) -> Route:
+        """See that there are a plan of the batch's path, bound to this step's transform, and a place for its rows."""
+        key = path_of(batch)
+        if key not in self._plans:
+            self._plan(key, batch)
+        if key not in self._bound:
+            self._bound[key] = rebound(self._plans[key], self._transform)
+        if self._facts is None:
+            self._facts = self._describe(self._plans[key])
         if self._scratch is None:
-            assert self._facts is not None
             self._scratch = self._open(self._facts)
-        return self._live
+        return key
+
+    def _plan(self, key: Route, batch: dict[str, Any]) -> None:
+        engine = "batched" if self.settings.share else self.settings.engine
+        transform = self.settings.transform
+        self._plans[key] = make_plan(self.loss_fn, self._values(), self._placed(batch), transform, engine)
+        self._bound.pop(key, None)
+
+    def _again(self, key: Route, batch: dict[str, Any], run: Callable[[Plan], Any]) -> Any:
+        """Run a bound plan; where the batch takes another path than the planned one, plan once more."""
+        try:
+            return run(self._bound[key])
+        except AnotherPath:
+            self._plan(key, batch)
+            self._prepare(batch)
+            return run(self._bound[key])
 
     def _describe(self, plan: Plan) -> Facts:
         """Return what is known of the rows, and refuse others that are there."""
@@ -255,19 +263,7 @@ class Collector:
             self.loss_fn,
             plan.layout,
         )
-        path = settings.path / FACTS
-        if path.exists():
-            there = json.loads(path.read_text())
-            for key, value in facts.json().items():
-                if there.get(key) != value:
-                    raise ValueError(
-                        f"{settings.path} holds rows of a run whose {key} is {there.get(key)}, and this run's is "
-                        f"{value}: resume with the same, or write to another directory"
-                    )
-        elif self.rank == 0:
-            text = json.dumps(facts.json(), indent=1) + "\n"
-            with store.replacing(path, len(text)) as name:
-                name.write_text(text)
+        check_facts(settings.path, facts, self.rank == 0)
         return facts
 
     def _open(self, facts: Facts) -> Scratch:
@@ -276,12 +272,12 @@ class Collector:
         self._wait()
         return open_scratch(self.settings.path, facts, self.epoch)
 
-    def _write(self, index: Tensor, rows: Rows, losses: Tensor, lengths: Tensor, rate: float, scaled: bool) -> None:
+    def _write(self, index: Tensor, rows: Rows, losses: Tensor, lengths: Tensor, rate: float) -> None:
         assert self._scratch is not None
         assert self._facts is not None
         began = time.perf_counter()
         finite = finite_rows(
-            {name: row.detach() for name, row in rows.items()}, {"index": index}, self.settings.nonfinite
+            {name: row.detach() for name, row in rows.items()}, {INDEX: index}, self.settings.nonfinite
         )
         self._scratch.put(index, self._facts.columns.joined(finite))
         self._parts.append(
@@ -294,7 +290,7 @@ class Collector:
                 epoch=self.epoch,
                 rank=self.rank,
                 rate=rate,
-                scaled=scaled,
+                scaled=self._scaled,
             )
         )
         self.seconds += time.perf_counter() - began
@@ -308,3 +304,9 @@ class Collector:
     def _wait(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
+
+
+def path_of(batch: Mapping[str, Any]) -> Route:
+    """Return which path a batch takes: transformers leaves a mask out that masks nothing."""
+    mask = batch.get("attention_mask")
+    return (*sorted(set(batch) - {INDEX}), mask is not None and bool(mask.all()))

@@ -1,5 +1,6 @@
 """Epochs: from the scratch of an epoch to its index, in the dataset's order; and the sum of several."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from influence import store
 from influence.func.layout import Layout
 from influence.func.transform import Transform
 from influence.index import (
@@ -23,6 +25,8 @@ from influence.index import (
 from influence.train.scratch import Scratch
 from influence.train.visits import read_order
 
+FACTS = "training.json"
+"""What a collection is, beside its rows."""
 WEIGHTS = "those of each step of a training run"
 """What the fingerprint says of the weights: rows of one index are of many."""
 
@@ -72,6 +76,28 @@ class Facts(NamedTuple):
             return found
         live = {"step": "the optimizer's own", "moments": "those of each step", "eps": None}
         return replace(found, complement={**found.complement, "scaling": live})
+
+
+def check_facts(path: Path, facts: Facts, write: bool) -> None:
+    """Refuse to mix rows of two collections in one directory; note which this is, where none was.
+
+    Raises:
+        ValueError: naming what differs, and both values.
+    """
+    place, mine = path / FACTS, facts.json()
+    if not place.exists():
+        if write:
+            text = json.dumps(mine, indent=1) + "\n"
+            with store.replacing(place, len(text)) as name:
+                name.write_text(text)
+        return
+    there = json.loads(place.read_text())
+    for key, value in mine.items():
+        if there.get(key) != value:
+            raise ValueError(
+                f"{path} holds rows of a run whose {key} is {there.get(key)}, and this run's is {value}: resume with "
+                "the same, or write to another directory"
+            )
 
 
 def epoch_path(path: Path, epoch: int) -> Path:

@@ -1,6 +1,4 @@
-"""Live scaling: the plan of a step under the moments that its update will divide by."""
-
-from typing import NamedTuple
+"""Live scaling: the transform of a step under the moments that its update will divide by."""
 
 import torch
 from torch import nn
@@ -15,27 +13,12 @@ BEFORE = ("as_blocks", "split_heads")
 """Steps that come before a scale."""
 
 
-class Live(NamedTuple):
-    """A plan for one step.
-
-    Attributes:
-        plan: the plan.
-        scaled: whether the optimizer's moments are in it.
-        kind: the scale's name, if there is one.
-    """
-
-    plan: Plan
-    scaled: bool
-    kind: str | None
-
-
 def live(
-    plan: Plan, transform: Transform, model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str], step: int
-) -> Live:
-    """Return a plan under an optimizer's present moments; unscaled while it has none, before its first update.
+    transform: Transform, model: nn.Module, optimizer: torch.optim.Optimizer, names: list[str], step: int
+) -> tuple[Transform, bool]:
+    """Return a transform with an optimizer's present scale, and whether it has one: not before its first update.
 
     Args:
-        plan: any plan of the same function: its routes serve every transform.
         transform: what is wanted of the gradients, without the scale.
         model: the model that is trained.
         optimizer: its optimizer.
@@ -53,12 +36,12 @@ def live(
                 f"scale='optimizer': {type(inner).__name__} keeps nothing of {', '.join(names[:3])} after {step} "
                 "updates; it scales no gradient by a second moment, or does not train them. Pass scale=None"
             )
-        return Live(rebound(plan, transform), False, None)
+        return transform, False
     state = read_optimizer(model, inner, names, copy=False)
     kinds = {entry.kind for entry in state.entries.values()}
     moments = state.moments(bias_correction=True)
     scale = scale_by_adafactor(moments) if kinds == {"adafactor"} else scale_by_adam(moments)
-    return Live(rebound(plan, scaled(transform, scale)), True, scale.steps[0].name)
+    return scaled(transform, scale), True
 
 
 def scaled(transform: Transform, scale: Transform) -> Transform:
