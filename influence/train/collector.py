@@ -3,30 +3,27 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from influence.func.axes import AnotherPath
 from influence.func.functionalize import functionalize
 from influence.func.module_loss import ModuleLoss
 from influence.func.per_example import LOSSES, eager_step, finite_rows
-from influence.func.plan import Plan, make_plan
+from influence.func.plan import Plan
 from influence.func.transform import Transform
 from influence.index import Columns
 from influence.models.targets import layer_matrices
 from influence.train import sharing
-from influence.train.epochs import FACTS, Facts, check_facts, finish_epoch, open_scratch
-from influence.train.live import live, rebound
+from influence.train.epochs import FACTS, Facts, check_facts, finish_epoch, open_scratch, wipe
+from influence.train.live import live
 from influence.train.numbering import INDEX
+from influence.train.plans import Plans
 from influence.train.scratch import Scratch
 from influence.train.visits import Visits, joined, processes, read_visits, visits_of, write_visits
 from influence.types import ExampleLoss, Params, Rows
-
-Route: TypeAlias = tuple[Any, ...]
-"""What decides which path a batch takes through a model, as far as it shows."""
 
 
 class Settings(NamedTuple):
@@ -62,9 +59,8 @@ class Collector:
             model, settings.loss, settings.reduction, targets, label_smoothing=smoothing
         )
         self.rank, self.world = arguments.process_index, arguments.world_size
-        self._plans: dict[Route, Plan] = {}
-        self._bound: dict[Route, Plan] = {}
-        self._transform, self._scaled = settings.transform, False
+        self._plans = Plans(self.loss_fn, settings.transform, "batched" if settings.share else settings.engine)
+        self._scaled = False
         self._whole: sharing.Whole | None = None
         self._parts: list[Visits] = []
         self._step, self._micro = -1, 0
@@ -101,8 +97,8 @@ class Collector:
         self._parts = [] if found is None else [found.where(found.step < step)]
         self._wait()
         if self.rank == 0 and there and not step:
-            for old in (path / FACTS, *path.glob("visits-*.h5"), *path.glob("scratch-*")):
-                old.unlink()
+            wipe(path)
+        self._facts, self._step = None, -1
         self._wait()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -141,11 +137,12 @@ class Collector:
         index, batch = self._examples(inputs)
         began = time.perf_counter()
         self._advance(trainer)
-        key = self._prepare(batch)
+        self._prepare(batch)
         rate = float(trainer.optimizer.param_groups[0]["lr"])
         if not self.settings.share:
-            placed = self._placed(batch)
-            found = self._again(key, batch, lambda plan: eager_step(self.loss_fn, plan)(self._values(), placed))
+            device, values = next(iter(self.params.values())).device, self._values()
+            placed = {key: x.to(device) for key, x in batch.items()}
+            found, _ = self._plans.run(values, batch, lambda plan: eager_step(self.loss_fn, plan)(values, placed))
             rows = {name: row for name, row in found.items() if name != LOSSES}
             losses, lengths = found[LOSSES], self._lengths(batch)
             self.seconds += time.perf_counter() - began
@@ -161,11 +158,11 @@ class Collector:
                     "share=True: the training step did not call trainer.compute_loss, so no probes rode along: pass "
                     "share=False"
                 )
-            plan = self._bound[key].batched
-            assert plan is not None
+            used = self._plans.of(self._values(), batch).batched
+            assert used is not None
             if fresh:
-                sharing.check_sum(flight, plan, self._own())
-            rows, losses = sharing.rows_of(flight, plan, counts, self.settings.reduction)
+                sharing.check_sum(flight, used, self._own())
+            rows, losses = sharing.rows_of(flight, used, counts, self.settings.reduction)
             lengths, self.flight = flight.lengths, None
             self.seconds += time.perf_counter() - began
         self._write(index, rows, losses, lengths, rate)
@@ -182,7 +179,7 @@ class Collector:
             assert plan.batched is not None
             return sharing.forward(whole, plan.batched, self._own(), self.loss_fn, inputs, n, **settings)
 
-        loss, outputs, self.flight = self._again(path_of(batch), batch, tapped)
+        (loss, outputs, self.flight), _ = self._plans.run(self._values(), batch, tapped)
         return loss, outputs
 
     # Inside
@@ -205,47 +202,23 @@ class Collector:
             )
         return index.long().cpu(), batch
 
-    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        device = next(iter(self._own().values())).device
-        return {key: x.to(device) for key, x in batch.items()}
-
     def _advance(self, trainer: Any) -> None:
         """Note the step; at a new one, take the optimizer's moments as they are now."""
         step = int(trainer.state.global_step)
         self._micro = self._micro + 1 if step == self._step else 0
         if step != self._step and self.settings.scale is not None:
             names = list(self.params)
-            self._transform, self._scaled = live(self.settings.transform, self.model, trainer.optimizer, names, step)
-            self._bound = {}
+            found, self._scaled = live(self.settings.transform, self.model, trainer.optimizer, names, step)
+            self._plans.bind(found)
         self._step = step
 
-    def _prepare(self, batch: dict[str, Any]) -> Route:
-        """See that there are a plan of the batch's path, bound to this step's transform, and a place for its rows."""
-        key = path_of(batch)
-        if key not in self._plans:
-            self._plan(key, batch)
-        if key not in self._bound:
-            self._bound[key] = rebound(self._plans[key], self._transform)
+    def _prepare(self, batch: dict[str, Any]) -> None:
+        """See that there are a plan, and a place for the rows, before the step runs."""
+        plan = self._plans.of(self._values(), batch)
         if self._facts is None:
-            self._facts = self._describe(self._plans[key])
+            self._facts = self._describe(plan)
         if self._scratch is None:
             self._scratch = self._open(self._facts)
-        return key
-
-    def _plan(self, key: Route, batch: dict[str, Any]) -> None:
-        engine = "batched" if self.settings.share else self.settings.engine
-        transform = self.settings.transform
-        self._plans[key] = make_plan(self.loss_fn, self._values(), self._placed(batch), transform, engine)
-        self._bound.pop(key, None)
-
-    def _again(self, key: Route, batch: dict[str, Any], run: Callable[[Plan], Any]) -> Any:
-        """Run a bound plan; where the batch takes another path than the planned one, plan once more."""
-        try:
-            return run(self._bound[key])
-        except AnotherPath:
-            self._plan(key, batch)
-            self._prepare(batch)
-            return run(self._bound[key])
 
     def _describe(self, plan: Plan) -> Facts:
         """Return what is known of the rows, and refuse others that are there."""
@@ -259,7 +232,7 @@ class Collector:
             settings.dtype,
             settings.shard_size,
             {"share": settings.share, "scale": settings.scale, "reduction": settings.reduction},
-            plan.transform,
+            settings.transform,
             self.loss_fn,
             plan.layout,
         )
@@ -304,9 +277,3 @@ class Collector:
     def _wait(self) -> None:
         if self.world > 1:
             torch.distributed.barrier()
-
-
-def path_of(batch: Mapping[str, Any]) -> Route:
-    """Return which path a batch takes: transformers leaves a mask out that masks nothing."""
-    mask = batch.get("attention_mask")
-    return (*sorted(set(batch) - {INDEX}), mask is not None and bool(mask.all()))

@@ -1,6 +1,7 @@
 """Epochs: from the scratch of an epoch to its index, in the dataset's order; and the sum of several."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,15 @@ def check_facts(path: Path, facts: Facts, write: bool) -> None:
                 f"{path} holds rows of a run whose {key} is {there.get(key)}, and this run's is {value}: resume with "
                 "the same, or write to another directory"
             )
+
+
+def wipe(path: Path) -> None:
+    """Delete what another collection left: its facts last, so that it never looks like another's."""
+    for place in (*path.glob("epoch-*"), path / "sum"):
+        if (place / "run.json").exists():
+            shutil.rmtree(place)
+    for old in (*path.glob("visits-*.h5"), *path.glob("scratch-*.bin"), path / FACTS):
+        old.unlink(missing_ok=True)
 
 
 def epoch_path(path: Path, epoch: int) -> Path:
