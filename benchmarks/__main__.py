@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import agree, collect, curvature, loader, peers, ranks, report, training, vocabulary
+from benchmarks import agree, collect, curvature, loader, peers, ranks, report, search, training, vocabulary
 from benchmarks.models import MODELS
 from benchmarks.report import Check
 
@@ -52,6 +52,18 @@ def main() -> int:
             "--check", action="store_true", help="exit with 1 when a target is missed, as it always does"
         )
         suite.set_defaults(run=_simple, suite_module=which)
+
+    suite = suites.add_parser("index", help="search and the store's bandwidth against a bare product and memory maps")
+    suite.add_argument("--rows", type=int, default=1_000_000)
+    suite.add_argument("--dim", type=int, default=512)
+    suite.add_argument("--rounds", type=int, default=50, help="interleaved rounds (default: 50)")
+    suite.add_argument("--threads", type=int, default=2)
+    suite.add_argument("--path", type=Path, help="directory for the temporary index (default: the system's)")
+    suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
+    suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    suite.add_argument("--quick", action="store_true", help="40,000 rows and 5 rounds: whether it runs, not how fast")
+    suite.add_argument("--faiss", action=argparse.BooleanOptionalAction, default=True, help="build and time FAISS too")
+    suite.set_defaults(run=_index)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
     of = one.add_subparsers(dest="of", required=True)
@@ -139,6 +151,15 @@ def _simple(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     judged = hasattr(suite, "targets") and not arguments.quick
     arguments.only = None
     return _finish(arguments, found, suite.targets(found) if judged else [])
+
+
+def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    settings = {
+        name: getattr(arguments, name) for name in ("rows", "dim", "rounds", "threads", "quick", "path", "faiss")
+    }
+    found = search.run(**settings)
+    arguments.only = arguments.rows < 1_000_000
+    return _finish(arguments, found, search.targets(found) if arguments.check else [])
 
 
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -18,7 +18,9 @@ from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kept_energy, kfac_whiten
 
 __all__ = [
+    "Attributor",
     "Factored",
+    "FaissConfig",
     "Heads",
     "Moments",
     "Sides",
@@ -53,10 +55,10 @@ __all__ = [
     "unit_norm",
 ]
 
-ROOMS = ("hessians", "index")
+ROOMS = ("hessians", "index", "train")
 """Rooms that are imported when they are first asked for."""
 
-LENT = {"build": "index", "open_index": "index"}
+LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")
 """Names of such rooms that are to be had from here."""
 
 

@@ -1,4 +1,4 @@
-"""The one table of model families: where their layers, attention, MLP and embeddings live, and where the heads are.
+"""The one table of model families: where their layers, attention, MLP and embeddings live, where heads and experts are.
 
 Imports no transformers. Parts are found by the names of parameters alone, so models of unknown families have them too;
 heads need the family, `config.model_type`.
@@ -133,6 +133,47 @@ ATTENTION: Mapping[str, Attention] = {
         LLAMA,
     ),
 }
+
+
+TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
+"""Classes of experts that store `[i, o]` without saying so; the others have `is_transposed`, or store `[o, i]`."""
+
+
+class Experts(NamedTuple):
+    """A parameter of a module that holds the matrices of all its experts, `[experts, o, i]` or `[experts, i, o]`.
+
+    Attributes:
+        matrix: name of the parameter.
+        bias: name of the parameter with their biases, `[experts, o]`, if there is one.
+        transposed: whether a matrix is stored `[i, o]`.
+        number: how many experts.
+    """
+
+    matrix: str
+    bias: str | None
+    transposed: bool
+    number: int
+
+
+def experts_of(module: Any) -> list[Experts]:
+    """Return the parameters of a module's own that hold the matrices of its experts; none for most modules.
+
+    Args:
+        module: a module; it holds experts if its class is named so.
+
+    Returns:
+        One entry for each parameter.
+    """
+    kind = type(module).__name__
+    if "Experts" not in kind:
+        return []
+    own = dict(module.named_parameters(recurse=False))
+    transposed = getattr(module, "is_transposed", kind in TRANSPOSED_EXPERTS)
+    return [
+        Experts(name, f"{name}_bias" if f"{name}_bias" in own else None, transposed, p.shape[0])
+        for name, p in own.items()
+        if p.ndim == 3
+    ]
 
 
 def heads_of(config: Any, block: str) -> Heads | None:

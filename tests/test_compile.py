@@ -48,10 +48,11 @@ def test_compiled_rows_are_the_eager_ones_and_nothing_fell_back(engine: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         rows_of = per_example_grads_fn(loss_fn, params, batch, transform=SKETCH, engine=engine, compile=True)
-        first, second = rows_of(params, batch), rows_of(params, batch)
+        first, (second, losses) = rows_of(params, batch), rows_of.with_losses(params, batch)
     expected = per_example_grads(loss_fn, params, batch, transform=SKETCH, engine="loop")
     assert_close(first, expected)
     assert_close(second, expected)
+    torch.testing.assert_close(losses, loss_fn(params, batch), rtol=1e-5, atol=1e-6)
     assert all(graph is not None for graph in rows_of.step.graphs.values())
 
 

@@ -98,9 +98,10 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         begin(tmp_path, kind="scores")
     assert contents(tmp_path) == before
     assert not HELD
+    (tmp_path / ".shard-00000.h5.abc.partial").write_text("left by a killed process")
     whole(tmp_path, overwrite=True, plan={"shards": [[0, 3]]})
+    assert sorted(contents(tmp_path)) == [".lock", "index.h5", "run.json", "shard-00000.h5"]
     assert len(open_index(tmp_path)) == 3
-    assert not (tmp_path / "shard-00001.h5").exists()
 
 
 def test_an_unfinished_run_is_resumed_only_when_told(tmp_path: Path) -> None:
@@ -182,6 +183,35 @@ def test_appending(tmp_path: Path) -> None:
         finish(directory)
     assert len(open_index(directory)) == 16
     assert "appended from shard 5: influence build" in str(open_index(directory))
+
+
+def test_a_damaged_shard_of_an_appended_index_is_made_again(tmp_path: Path) -> None:
+    """What an error says to do: delete the shard and the root, and run the same command."""
+    more = {"shards": [[10, 13], [13, 14]]}
+    whole(tmp_path)
+    whole(tmp_path, plan=more, append=True)
+    before = open_index(tmp_path).matrix()
+    for name in ("index.h5", "shard-00001.h5", "shard-00003.h5"):
+        (tmp_path / name).unlink()
+    with begin(tmp_path) as run:
+        assert (run.first, run.last, run.todo) == (0, 3, [1])
+        write(run, run.todo)
+        with pytest.raises(ValueError, match=r"1 of 5 shards are missing, the first of them shard-00003.h5"):
+            finish(tmp_path)
+    with begin(tmp_path, more, append=True) as run:
+        assert (run.first, run.last, run.todo) == (3, 5, [3])
+        write(run, run.todo)
+        finish(tmp_path)
+    assert torch.equal(open_index(tmp_path).matrix(), before)
+    with pytest.raises(ValueError, match="appended shards begin at 14 or later"):
+        begin(tmp_path, more, append=True)
+
+
+def test_a_start_that_was_killed_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on nowhere")
+    (tmp_path / ".run.json.abc.partial").write_text("{")
+    whole(tmp_path)
+    assert sorted(contents(tmp_path)) == [".lock", "index.h5", "run.json", *(f"shard-0000{i}.h5" for i in range(3))]
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:

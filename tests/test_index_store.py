@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def value(index: Tensor, per_token: bool = False) -> Collected:
     rows = torch.cat([torch.arange(int(OFFSETS[i]), int(OFFSETS[i + 1])) for i in index])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
     positions = rows - OFFSETS[index].repeat_interleave(length)
-    return Collected(COLUMNS.split(TOKENS[rows]), LOSS[index], length, None, offsets, positions)
+    return Collected(COLUMNS.split(TOKENS[rows]), LOSS[index], length, 100 + rows // 2, offsets, positions)
 
 
 def fill(sink: Sink, begin: int, end: int, order: list[int], size: int, per_token: bool = False) -> Any:
@@ -109,7 +110,7 @@ def test_what_went_in_comes_out(tmp_path: Path, dtype: str, per_token: bool) -> 
         assert index.place(torch.tensor(5)).position == 2
         assert torch.equal(index.tokens(3)["b"], index.rows(["b"], 3, 6)["b"])
         assert index.tokens(1)["a"].shape == (0, 3, 4)
-        assert torch.equal(index.document, torch.arange(12).repeat_interleave(COUNTS))
+        assert torch.equal(index.document, 100 + torch.arange(len(TOKENS)) // 2)  # chunks: each token's own
     else:
         assert torch.equal(index.document, torch.arange(12) // 2)
         with pytest.raises(ValueError, match="row for every example"):
@@ -163,30 +164,15 @@ def test_datasets_are_aligned_and_contiguous(tmp_path: Path) -> None:
             assert file[key].id.get_offset() % 64 == 0
 
 
-ALONE = """
-import json, sys
-import h5py, numpy
-
+PAGE = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
+(ALONE,) = re.findall(r"```python\n(import json\n.*?)\n\nfound = .*?```", PAGE, flags=re.DOTALL)
+PRINTED = """
+import sys
 with h5py.File(sys.argv[1] + "/index.h5") as root:
-    about = json.loads(root.attrs["about"])
-    block = next(b for b in about["blocks"] if b["name"] == "a")
-    columns = slice(block["first"], block["last"] + 1)
-    rows = root["rows"]
-    if rows.attrs.get("dtype") == "bfloat16":
-        stored = (rows[()].astype("u4") << 16).view("f4")
-    else:
-        stored = rows[()].astype("f8")
-    if "scale" in root:
-        scale = root["scale"][()]
-        widths = [b["last"] + 1 - b["first"] for b in about["blocks"]]
-        stored = stored * (scale if scale.shape[1] == 1 else numpy.repeat(scale, widths, 1))
-    query = numpy.arange(12.0)
     print(json.dumps({
-        "scores": (stored[:, columns] @ query).tolist(),
-        "loss": root["loss"][()].tolist(),
-        "index": root["index"][()].tolist(),
-        "weights": about["fingerprint"]["must_match"]["weights"],
-        "offsets": root["offsets"][()].tolist() if "offsets" in root else None,
+        "scores": [scores(sys.argv[1], name, numpy.arange(n)).tolist() for name, n in (("a", 12.0), ("b", 5.0))],
+        "weights": json.loads(root.attrs["about"])["fingerprint"]["must_match"]["weights"],
+        **{name: root[name][()].tolist() for name in root if name not in ("rows", "scale")},
     }))
 """
 
@@ -194,22 +180,32 @@ with h5py.File(sys.argv[1] + "/index.h5") as root:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_h5py_alone_computes_a_score(tmp_path: Path, dtype: str, per_token: bool) -> None:
-    """Needs nothing of ours: docs/index.md has this code. The root's paths hold wherever it is moved to."""
+    """The code of docs/index.md, in a process that has nothing of ours; the root's paths hold wherever it is moved."""
     write(tmp_path / "made", dtype, per_token)
     shutil.move(tmp_path / "made", tmp_path / "moved")
-    nodes = [node for node in ast.walk(ast.parse(ALONE)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [node for node in ast.walk(ast.parse(ALONE + PRINTED)) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert {name.name for node in nodes for name in node.names} == {"json", "sys", "h5py", "numpy"}
     out = subprocess.run(
-        [sys.executable, "-c", ALONE, str(tmp_path / "moved")], capture_output=True, text=True, check=True, cwd="/"
+        [sys.executable, "-c", ALONE + PRINTED, str(tmp_path / "moved")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
     )
     found = json.loads(out.stdout)
     index = open_index(tmp_path / "moved")
-    expected = index.matrix(blocks=["a"]).double() @ torch.arange(12.0, dtype=torch.float64)
-    torch.testing.assert_close(torch.tensor(found["scores"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
+    for got, (name, count) in zip(found["scores"], (("a", 12.0), ("b", 5.0)), strict=True):
+        expected = index.matrix(blocks=[name]).double() @ torch.arange(count, dtype=torch.float64)
+        torch.testing.assert_close(torch.tensor(got, dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
     assert found["loss"] == LOSS.tolist()
     assert found["index"] == list(range(12))
+    assert found["length"] == COUNTS.tolist()
     assert found["weights"] == "abc"
-    assert found["offsets"] == (OFFSETS.tolist() if per_token else None)
+    if per_token:
+        assert found["offsets"] == OFFSETS.tolist()
+        assert found["position"] == index.position.tolist()
+    else:
+        assert found["document"] == index.document.tolist()
 
 
 def test_a_shard_that_is_gone_shows_as_no_number(tmp_path: Path) -> None:
@@ -335,6 +331,8 @@ def test_an_index_of_nothing(tmp_path: Path) -> None:
         assert (len(index), index.examples, list(index.pieces())) == (0, 0, [])
         assert index.matrix().shape == (0, 17)
         assert "0 rows" in str(index)
+        assert len(index.dataset()) == 0
+        assert index.rows()["a"].shape == (0, 3, 4)
         with h5py.File(directory / "index.h5") as root:
             assert root["rows"].shape == (0, 17)
 

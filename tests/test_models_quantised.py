@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from influence import as_blocks, chain, functionalize, per_example_grads, split_heads
+from influence.func.fingerprint import weights_hash
 from influence.models import describe, layer_matrices, load
 from influence.models.quantised import QuantisedLinear, unpack
 from tests.cases import LLAMA, hf
@@ -157,6 +158,12 @@ def test_models_of_bitsandbytes(tmp_path: Path, precision: str) -> None:
         model(input_ids=IDS)
     assert describe(model).splitlines()[1:] == describe(llama()).splitlines()[1:]
     check_rows(model, 1e-4)
+    before = weights_hash(*functionalize(model))
+    assert weights_hash(*functionalize(model, targets="*q_proj*")) == before
+    state = model.model.layers[1].mlp.up_proj.state
+    (state if precision == "int8" else state.state2.absmax).view(-1)[0] += 1
+    assert weights_hash(*functionalize(model)) != before
+    (state if precision == "int8" else state.state2.absmax).view(-1)[0] -= 1
     far, scale = dense_like(model)(input_ids=IDS).logits, llama()(input_ids=IDS).logits
     assert 0 < (far - scale).norm() < 0.5 * scale.norm()  # rounded, and no worse
     config = transformers.BitsAndBytesConfig(**{f"load_in_{precision[3:]}bit": True})

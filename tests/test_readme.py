@@ -1,4 +1,5 @@
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,36 @@ def test_training_examples_run_and_say_who_was_seen_when():
     assert names["order"].example.shape == (24,)
     assert names["order"].scaled.tolist() == [0] * 8 + [1] * 16
     assert names["effect"].shape == names["scores"].shape == (3,)
+
+
+def test_index_examples_run_and_h5py_alone_finds_the_same_scores():
+    names = run("docs/index.md")
+    assert names["rows"]["0"].shape == (10, 8, 8)
+    expected = names["index"].matrix(blocks=["0"]).double().sum(1)
+    torch.testing.assert_close(torch.from_numpy(names["found"]), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_search_examples_run_and_find_what_they_say():
+    names = run("docs/search.md")
+    assert names["hits"].values.shape == (3, 5)
+    assert names["hits"].indices[:, 0].tolist() == [7, 8, 9]
+    torch.testing.assert_close(sum(names["parts"].values()), names["scores"], rtol=1e-4, atol=1e-6)
+    assert names["near"].indices.equal(names["hits"].indices)
+    assert names["alone"].shape == (200,)
+
+
+def test_the_command_line_of_the_readme_runs(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from influence.cli import main
+    from notebooks.make_corpus import make
+
+    console = re.search(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert console is not None
+    typed = [line[2:] for line in console[1].splitlines() if line.startswith("$ ")]
+    assert typed[0] == "python notebooks/make_corpus.py tiny"
+    make(tmp_path / "tiny", documents=60, steps=2, hidden=16, layers=1)
+    monkeypatch.chdir(tmp_path)
+    for line in typed[1:]:
+        program, *flags = shlex.split(line)
+        assert program == "influence"
+        assert main(flags) == 0, (line, capsys.readouterr().err)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"corpus", "scores.parquet", "again"}

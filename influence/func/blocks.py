@@ -5,7 +5,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from influence.func.folding import Block, Folded, Part, into_blocks
+from influence.func.folding import Block, Folded, Part, into_blocks, sliced
 from influence.func.layout import Heads
 from influence.func.transform import Step, Transform
 
@@ -24,7 +24,8 @@ def as_blocks(bias: bool = False) -> Transform:
 
     A matrix becomes `[o, i]`, output first whatever the module stores: Hugging Face's `Conv1D` is transposed, a
     convolution is unfolded (`i` = input channels of a group × kernel), embeddings and anything tied to them keep
-    `[V, d]`. Other parameters stay vectors. A block is named by its parameter without `.weight`.
+    `[V, d]`. Other parameters stay vectors. A block is named by its parameter without `.weight`. Where one parameter
+    holds the matrices of several experts, each is a block of its own, `name.expert_3`.
 
     Args:
         bias: put a matrix's bias behind its last column, `[o, i + 1]`; otherwise it stays a block of its own.
@@ -142,19 +143,5 @@ def _split(block: Block, heads: Heads) -> list[Block]:
             f"split_heads: {heads} covers {total} of the {length} entries of {block.name!r} along its {heads.axis!r} "
             f"axis; count × size must tile it (a fused weight counts its keys and values, kv={heads.kv})"
         )
-    for suffix, start, stop in slices:
-        pieces = tuple(piece for part in parts if (piece := _slice(part, heads.axis, start, stop)) is not None)
-        first = pieces[0]
-        assert first.right is not None
-        shape, name = (first.left.size, first.right.size), f"{block.name}.{suffix}"
-        blocks.append(Block(name, pieces, shape, name, shape))
+    blocks.extend(sliced(replace(block, parts=parts), heads.axis, slices))
     return sorted(blocks, key=lambda piece: len(piece.shape) == 1)
-
-
-def _slice(part: Part, axis: str, start: int, stop: int) -> Part | None:
-    side = part.left if axis == "out" else part.right
-    assert side is not None
-    sliced = side.then_slice(start, stop)
-    if sliced is None:
-        return None
-    return part._replace(left=sliced) if axis == "out" else part._replace(right=sliced)

@@ -16,15 +16,19 @@ def fingerprint(value: Any) -> str:
 
 
 def weights_hash(loss_fn: Any, params: Mapping[str, Tensor]) -> str:
-    """Return the hash of everything a loss function computes with: the parameters, and those it closes over."""
-    frozen = getattr(loss_fn, "frozen", {})
-    return fingerprint({**frozen, **params})
+    """Return the hash of every number that a loss function's model computes with.
+
+    These are the parameters, those it closes over, its buffers, and what its quantised layers unpack their weights by.
+    It does not depend on the device, nor on which of the parameters are differentiated. A reference model is part of
+    the loss, not of the weights.
+    """
+    return fingerprint({**getattr(loss_fn, "constants", {}), **getattr(loss_fn, "frozen", {}), **params})
 
 
 def canonical(value: Any) -> Any:
     """Return a setting in a form which JSON writes the same way everywhere; tensors become hashes of their bytes."""
     if isinstance(value, Tensor):
-        data = value.detach().cpu().reshape(-1)
+        data = value.detach().cpu().reshape(-1).contiguous()
         digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
         return {"tensor": digest, "shape": list(value.shape), "dtype": str(value.dtype)}
     if isinstance(value, Mapping):

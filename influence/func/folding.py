@@ -4,7 +4,7 @@ A `Folded` holds, for each block, the separable part of a chain (it folds into t
 gradient), then linear maps of the block's own gradient (`linear`), then maps of whole rows (`finish`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -146,7 +146,8 @@ def apply_part(part: Part, grad: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n .
     if part.right is None:
         return part.left.apply(grad)
     matrix = grad[..., None] if grad.ndim == 2 else grad
-    return part.left.apply(part.right.apply(matrix).mT).mT
+    mine = matrix[..., part.left.start : part.left.stop, :]  # or every expert's share costs as much as the whole
+    return part.left.apply(part.right.apply(mine).mT).mT
 
 
 def start(layout: Layout) -> Folded:
@@ -161,6 +162,8 @@ def start(layout: Layout) -> Folded:
 
 def into_blocks(folded: Folded, bias: bool) -> Folded:
     """Return the folded transform whose blocks are oriented matrices and vectors, named without `.weight`.
+
+    Of a parameter that holds several experts every expert is a block, `name.expert_3`: a slice of the outputs.
 
     Args:
         folded: plain parameters.
@@ -182,8 +185,30 @@ def into_blocks(folded: Folded, bias: bool) -> Folded:
             column = Part(param.bias, identity(shape[0]), identity(1).padded(shape[1], 0))
             parts = (Part(part.source, part.left, part.right.padded(0, 1)), column)
             shape = (shape[0], shape[1] + 1)
-        blocks.append(Block(name, parts, shape, name, shape))
+        size, whole = param.one[0], Block(name, parts, shape, name, shape)
+        experts = [(f"expert_{e}", e * size, (e + 1) * size) for e in range(param.experts)]
+        blocks.extend(sliced(whole, "out", experts) if experts else [whole])
     return replace(folded, blocks=tuple(blocks), raw=False)
+
+
+def sliced(block: Block, axis: str, places: Iterable[tuple[str, int, int]]) -> list[Block]:
+    """Return slices of an untouched block along its `"out"` or `"in"` axis, one for each `(suffix, start, stop)`."""
+    blocks = []
+    for suffix, start, stop in places:
+        parts = tuple(cut for part in block.parts if (cut := _slice(part, axis, start, stop)) is not None)
+        name = f"{block.name}.{suffix}"
+        piece = replace(block, name=name, parts=parts, into=name)
+        blocks.append(replace(piece, shape=piece.separable_shape, original=piece.separable_shape))
+    return blocks
+
+
+def _slice(part: Part, axis: str, start: int, stop: int) -> Part | None:
+    side = part.left if axis == "out" else part.right
+    assert side is not None
+    cut = side.then_slice(start, stop)
+    if cut is None:
+        return None
+    return part._replace(left=cut) if axis == "out" else part._replace(right=cut)
 
 
 def placed(folded: Folded) -> Folded:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from influence.families import heads_of
+from influence.families import experts_of, heads_of
 from influence.func.layout import Layout, ParamLayout, block_name
 from influence.func.module_call import Model
 from influence.func.module_loss import LOSSES, ModuleLoss
@@ -94,7 +94,7 @@ def functionalize(
         raise ValueError(f"dropout is active in {dropping[:3]}: use mode='eval', or set its p to 0 on a copy")
     ours = Model(skeleton, _task(model), unembedding(skeleton, {**named, **frozen}))
     other = _reference(model, reference, loss)
-    spec = ModuleLoss(ours, frozen, _layout(model), loss, reduction, label_smoothing, other)
+    spec = ModuleLoss(ours, frozen, module_layout(model), loss, reduction, label_smoothing, other)
     return spec, {name: named[name] for name in chosen}
 
 
@@ -208,7 +208,7 @@ def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> tupl
     return Model(skeleton, _task(source), unembedding(skeleton, values)), values
 
 
-def _layout(model: nn.Module) -> Layout:
+def module_layout(model: nn.Module) -> Layout:
     """Return the layout of a module's parameters, from the classes of its layers and its config."""
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, dict[str, Any]] = {name: {} for name in names.values()}
@@ -221,6 +221,13 @@ def _layout(model: nn.Module) -> Layout:
                 "family": "linear",
                 "bias": names.get(id(module.in_proj_bias)),
             }
+        for stack in experts_of(module):
+            matrix, biases = names[id(getattr(module, stack.matrix))], None
+            held = {"family": "linear", "experts": stack.number}
+            if stack.bias is not None:
+                biases = names[id(getattr(module, stack.bias))]
+                found[biases] = held
+            found[matrix] = {**held, "bias": biases, "transposed": stack.transposed}
         if name is None or found[name]:
             continue
         if isinstance(module, nn.Linear):

@@ -45,6 +45,8 @@ class ParamLayout:
         bias: name of the bias which belongs to this matrix.
         groups: groups of a convolution.
         heads: attention heads along one axis, where known.
+        experts: how many experts are stored one behind the other along a first axis of their own; 0 where there is no
+            such axis.
     """
 
     shape: tuple[int, ...]
@@ -55,29 +57,39 @@ class ParamLayout:
     bias: str | None = None
     groups: int = 1
     heads: Heads | None = None
+    experts: int = 0
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameter forms a matrix `[o, i]`."""
-        return len(self.shape) >= 2
+        """Whether the parameter, or each of its experts, forms a matrix `[o, i]`."""
+        return len(self.shape) - bool(self.experts) >= 2
+
+    @property
+    def one(self) -> tuple[int, ...]:
+        """Shape of the gradient of one expert, or of the only matrix or vector, as a block."""
+        stored = self.shape[1:] if self.experts else self.shape
+        if not self.is_matrix:
+            return (prod(stored),)
+        o, i = stored[0], prod(stored[1:])
+        return (i, o) if self.transposed else (o, i)
 
     @property
     def oriented(self) -> tuple[int, ...]:
-        """Shape of the gradient as a block: `[o, i]`, output first, or `[d]`."""
-        if not self.is_matrix:
-            return (prod(self.shape),)
-        o, i = self.shape[0], prod(self.shape[1:])
-        return (i, o) if self.transposed else (o, i)
+        """Shape of the gradient as a block: `[o, i]`, output first, or `[d]`; the outputs of all experts in a row."""
+        first, *rest = self.one
+        return ((self.experts or 1) * first, *rest)
 
     def orient(self, grad: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Turn a gradient `[n, *shape]` into its block form `[n, o, i]` or `[n, d]`."""
         if not self.is_matrix:
             return grad.reshape(grad.shape[0], prod(self.shape))
-        grad = grad.flatten(2)
-        return grad.mT if self.transposed else grad
+        grad = grad.flatten(3 if self.experts else 2)
+        grad = grad.mT if self.transposed else grad
+        return grad.flatten(1, 2) if self.experts else grad
 
     def restore(self, block: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Undo `orient`."""
+        block = block.unflatten(1, (self.experts, -1)) if self.experts else block
         block = block.mT if self.transposed else block
         return block.reshape(block.shape[0], *self.shape)
 

@@ -54,6 +54,20 @@ def output_logits(output: Any) -> Tensor:
     return logits
 
 
+def constants_of(module: nn.Module) -> dict[str, Any]:
+    """Return what a module computes with beside its parameters, by name.
+
+    Buffers are copied: some rotary embeddings write theirs anew in every forward. They all count, whether they are
+    saved with the weights (BatchNorm's statistics) or made from the config (rotary frequencies).
+    """
+    constants: dict[str, Any] = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    for name, layer in module.named_modules():
+        state = getattr(layer, "quantisation", None)
+        if state is not None:
+            constants[f"{name}.quantisation"] = state
+    return constants
+
+
 class Model(NamedTuple):
     """A module as a function of its parameters.
 

@@ -11,7 +11,7 @@ from influence.func.by_chunks import by_chunks
 from influence.func.layout import Layout
 from influence.func.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
-from influence.func.module_call import Model, output_logits
+from influence.func.module_call import Model, constants_of, output_logits
 from influence.func.unembedding import ENTRIES, Logits, Unembedding, positions_at_once
 from influence.types import Batch, ExampleLoss, Params
 
@@ -30,6 +30,8 @@ class ModuleLoss:
         name: which loss it is.
         reduction: `"sum"` or `"mean"`.
         frozen: the parameters that are not differentiated.
+        constants: what else the model computes with, as it was when the function was made: its buffers, and the states
+            of its quantised layers.
         encoder_decoder: whether two streams of positions meet in it.
         likelihood: what labels the model would give, where the loss says so; otherwise `None`.
     """
@@ -48,12 +50,19 @@ class ModuleLoss:
     ) -> None:
         """Close over everything but the parameters to differentiate."""
         self._model, self.frozen, self._reference, self._task = model, frozen, reference, model.task
+        self.constants = constants_of(model.skeleton)
         self.encoder_decoder = bool(getattr(getattr(model.skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
         self.name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
         known = {"cross_entropy": categorical, "squared_error": gaussian}
         self.likelihood = known[loss]() if isinstance(loss, str) and loss in known else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `functionalize` was asked for, as JSON writes it; a function of the user's by its name."""
+        own = callable(self._loss)
+        return {"loss": self.name, "own": own, "reduction": self.reduction, "label_smoothing": self._smoothing}
 
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""

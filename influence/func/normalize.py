@@ -2,6 +2,7 @@ r"""Scales: what the optimizer would have done to a gradient, and unit norm."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -9,17 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.folding import Block, Folded, Part, flat, with_rows, with_sides
-from influence.func.layout import Layout
+from influence.func.folding import Block, Folded, Part, apply_part, flat, with_rows, with_sides
+from influence.func.layout import ParamLayout
 from influence.func.transform import Step, Transform
 from influence.types import Rows
 
 
 class Factored(NamedTuple):
-    """Adafactor's second moment of a matrix as stored: means over the last axis (`row`) and over the first (`col`)."""
+    """Adafactor's second moment of a matrix as stored: means over the last axis (`row`) and over the first (`col`).
 
-    row: Float[Tensor, " rows"]
-    col: Float[Tensor, " cols"]
+    Where one parameter holds several experts, of each of their matrices: `[experts, rows]` and `[experts, cols]`.
+    """
+
+    row: Float[Tensor, "*experts rows"]
+    col: Float[Tensor, "*experts cols"]
 
 
 class Moments(NamedTuple):
@@ -39,20 +43,21 @@ class Moments(NamedTuple):
         return Moments({name: unfactor(v) for name, v in self.second.items()})
 
 
-def factor(v: Tensor | Factored) -> Tensor | Factored:
-    """Return a matrix's moment as row and column means; vectors and factored moments as they are."""
-    if isinstance(v, Factored) or v.ndim < 2:
+def factor(v: Tensor | Factored, experts: int = 0) -> Tensor | Factored:
+    """Return a matrix's moment, or that of each expert's, as row and column means; others as they are."""
+    first = 1 if experts else 0
+    if isinstance(v, Factored) or v.ndim < first + 2:
         return v
-    matrix = v.flatten(1)
-    return Factored(matrix.mean(1), matrix.mean(0))
+    matrix = v.flatten(first + 1)
+    return Factored(matrix.mean(-1), matrix.mean(-2))
 
 
 def unfactor(v: Tensor | Factored) -> Tensor:
     """Return a moment in full; an all-zero one stays zero."""
     if not isinstance(v, Factored):
         return v
-    mean = v.row.mean()
-    return torch.outer(v.row, v.col) / torch.where(mean > 0, mean, torch.ones_like(mean))
+    mean = v.row.mean(-1)[..., None, None]
+    return v.row[..., :, None] * v.col[..., None, :] / torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
@@ -79,13 +84,18 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
 
     def extend(folded: Folded) -> Folded:
         _covers("scale_by_adam", folded, moments)
+
+        @lru_cache(maxsize=2)  # a weight and its bias, while their heads or experts come one after the other
+        def scale_of(source: str) -> Tensor:
+            param = folded.layout[source]
+            v = unfactor(moments.second[source]).reshape(param.shape)
+            return param.orient((1 / (v.double().sqrt() + eps))[None].cpu())
+
         blocks = []
         for block in folded.blocks:
             total = None
             for part in block.parts:
-                v = unfactor(moments.second[part.source]).reshape(folded.layout[part.source].shape)
-                scale = 1 / (v.double().sqrt() + eps)
-                piece = place(scale, part, folded.layout)
+                piece = apply_part(part, scale_of(part.source))[0]
                 total = piece if total is None else total + piece
             assert total is not None
             dtype = folded.layout[block.parts[0].source]
@@ -123,10 +133,12 @@ def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
 
     def extend(folded: Folded) -> Folded:
         _covers("scale_by_adafactor", folded, moments)
-        factored = moments.to_adafactor().second
+        scales = {name: _scales(moments.second[name], eps, folded.layout[name]) for name in _sources(folded)}
 
         def sides(block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
-            left, right = _scales(factored[part.source], eps, folded.layout[part.source].transposed)
+            left, right = scales[part.source]
+            if right is not None and right.ndim == 2:
+                right = right[_expert(block, part, folded.layout[part.source])]
             target = None if part.right is None else torch.ones(part.right.size, dtype=torch.float64)
             placed_left = torch.zeros(part.left.size, dtype=torch.float64)
             placed_left[part.left.before : part.left.size - part.left.after] = left[part.left.start : part.left.stop]
@@ -142,13 +154,26 @@ def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
     )
 
 
-def _scales(v: Tensor | Factored, eps: float, transposed: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the scales of the output and the input axis, in block orientation."""
+def _scales(v: Tensor | Factored, eps: float, param: ParamLayout) -> tuple[Tensor, Tensor | None]:
+    """Return the scales of the output axis, and of the input axis (of every expert), in block orientation."""
+    v = factor(v if isinstance(v, Factored) else v.reshape(param.shape), param.experts)
     if not isinstance(v, Factored):
         return (v.double().flatten().cpu() + eps).rsqrt(), None
     row, col = v.row.double().cpu() + eps, v.col.double().cpu() + eps
-    left, right = row.mean().sqrt() * row.rsqrt(), col.rsqrt()
-    return (right, left) if transposed else (left, right)
+    by_row, by_col = row.mean(-1, keepdim=True).sqrt() * row.rsqrt(), col.rsqrt()
+    left, right = (by_col, by_row) if param.transposed else (by_row, by_col)
+    return left.flatten(), right
+
+
+def _expert(block: Block, part: Part, param: ParamLayout) -> int:
+    """Return the number of a block's expert."""
+    outputs = param.one[0]
+    if part.left.stop - part.left.start > outputs:
+        raise ValueError(
+            f"scale_by_adafactor: {block.name!r} holds {param.experts} experts, each with a scale of its own, so it "
+            "has no rank-one scale as a whole: put as_blocks() before it, which makes every expert a block"
+        )
+    return part.left.start // outputs
 
 
 def unit_norm(eps: float = 1e-12) -> Transform:
@@ -199,17 +224,8 @@ class _Scale:
         return rows * self.scale
 
 
-def place(scale: Tensor, part: Part, layout: Layout) -> Tensor:
-    """Return a parameter's elementwise scale where its gradient lies in the block."""
-    oriented = layout[part.source].orient(scale[None].cpu())[0]
-    if part.right is None:
-        return part.left.apply(oriented)
-    matrix = oriented[:, None] if oriented.ndim == 1 else oriented
-    return part.left.apply(part.right.apply(matrix).mT).mT
-
-
 def _covers(verb: str, folded: Folded, moments: Moments) -> None:
-    needed = list(dict.fromkeys(part.source for block in folded.blocks for part in block.parts))
+    needed = _sources(folded)
     missing = [name for name in needed if name not in moments.second]
     if missing:
         raise ValueError(
@@ -217,16 +233,25 @@ def _covers(verb: str, folded: Folded, moments: Moments) -> None:
             "Add them to the moments, or leave these parameters out of the targets"
         )
     for name in needed:
-        v, expected = moments.second[name], folded.layout[name].shape
+        v, layout = moments.second[name], folded.layout[name]
+        expected = layout.shape
         if isinstance(v, Factored):
-            got = (v.row.shape[0], v.col.shape[0])
-            whole = (expected[0], prod(expected[1:]))
+            experts, stored = (expected[:1], expected[1:]) if layout.experts else ((), expected)
+            got = (tuple(v.row.shape), tuple(v.col.shape))
+            whole = ((*experts, stored[0]), (*experts, prod(stored[1:])))
             if got != whole:
-                raise ValueError(f"{verb}: moment of {name!r} has row and column lengths {got}; expected {whole}")
+                raise ValueError(
+                    f"{verb}: moment of {name!r} has rows and columns of shapes {got}; expected {whole}"
+                    f"{', factored expert by expert (leave it in full, it is factored here)' if experts else ''}"
+                )
         elif tuple(v.shape) not in (expected, (expected[0], prod(expected[1:])) if len(expected) > 1 else expected):
             raise ValueError(
                 f"{verb}: moment of {name!r} has shape {list(v.shape)}; the parameter has {list(expected)}"
             )
+
+
+def _sources(folded: Folded) -> list[str]:
+    return list(dict.fromkeys(part.source for block in folded.blocks for part in block.parts))
 
 
 def _refuses(verb: str) -> dict[str, str]:

@@ -386,11 +386,14 @@ def corner(
         What `project(dim, seed, kind)` gives.
     """
     for axis, (size, side) in enumerate(zip(shape, ("left", "right"), strict=False)):
-        row = _shrink(row.movedim(axis + 1, -1), size, side, name, p, dim, seed, kind).movedim(-1, axis + 1)
+        row = shrunk(row.movedim(axis + 1, -1), size, side, name, p, dim, seed, kind).movedim(-1, axis + 1)
     return row
 
 
-def _shrink(row: Tensor, size: int, side: str, name: str, p: int, dim: int, seed: int, kind: str) -> Tensor:
+def shrunk(
+    row: Shaped[Tensor, "... P"], size: int, side: str, name: str, p: int, dim: int, seed: int, kind: str
+) -> Shaped[Tensor, "... p"]:
+    """Read the last axis of a row, a side that was `size` long and is stored at dim `p`, at a smaller dim."""
     if size <= dim:
         return row
     if size <= p:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from influence.func.fingerprint import describe, fingerprint
@@ -150,12 +151,12 @@ class CollectedRows(dict[str, Tensor]):
 def unblock(rows: Rows, layout: Layout) -> tuple[Rows, bool] | None:
     """Return parameter gradients from rows that are whole blocks, and whether biases were in them.
 
-    `None` where the rows are something else (heads, projections).
+    `None` where the rows are something else (heads, projections, some of the experts).
     """
     owners = {block_name(name): name for name in layout.params}
     grads: Rows = {}
     merged = False
-    for key, row in rows.items():
+    for key, row in joined_experts(rows, owners, layout).items():
         name = key if key in layout.params else owners.get(key)
         if name is None:
             return None
@@ -165,10 +166,18 @@ def unblock(rows: Rows, layout: Layout) -> tuple[Rows, bool] | None:
         elif param.bias and len(shape) == 2 and shape == (param.oriented[0], param.oriented[1] + 1):
             merged = True
             grads[name] = param.restore(row[..., :-1])
-            grads[param.bias] = row[..., -1]
+            grads[param.bias] = layout[param.bias].restore(row[..., -1])
         else:
             return None
     return grads, merged
+
+
+def joined_experts(rows: Rows, owners: Mapping[str, str], layout: Layout) -> Rows:
+    """Return rows in which the experts of one parameter lie one behind the other, where all of them are there."""
+    stacks = {block: [f"{block}.expert_{e}" for e in range(layout[name].experts)] for block, name in owners.items()}
+    whole = {expert: block for block, experts in stacks.items() if rows.keys() >= {*experts} for expert in experts}
+    names = dict.fromkeys(whole.get(key, key) for key in rows)
+    return {name: rows[name] if name in rows else torch.cat([rows[e] for e in stacks[name]], 1) for name in names}
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -218,9 +218,12 @@ def separable(method: str, plan: Plan, transform: Transform) -> BatchedPlan:
         ValueError: if the transform does not separate, or makes no blocks.
     """
     if plan.batched is None:
+        stacks = [name for name, param in plan.layout.params.items() if param.experts]
         raise EngineError(
             f"{method} needs layer inputs and output gradients, which the batched engine sees; this function runs by "
-            f"{plan.engine!r}: {'; '.join(plan.notes)}. hessians.shampoo and hessians.autocorrelation need rows alone"
+            f"{plan.engine!r}: {'; '.join(plan.notes)}"
+            f"{f' ({len(stacks)} parameters hold experts: ' + ', '.join(stacks[:3]) + ')' if stacks else ''}. "
+            "hessians.shampoo and hessians.autocorrelation need rows alone"
         )
     folded = transform.bind(plan.layout)
     if folded.raw:

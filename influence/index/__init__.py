@@ -1,20 +1,27 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
+from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
 from influence.index.columns import Columns, columns_of
-from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of, provenance
+from influence.index.hits import Hits
 from influence.index.narrowing import narrowed
+from influence.index.neighbours import FaissConfig
 from influence.index.reading import Index, Piece, Place, open_index
+from influence.index.recipe import rebuild, recipe
 from influence.index.root import About, finish
 from influence.index.run import Run, done, start
 from influence.index.shards import Collected, memory_sink, shard_sink
 
 __all__ = [
     "About",
+    "Attributor",
     "Collected",
     "Columns",
+    "FaissConfig",
     "Fingerprint",
     "FingerprintError",
+    "Hits",
     "Index",
     "Piece",
     "Place",
@@ -28,6 +35,9 @@ __all__ = [
     "memory_sink",
     "narrowed",
     "open_index",
+    "provenance",
+    "rebuild",
+    "recipe",
     "shard_sink",
     "start",
     "step_of",

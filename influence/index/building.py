@@ -100,19 +100,18 @@ def build(
     )
     columns = Columns(plan.folded.row_shapes)
     fingerprint = fingerprint_of(loss_fn, params, plan.transform, columns.shapes, weights, recorded, plan.layout)
-    numbered = _numbered(_chained(first, source), _next_row(path) if append else 0)
-    collected = _collected(numbered, step, params, progress)
+    whole = _chained(first, source)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
     if path is None:
         sink = memory_sink(columns, dtype, per_token is not None)
         state = sink.init()
-        for index, value in collected:
+        for index, value in _collected(_numbered(whole, 0), step, params, progress):
             state = sink.update(state, index, value)
         about = About("index", dtype, per_token is not None, columns, fingerprint, settings, list(command), {}, ())
         return Index(about, [Held(sink.finalize(state))])
-    with start(
-        path, "index", settings, command, {"shard_size": shard_size}, fingerprint, overwrite, False, append
-    ) as run:
+    planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
+    with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:
+        collected = _collected(_numbered(whole, _next_row(path) if append else 0), step, params, progress)
         for number, some in enumerate(_shards(collected, shard_size), run.first):
             sink = shard_sink(run.directory, number, None, columns, dtype, per_token is not None)
             state = sink.init()

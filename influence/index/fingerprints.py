@@ -13,8 +13,10 @@ from typing import Any
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
+from influence.func.nested import unprojected
 from influence.func.project import NESTING
-from influence.func.transform import Step, Transform
+from influence.func.transform import CollectedRows, Step, Transform
+from influence.index.recipe import recipe
 from influence.types import LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
@@ -61,6 +63,24 @@ class Fingerprint:
     def dim(self) -> int | None:
         """The projection's dim, if there is one."""
         return self.must_match.get("dim")
+
+
+def provenance(
+    loss_fn: LossFn, params: Params, rows: CollectedRows, recorded: Mapping[str, Any] | None = None
+) -> Fingerprint:
+    """Return the fingerprint of rows that come straight from `per_example_grads`, for a search.
+
+    Args:
+        loss_fn: the loss function they were made by.
+        params: the parameters they were made at, as they were then.
+        rows: the rows.
+        recorded: anything else to record.
+
+    Returns:
+        The fingerprint.
+    """
+    shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+    return fingerprint_of(loss_fn, params, rows.transform, shapes, recorded=recorded, layout=rows.layout)
 
 
 def fingerprint_of(
@@ -118,11 +138,14 @@ def fingerprint_of(
     said = {"loss": getattr(loss_fn, "name", getattr(loss_fn, "__qualname__", type(loss_fn).__name__))}
     said["reduction"] = getattr(loss_fn, "reduction", "own")
     said["transform"] = repr(transform)
+    said["steps"] = recipe(transform)
+    settings = getattr(loss_fn, "settings", None)
+    if settings is not None:
+        said |= {"loss_settings": settings, "params": list(params or ())}
     if layout is None and params is not None and getattr(loss_fn, "layout", None) is not None:
         layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
     if projection and layout is not None:
-        before = transform.steps[: [step.name for step in transform.steps].index("project")]
-        said["unprojected"] = {block.into: block.shape for block in Transform(before).bind(layout).blocks}
+        said["unprojected"] = unprojected(transform, layout)
     return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
 
 
@@ -153,8 +176,7 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
 def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str]]:
     """Yield every field that does not fit: its name, and what is wrong with it."""
     nested = nests(query, stored)
-    found = differences(query, stored, kinds=("must_match",))
-    for name, mine, theirs in sorted(found, key=lambda each: each[0] in ("blocks", "order")):
+    for name, mine, theirs in differences(query, stored, kinds=("must_match",)):
         if nested and name in ("dim", "blocks"):
             continue
         values = f"the query's {name} is {_shown(mine, theirs)}, and the stored rows' is {_shown(theirs, mine)}"
@@ -201,10 +223,10 @@ def differences(
     free: Iterable[str] = (),
     kinds: Iterable[str] = ("must_match", "complement", "recorded"),
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every field that differs, with both values; some are free to."""
+    """Yield every field that differs, with both values, causes before what follows from them; some are free to."""
     for kind in kinds:
         mine, theirs = getattr(one, kind), getattr(other, kind)
-        for name in sorted({*mine, *theirs} - set(free)):
+        for name in sorted({*mine, *theirs} - set(free), key=lambda name: (name in ("blocks", "order"), name)):
             if mine.get(name) != theirs.get(name):
                 yield name, mine.get(name), theirs.get(name)
 

@@ -6,19 +6,21 @@ Nothing is loaded until it is asked for, and a dataset's checksum is verified wh
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from influence import store
 from influence.index.columns import Columns
 from influence.index.encoding import Encoded, decode
 from influence.index.fingerprints import Fingerprint
-from influence.index.root import HEADER, About, Shard, header_of, read_root
-from influence.index.run import ROOT, RUN, what_is_there
+from influence.index.parts import Held, Mapped, Part, check_size
+from influence.index.root import HEADER, About, header_of, read_root
+from influence.index.run import ROOT, RUN, way_on, what_is_there
 from influence.types import Rows
+
+__all__ = ["Held", "Index", "Mapped", "Part", "Piece", "Place", "open_index"]
 
 AT_ONCE = 1 << 26
 """Entries that are decoded at once where a caller does not say."""
@@ -48,75 +50,6 @@ class Place(NamedTuple):
 
     document: Int[Tensor, " *q"]
     position: Int[Tensor, " *q"]
-
-
-@runtime_checkable
-class Part(Protocol):
-    """A shard, on disk or in memory."""
-
-    @property
-    def rows(self) -> int:
-        """How many rows it holds."""
-        ...
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a dataset, if it has it."""
-        ...
-
-
-class Held(NamedTuple):
-    """A shard in memory."""
-
-    tensors: dict[str, Tensor]
-
-    @property
-    def rows(self) -> int:
-        """How many rows it holds."""
-        return self.tensors["rows"].shape[0]
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a dataset, if it has it."""
-        return self.tensors.get(name)
-
-
-class Mapped:
-    """A shard on disk: mapped when it is first read; each dataset verified when it is."""
-
-    def __init__(self, path: Path, shard: Shard, verify: bool) -> None:
-        """Hold what the root knows of it."""
-        self.path, self.shard, self.verify = path, shard, verify
-        self.rows, self._read = shard.rows, dict[str, Tensor]()
-
-    @cached_property
-    def _buffer(self) -> Any:
-        return store.map_file(self.path)
-
-    def get(self, name: str) -> Tensor | None:
-        """Return a dataset, if it has it.
-
-        Raises:
-            ValueError: if its bytes are not those that were written.
-        """
-        if name not in self.shard.places:
-            return None
-        if name not in self._read:
-            if self.verify:
-                self.check(name)
-            self._read[name] = store.mapped(self._buffer, self.shard.places[name])
-        return self._read[name]
-
-    def check(self, name: str) -> None:
-        """Verify one dataset's checksum.
-
-        Raises:
-            ValueError: naming the file and the dataset.
-        """
-        place = self.shard.places[name]
-        if place.bytes and store.checksum(self._buffer, place) != place.sha256:
-            raise ValueError(
-                f"{self.path} is damaged: the checksum of its dataset {name!r} differs from what was written. Delete "
-                f"the file and {ROOT}, and run the same command again, which makes this shard anew"
-            )
 
 
 class Index:
@@ -357,25 +290,9 @@ def open_index(path: str | Path, verify: bool = True) -> Index:
     directory = path.parent if path.name == ROOT else path
     if not (directory / ROOT).exists():
         if (directory / RUN).exists():
-            raise ValueError(f"{what_is_there(directory)}. It is not finished: run the same command again to resume it")
+            raise ValueError(f"{what_is_there(directory)}. It is not finished: {way_on(directory)}")
         raise FileNotFoundError(f"there is no index at {directory}: it has no {ROOT}")
     about = read_root(directory)
     for shard in about.shards:
         check_size(directory / shard.file, shard)
     return Index(about, [Mapped(directory / shard.file, shard, verify) for shard in about.shards], directory)
-
-
-def check_size(path: Path, shard: Shard) -> None:
-    """Refuse a shard that is gone or of another size.
-
-    Raises:
-        FileNotFoundError: if it is gone.
-        ValueError: if it has another size.
-    """
-    again = f"Restore it, or delete {ROOT} and run the same command again, which makes what is missing"
-    if not path.exists():
-        raise FileNotFoundError(f"shard {path} is missing ({shard.rows:,} rows). {again}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        how = "cut off" if size < shard.bytes else "too long"
-        raise ValueError(f"shard {path} is {how}: it has {size:,} bytes, and {shard.bytes:,} were written. {again}")

@@ -2,8 +2,10 @@
 
 import json
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +17,10 @@ from influence.index.lock import LOCK, Lock
 
 SCHEMA = 1
 RUN, ROOT = "run.json", "index.h5"
-SHARDS, PARTIALS = "shard-*.h5", "partial-*.h5"
-OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, ".*.partial")
+SHARDS, PARTIALS, TEMPORARY = "shard-*.h5", "partial-*.h5", ".*.partial"
+NEIGHBOURS = "faiss"
+"""Directory of the FAISS indexes that were made of a run; they are made again when they are gone."""
+OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, TEMPORARY, NEIGHBOURS)
 """What a run directory holds of ours."""
 
 
@@ -27,13 +31,15 @@ class Run:
     Attributes:
         directory: where.
         about: what run.json says.
-        first: number of the first shard that is to be written: 0, or behind those of the index that is appended to.
+        first: number of the first shard that is this run's to write: 0, or behind those of the index it appends to.
+        last: the number behind its last one; `None` where they come as they come.
         lock: the writer's lock.
     """
 
     directory: Path
     about: Mapping[str, Any]
     first: int
+    last: int | None
     lock: Lock
 
     @property
@@ -46,7 +52,7 @@ class Run:
     def todo(self) -> list[int]:
         """Numbers of the planned shards that are not there yet."""
         finished = done(self.directory)
-        return [number for number in range(len(self.shards or ())) if number not in finished]
+        return [number for number in range(self.first, self.last or self.first) if number not in finished]
 
     def close(self) -> None:
         """Give the lock back."""
@@ -79,8 +85,8 @@ def start(
         kind: what it will hold: `"index"`, `"scores"`, ….
         config: the configuration, as JSON has it.
         command: what to type to run it again.
-        plan: `{"shards": [[begin, end], …], …}`; without `"shards"` they come as they come, and cannot be resumed. When
-            appending, the new ones alone.
+        plan: `{"shards": [[begin, end], …], "dtype": …, …}`; without `"shards"` they come as they come, and cannot be
+            resumed. When appending, the new ones alone.
         fingerprint: what the rows will be.
         overwrite: delete what is there first: files of ours, no others.
         resume: go on with an unfinished run of the same plan and fingerprint.
@@ -102,6 +108,8 @@ def start(
     _check_ours(directory)
     lock = Lock(directory)
     try:
+        for left in directory.glob(TEMPORARY):
+            left.unlink()
         about: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
@@ -117,24 +125,24 @@ def start(
                 raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
             about["stamp"] = f"{hash_of([kind, about['fingerprint']])[:32]}-{secrets.token_hex(8)}"
             write_run(directory, about)
-            return Run(directory, about, 0, lock)
+            return Run(directory, about, 0, _count(about), lock)
         there = read_run(directory)
         _check_same(directory, there, about, append)
-        first = rooted(directory)
+        present = rooted(directory)
         if append:
-            return _append(directory, there, about, first, lock)
-        if first is not None and first == len(there["plan"].get("shards", ())):
+            return _append(directory, there, about, present, lock)
+        if present is not None:
             raise FileExistsError(
                 f"{what_is_there(directory)}. It is finished: pass overwrite=True to replace it, "
                 "append=True to add examples, or write to another directory"
             )
-        if not resume:
+        if not resume and "shards" in there["plan"]:
             raise FileExistsError(
                 f"{what_is_there(directory)}. Pass resume=True to go on with it, overwrite=True to "
                 "replace it, or write to another directory"
             )
-        _check_plan(directory, there, about)
-        return Run(directory, there, first or 0, lock)
+        last = _check_plan(directory, there, about)
+        return Run(directory, there, 0, last, lock)
     except BaseException:
         lock.release()
         raise
@@ -201,6 +209,13 @@ def rooted(directory: Path) -> int | None:
     return len(read_root(directory).shards) if (directory / ROOT).exists() else None
 
 
+def way_on(directory: Path) -> str:
+    """Say what to do about a run that is not finished."""
+    if read_run(directory)["plan"].get("shards") is None:
+        return "its shards came as their batches came, so it cannot be resumed: begin again with overwrite=True"
+    return "run the same command again to resume it"
+
+
 def what_is_there(directory: str | Path) -> str:
     """Say in a line what a run directory holds."""
     directory = Path(directory)
@@ -215,22 +230,34 @@ def what_is_there(directory: str | Path) -> str:
     )
 
 
-def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], first: int | None, lock: Lock) -> Run:
+def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], present: int | None, lock: Lock) -> Run:
     """Grow a finished run's plan, or go on with an append that was cut off."""
-    if first is None:
+    from influence.index.root import finish
+
+    old, new = there["plan"].get("shards", []), about["plan"].get("shards")
+    for first, last in _segments(there)[1:]:
+        if old[first:last] == new and (present is None or present < last):
+            return Run(directory, there, first, last, lock)
+    if present is None:
         raise FileExistsError(
             f"{what_is_there(directory)}. It is not finished, so there is nothing to append to yet: resume it first"
         )
-    old, new = there["plan"]["shards"], about["plan"].get("shards")
-    if len(old) > first:
-        if old[first:] != new:
+    if len(old) > present and done(directory) >= set(range(len(old))):
+        finish(directory)  # all that was missing of the last append was the root
+        present = len(old)
+    if len(old) > present:
+        raise ValueError(
+            f"{directory}: an append of shards {_short(old[present:])} was cut off; append the same again to go on, "
+            f"got {_short(new)}"
+        )
+    for key in ("dtype", "per_token"):
+        mine, theirs = about["plan"].get(key), there["plan"].get(key)
+        if mine != theirs:
             raise ValueError(
-                f"{directory}: an append of shards {_short(old[first:])} was cut off; append the same again to go on, "
-                f"got {_short(new)}"
+                f"{directory} has {key} = {_short(theirs)}; appended rows must have it too, got {_short(mine)}"
             )
-        return Run(directory, there, first, lock)
     for path in directory.glob(SHARDS):
-        if int(path.stem.split("-")[1]) >= first:
+        if int(path.stem.split("-")[1]) >= present:
             path.unlink()
     if new is not None:
         last = max((end for _, end in old), default=0)
@@ -242,11 +269,22 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], first
     plan = {**there["plan"], "shards": old + new} if new is not None else {**there["plan"], "open": True}
     change = {key: about[key] for key in ("command", "config")} | {
         "recorded": about["fingerprint"]["recorded"],
-        "first": first,
+        "first": present,
     }
     grown = {**there, "plan": plan, "appended": [*there.get("appended", ()), change]}
     write_run(directory, grown)
-    return Run(directory, grown, first, lock)
+    return Run(directory, grown, present, None if new is None else len(old) + len(new), lock)
+
+
+def _count(about: Mapping[str, Any]) -> int | None:
+    shards = about["plan"].get("shards")
+    return None if shards is None else len(shards)
+
+
+def _segments(about: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the first shard, and the one behind the last, of a run and of every append to it."""
+    firsts = [0, *(change["first"] for change in about.get("appended", ()))]
+    return list(pairwise([*firsts, _count(about) or 0]))
 
 
 def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], append: bool) -> None:
@@ -267,28 +305,33 @@ def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], a
         )
 
 
-def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -> None:
+def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -> int:
+    """Refuse another plan; return how many shards it has, those of appends apart."""
     if "shards" not in about["plan"]:
         raise FileExistsError(
-            f"{what_is_there(directory)}. Its shards came as their batches came, so it cannot be resumed: pass "
+            f"{what_is_there(directory)}; its shards came as their batches came, so it cannot be resumed: pass "
             "overwrite=True to begin again, or write to another directory"
         )
-    for key in sorted({*about["plan"], *there["plan"]}):
-        mine, theirs = about["plan"].get(key), there["plan"].get(key)
+    last = _segments(there)[0][1]
+    planned = {**there["plan"], "shards": there["plan"].get("shards", [])[:last]}
+    for key in sorted({*about["plan"], *planned}):
+        mine, theirs = about["plan"].get(key), planned.get(key)
         if mine != theirs:
             raise ValueError(
                 f"{what_is_there(directory)}. Its plan has {key} = {_short(theirs)}, and this run's has "
                 f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
             )
+    return last
 
 
 def _check_ours(directory: Path) -> None:
     """Refuse a directory that holds something else."""
     ours = {path for pattern in OURS for path in directory.glob(pattern)}
     foreign = sorted(path.name for path in directory.iterdir() if path not in ours)
-    if (directory / RUN).exists() or not (foreign or ours - {directory / LOCK}):
+    begun = ours - {directory / LOCK, *directory.glob(TEMPORARY)}
+    if (directory / RUN).exists() or not (foreign or begun):
         return
-    names = foreign or sorted(path.name for path in ours)
+    names = foreign or sorted(path.name for path in begun)
     raise FileExistsError(
         f"{directory} holds {', '.join(names[:3])}{'…' if len(names) > 3 else ''} and no run: write to "
         "another directory"
@@ -298,7 +341,8 @@ def _check_ours(directory: Path) -> None:
 def _wipe(directory: Path) -> None:
     """Delete a run: the root first, so that it never looks finished, and run.json last."""
     (directory / ROOT).unlink(missing_ok=True)
-    for pattern in (SHARDS, PARTIALS, ".*.partial", RUN):
+    shutil.rmtree(directory / NEIGHBOURS, ignore_errors=True)
+    for pattern in (SHARDS, PARTIALS, RUN):
         for path in directory.glob(pattern):
             path.unlink()
     store.sync(directory)

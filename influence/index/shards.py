@@ -96,14 +96,14 @@ def shard_sink(
 
     def finalize(state: Parts) -> Path:
         tensors = gather(state, expected, columns, dtype, per_token, str(path))
-        index = tensors["index"]
+        (index,) = tensors["index"]
         ends = expected or ((int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0))
         about = {
             "number": number,
             "begin": ends[0],
             "end": ends[1],
             "examples": len(index),
-            "rows": tensors["rows"].shape[0],
+            "rows": sum(map(len, tensors["rows"])),
             "dtype": dtype,
             "per_token": per_token,
             "blocks": columns.json(),
@@ -118,9 +118,12 @@ def shard_sink(
 def memory_sink(columns: Columns, dtype: str = "float32", per_token: bool = False) -> Sink:
     """Return the same sink for rows that stay in memory: its result are the tensors that a file would hold."""
     check_dtype(dtype)
-    return _sink(
-        columns, dtype, per_token, lambda state: gather(state, None, columns, dtype, per_token, "the rows in memory")
-    )
+
+    def finalize(state: Parts) -> dict[str, Tensor]:
+        found = gather(state, None, columns, dtype, per_token, "the rows in memory")
+        return {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in found.items()}
+
+    return _sink(columns, dtype, per_token, finalize)
 
 
 def _sink(columns: Columns, dtype: str, per_token: bool, finalize: Any) -> Sink:
@@ -170,29 +173,37 @@ def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype:
 
 def gather(
     state: Parts, expected: tuple[int, int] | None, columns: Columns, dtype: str, per_token: bool, name: str
-) -> dict[str, Tensor]:
-    """Return the tensors of a shard, in the dataset's order.
+) -> dict[str, list[Tensor]]:
+    """Return the tensors of a shard in the dataset's order, each in pieces.
 
     Raises:
         ValueError: if examples are missing, came twice, or should not be here.
     """
     parts = state.parts or (_nothing(columns, dtype, per_token),)
-    arrived = torch.cat([part.index for part in parts])
-    index, order = arrived.sort(stable=True)
+    index, order = torch.cat([part.index for part in parts]).sort(stable=True)
     check_index(index, expected, name)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     counts = torch.cat([part.counts for part in parts])
     offsets = torch.cat([counts.new_zeros(1), counts[order].cumsum(0)])
-    tensors = {
-        "rows": _placed([part.stored.values for part in parts], parts, place, offsets),
-        "index": index,
-        **{key: torch.cat([part.per_example[key] for part in parts])[order] for key in parts[0].per_example},
-        **{key: _placed([part.per_row[key] for part in parts], parts, place, offsets) for key in parts[0].per_row},
-    }
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    places = place.split([len(part.index) for part in parts])
+    in_runs = all(bool((each.diff() == 1).all()) for each in places)
+    if in_runs:  # nothing to move: the pieces are written one after the other
+        first = [int(each[0]) if len(each) else -1 for each in places]
+        parts = tuple(parts[number] for number in sorted(range(len(parts)), key=first.__getitem__))
+
+    def by_row(tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if in_runs else [_placed(tensors, parts, places, offsets)]
+
+    found = {"rows": by_row([part.stored.values for part in parts]), "index": [index]}
     scales = [part.stored.scale for part in parts if part.stored.scale is not None]
     if scales:
-        tensors["scale"] = _placed(scales, parts, place, offsets)
-    return tensors | ({"offsets": offsets} if per_token else {})
+        found["scale"] = by_row(scales)
+    for key in parts[0].per_example:
+        each = torch.cat([part.per_example[key] for part in parts])
+        found[key] = [each if in_runs else each[order]]
+    for key in parts[0].per_row:
+        found[key] = by_row([part.per_row[key] for part in parts])
+    return found | ({"offsets": [offsets]} if per_token else {})
 
 
 def check_index(index: Int[Tensor, " n"], expected: tuple[int, int] | None, name: str) -> None:
@@ -210,6 +221,8 @@ def check_index(index: Int[Tensor, " n"], expected: tuple[int, int] | None, name
     if expected is None:
         return
     wanted = torch.arange(*expected)
+    if torch.equal(index, wanted):
+        return
     missing = wanted[~torch.isin(wanted, index)]
     foreign = index[~torch.isin(index, wanted)]
     if len(missing) or len(foreign):
@@ -221,18 +234,13 @@ def check_index(index: Int[Tensor, " n"], expected: tuple[int, int] | None, name
 
 
 def _placed(
-    tensors: list[Tensor], parts: tuple[Part, ...], place: Int[Tensor, " n"], offsets: Int[Tensor, " n_and_1"]
+    tensors: list[Tensor], parts: tuple[Part, ...], places: tuple[Tensor, ...], offsets: Int[Tensor, " n_and_1"]
 ) -> Tensor:
     """Put what came in parts where its examples belong."""
-    if len(parts) == 1 and bool((place.diff() == 1).all()):
-        return tensors[0]
     out = tensors[0].new_empty((int(offsets[-1]), *tensors[0].shape[1:]))
-    begin = 0
-    for part, tensor in zip(parts, tensors, strict=True):
-        starts = offsets[place[begin : begin + len(part.index)]]
+    for part, place, tensor in zip(parts, places, tensors, strict=True):
         within = torch.arange(len(tensor)) - (part.counts.cumsum(0) - part.counts).repeat_interleave(part.counts)
-        out[starts.repeat_interleave(part.counts) + within] = tensor
-        begin += len(part.index)
+        out[offsets[place].repeat_interleave(part.counts) + within] = tensor
     return out
 
 

@@ -21,8 +21,9 @@ Tree = dict[str, Any]
 def describe(model: nn.Module) -> str:
     """Describe a model as a tree of its layers, blocks and heads, with the number of parameters of each.
 
-    Layers which are made alike are described once. Blocks are `[o, i]`, output first whatever the module stores; those
-    which pipelines take when nobody says have a star. Integers that store a quantised weight are not counted.
+    Layers which are made alike are described once. Blocks are `[o, i]`, output first whatever the module stores, and
+    `4 × [o, i]` where one parameter holds four experts. Those which pipelines take when nobody says have a star.
+    Integers that store a quantised weight are not counted.
 
     Args:
         model: any module.
@@ -91,7 +92,8 @@ def _parts(names: list[str], where: Mapping[str, Place], layout: Layout, starred
                 continue
             param = layout[name]
             bias = [param.bias] if param.bias is not None else []
-            shape = f"{list(param.oriented)}{' + bias' if bias else ''}"
+            experts = f"{param.experts} × " if param.experts else ""
+            shape = f"{experts}{list(param.one)}{' + bias' if bias else ''}"
             star = "*" if name in starred else ""
             heads = f", {_heads(param.heads)}" if param.heads else ""
             below[f"{block_name(where[name].within)}{star} {shape} {_count([name, *bias], layout)}{heads}"] = {}

@@ -39,6 +39,11 @@ class QuantisedLinear(nn.Linear):
         self.bias = bias  # type: ignore[assignment] # nn.Linear registers it as it is
         self.packed, self.state = nn.Parameter(packed, requires_grad=False), state
 
+    @property
+    def quantisation(self) -> Any:
+        """What unpacks the weight, as values that a fingerprint can read."""
+        return self.state if isinstance(self.state, Tensor) else self.state.as_dict()
+
     def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """Return the layer's output."""
         packed, state, dtype = self.packed.detach(), self.state, input.dtype

@@ -3,6 +3,7 @@
 from torch import nn
 
 from influence.families import places
+from influence.func.functionalize import module_layout
 
 
 def layer_matrices(model: nn.Module) -> tuple[str, ...]:
@@ -28,8 +29,11 @@ def layer_matrices(model: nn.Module) -> tuple[str, ...]:
         ('1.attn.weight', '2.attn.weight')
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    layout = module_layout(model)
     matrices = [
-        name for name, p in model.named_parameters() if p.ndim >= 2 and p.is_floating_point() and id(p) not in tables
+        name
+        for name, p in model.named_parameters()
+        if layout[name].is_matrix and p.is_floating_point() and id(p) not in tables
     ]
     if not matrices:
         raise ValueError(f"{type(model).__name__} has no matrix to take as a target: name some by targets=")

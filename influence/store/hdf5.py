@@ -8,7 +8,8 @@ that JSON.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,9 @@ class Place(NamedTuple):
         return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: str, schema: int) -> None:
+def write(
+    path: str | Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], about: Any, *, kind: str, schema: int
+) -> None:
     """Write tensors and facts to a file, atomically: a temporary file, flushed, synced, then renamed.
 
     HDF5 lays the file out; the bytes are written past it, while another thread takes the checksums. The same tensors
@@ -52,7 +55,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
 
     Args:
         path: the file; an existing one is replaced when the new one is complete.
-        tensors: contiguous datasets by name.
+        tensors: contiguous datasets by name; one may come in pieces, which follow one another along its first axis.
         about: anything JSON can write.
         kind: what the file holds.
         schema: version of its layout.
@@ -64,26 +67,30 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {key: little_endian(tensor) for key, tensor in tensors.items()}
+    pieces = {key: [data] if isinstance(data, Tensor) else list(data) for key, data in tensors.items()}
+    arrays = {key: [little_endian(piece) for piece in each] for key, each in pieces.items()}
     text = json.dumps(about)
-    with replacing(path, sum(array.nbytes for array in arrays.values())) as name:
+    with replacing(path, sum(array.nbytes for each in arrays.values() for array in each)) as name:
         with h5py.File(name, "x", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
             file.attrs.update(kind=kind, schema=schema, about=text, sha256=hashlib.sha256(text.encode()).hexdigest())
             offsets = {}
-            for key, array in arrays.items():
-                if array.ndim:
-                    dataset = file.create_dataset(key, array.shape, array.dtype, dcpl=_early())
+            for key, (first, *rest) in arrays.items():
+                if first.ndim:
+                    shape = (len(first) + sum(map(len, rest)), *first.shape[1:])
+                    dataset = file.create_dataset(key, shape, first.dtype, dcpl=_early())
                 else:
-                    dataset = file.create_dataset(key, data=array)
-                if tensors[key].dtype == torch.bfloat16:
+                    dataset = file.create_dataset(key, data=first)
+                if pieces[key][0].dtype == torch.bfloat16:
                     dataset.attrs["dtype"] = "bfloat16"
                 offsets[key] = dataset.id.get_offset()
         with ThreadPoolExecutor(1) as pool, open(name, "r+b", buffering=0) as raw:
-            digests = {key: pool.submit(sha256, array) for key, array in arrays.items()}
-            for key, array in arrays.items():
-                if array.nbytes and array.ndim:
+            digests = {key: pool.submit(sha256, *each) for key, each in arrays.items()}
+            for key, each in arrays.items():
+                if offsets[key] is not None and each[0].ndim:
                     raw.seek(offsets[key])
-                    _write_all(raw, array)
+                    for array in each:
+                        _write_all(raw, array)
+            os.fsync(raw.fileno())  # while the checksums are taken
         with h5py.File(name, "r+") as file:
             for key, digest in digests.items():
                 file[key].attrs["sha256"] = digest.result()
@@ -180,9 +187,12 @@ def little_endian(tensor: Tensor) -> Any:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def sha256(array: Any) -> str:
-    """Return the checksum of an array's bytes."""
-    return hashlib.sha256(array.reshape(-1).view("u1")).hexdigest()
+def sha256(*arrays: Any) -> str:
+    """Return the checksum of the bytes of arrays, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.reshape(-1).view("u1"))
+    return digest.hexdigest()
 
 
 def _early() -> Any:

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.folding import Block, Folded, with_rows
-from influence.func.normalize import place, unfactor
+from influence.func.folding import Block, Folded, apply_part, with_rows
+from influence.func.normalize import unfactor
 from influence.func.transform import Step, Transform
 from influence.train.optimizer import OptimizerState
 
@@ -59,9 +59,8 @@ def _update(
 ) -> Callable[[Float[Tensor, "n ..."]], Float[Tensor, "n ..."]]:
     """Return the map of one block's rows."""
     name = block.parts[0].source
-    shape = {part.source: folded.layout[part.source].shape for part in block.parts}
     m, v = (
-        sum(place(kept[part.source].double().reshape(shape[part.source]), part, folded.layout) for part in block.parts)
+        sum(apply_part(part, _oriented(kept[part.source], part.source, folded))[0] for part in block.parts)
         for kept in (first, second)
     )
     step = state.entries[name].step
@@ -78,3 +77,9 @@ def _update(
         return top / (torch.sqrt(below) + eps)
 
     return update
+
+
+def _oriented(moment: Tensor, source: str, folded: Folded) -> Float[Tensor, "1 ..."]:
+    """Return a parameter's moment in block orientation, in front of which an example would be."""
+    layout = folded.layout[source]
+    return layout.orient(moment.double().reshape(1, *layout.shape))

@@ -1,0 +1,236 @@
+"""The command line: one thin command per pipeline, its flags and help made from the pipeline's configuration."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+COMMANDS = {
+    "build": "write an index: one gradient row for every example of a dataset",
+    "reduce": "average or sum the gradients of a dataset into one row",
+    "score": "score a corpus against query rows as it streams by",
+    "query": "ask an index in words: which examples help or hurt this text",
+    "hessian": "fit the curvature of a model on a corpus",
+    "mix": "mix the curvature of queries with the corpus's",
+    "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
+    "ekfac": "recipe: influence functions with EK-FAC curvature",
+    "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
+    "inspect": "say what a run holds, its size and its health",
+    "export": "write an index's rows as safetensors, npy or parquet",
+}
+CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+
+class Options(NamedTuple):
+    """What every command takes besides its own flags."""
+
+    config: str | None
+    json: bool
+    debug: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: what was typed after `influence`.
+
+    Returns:
+        The exit status: 0 if all went well, 1 if the command failed, 2 if it was not understood.
+    """
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    if not typed or typed[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if typed else MISUSED
+    if typed[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"influence {version('influence')}")
+        return 0
+    command, rest = typed[0], typed[1:]
+    if command not in COMMANDS:
+        return _complain(command, f"there is no such command; there are {', '.join(COMMANDS)}", MISUSED)
+    options, flags = common(rest)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", UserWarning)  # what a user should know; the rest is for developers
+            warnings.showwarning = _show_warning
+            run(command, flags, options)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else MISUSED
+    except KeyboardInterrupt:
+        return _complain(command, "stopped; an unfinished run goes on when the same is typed again", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            import traceback
+
+            print(f"rank {os.environ.get('RANK')}: " + traceback.format_exc(), file=sys.stderr, flush=True)
+        return _complain(command, paragraph(error), FAILED)
+    return 0
+
+
+def overview() -> str:
+    """Return the help of the whole."""
+    lines = [
+        "usage: influence COMMAND [flags]",
+        "",
+        "Which training examples made a network behave this way.",
+        "",
+        *(f"  {name:10} {says}" for name, says in COMMANDS.items()),
+        "",
+        "influence COMMAND --help explains a command. Every command takes",
+        "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
+        "  --json         the result for machines, on standard output",
+        "  --debug        the traceback of an error",
+        "",
+        "Share the work of a command among processes (-r is --run, which torchrun would take for its own):",
+        "  torchrun --nproc-per-node 2 -m influence build … -r RUN",
+    ]
+    return "\n".join(lines)
+
+
+def common(flags: Sequence[str]) -> tuple[Options, list[str]]:
+    """Take out the options which every command has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--debug", action="store_true")
+    found, rest = parser.parse_known_args(list(flags))
+    return Options(found.config, found.json, found.debug), rest
+
+
+def run(command: str, flags: Sequence[str], options: Options) -> None:
+    """Run a command and print what came of it, on the first rank."""
+    room = importlib.import_module(f"influence.pipelines.{command}")
+    kind = getattr(room, CONFIGS[command])
+    config = parsed(command, kind, flags, options)
+    if not options.debug:
+        _quieten()
+    say = _say(options.json)
+    if command == "query" and not config.asks:
+        _converse(room, config, say)
+        return
+    outcome = room.run(config, say=say)
+    if int(os.environ.get("RANK", 0)):
+        return
+    if options.json:
+        print(json.dumps(outcome.facts, default=_plain))
+    elif outcome.text:
+        print(outcome.text)
+
+
+def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
+    """Return the configuration that a file and flags describe; flags win.
+
+    Raises:
+        SystemExit: after tyro said what it did not understand.
+    """
+    import tyro
+
+    from influence.pipelines.configs import from_mapping, read_config
+
+    default = None
+    if options.config is not None:
+        read = read_config(options.config)
+        default = from_mapping(kind, read, partial=True)
+    return tyro.cli(
+        kind,
+        args=list(flags),
+        prog=f"influence {command}",
+        description=described(kind),
+        default=default,
+    )
+
+
+def described(kind: Any) -> str:
+    """Return a command's help: its docstring without the attributes, which become the flags."""
+    text = (kind.__doc__ or "").split("Attributes:")[0]
+    about = "\n".join(line.strip() for line in text.strip().splitlines())
+    return f"{about}\n\n--config FILE, --json and --debug are understood too: influence --help."
+
+
+def paragraph(error: BaseException) -> str:
+    """Return an error as one paragraph, in the words of the command line.
+
+    What nobody foresaw says so: its type, and how to see more.
+    """
+    known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
+    text = " ".join(_message(error).split()) or "no message"
+    text = re.sub(r"\b([a-z]+(?:_[a-z]+)*)=True\b", lambda m: "--" + m[1].replace("_", "-"), text)
+    if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
+        text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
+    return text
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if isinstance(error, KeyError) and error.args:
+        return f"no {error.args[0]!r}"
+    return str(error)
+
+
+def _complain(command: str, text: str, status: int) -> int:
+    print(f"influence {command}: {text}", file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"influence: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _quieten() -> None:
+    """Keep the progress bars and the reports of others out of ours."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _say(machine: bool) -> Callable[[str], None]:
+    """Return where a pipeline's lines go: beside the result where that is for machines."""
+    out = sys.stderr if machine else sys.stdout
+    return lambda line: print(line, file=out, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON cannot write as what it can."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _converse(room: Any, config: Any, say: Callable[[str], None]) -> None:
+    """Answer what is typed, until there is nothing more."""
+    session = room.open_session(config)
+    say(session.greeting)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            say("")
+            return
+        if text in ("exit", "quit"):
+            return
+        if not text:
+            continue
+        try:
+            say(room.shown(session, room.ask(session, [text])))
+        except ValueError as error:
+            say(f"  {paragraph(error)}")

@@ -1,0 +1,389 @@
+"""Asking an index which training examples made a model behave as it did."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from influence.func.layout import Layout
+from influence.func.normalize import Moments
+from influence.func.per_example import per_example_grads
+from influence.func.precondition import BlockCurvature
+from influence.func.similarity import Nearest
+from influence.func.transform import CollectedRows, Transform
+from influence.index import scan
+from influence.index.chosen import Chosen, choose
+from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.index.hits import Hits
+from influence.index.matching import matched
+from influence.index.neighbours import FaissConfig, Neighbours, Stored, neighbours
+from influence.index.reading import Index, Piece, open_index
+from influence.index.recipe import loss_of, rebuild
+from influence.index.texts import as_batch
+from influence.types import Batch, LossFn, Params, Rows
+
+
+@dataclass(frozen=True)
+class Attributor:
+    """An index that can be asked; nothing is read until it is.
+
+    Attributes:
+        source: a run directory, or an index.
+        device: where products are computed; rows go there piece by piece.
+        faiss: answer searches by FAISS, whose index is built at the first one and kept beside the run; `None` scans all
+            rows, which is exact.
+        transform: what the rows went through, where their recipe cannot be followed without it; checked.
+        factors: curvature that the recipe needs.
+        moments: an optimizer's moments that the recipe needs.
+
+    Example:
+        >>> import torch
+        >>> from influence import Attributor, as_blocks, build, per_example_grads
+        >>> ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}
+        >>> index = build(ell, w, [torch.eye(2), 3 * torch.eye(2)], transform=as_blocks())
+        >>> Attributor(index).trace((ell, w), torch.tensor([[2.0, 0.0]]), k=2)
+        query  rank    score  row  document
+            0     0        6    2         2
+            0     1        2    0         0
+    """
+
+    source: str | Path | Index
+    device: str = "cpu"
+    faiss: FaissConfig | None = None
+    transform: Transform | None = None
+    factors: Sequence[BlockCurvature] = ()
+    moments: Moments | None = None
+
+    @cached_property
+    def index(self) -> Index:
+        """The index, opened when it is first asked for."""
+        return self.source if isinstance(self.source, Index) else open_index(self.source)
+
+    def search(
+        self,
+        query: Rows,
+        k: int | None = 5,
+        blocks: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        fingerprint: Fingerprint | None = None,
+        unchecked: bool = False,
+        *,
+        force: bool = False,
+        by_document: bool = False,
+    ) -> Hits:
+        r"""Return the rows with the largest scores `⟨query, row⟩`.
+
+        Args:
+            query: rows collected as the index's were, or by the query's side of `one_sided`; at a smaller or larger
+                projection dim if it nests.
+            k: how many; `None` for all.
+            blocks: names or globs: score these blocks alone.
+            reverse: the smallest scores, smallest first.
+            fingerprint: what the query rows are: `provenance(loss_fn, params, rows)`. Rows that come straight from
+                `per_example_grads` know their transform, but not the model's weights.
+            unchecked: take the weights on trust, and rows that do not even know their transform as they are.
+            force: warn where fingerprints do not fit, instead of refusing.
+            by_document: sum the scores of a document's rows: tokens, or chunks by their first document.
+
+        Returns:
+            The hits.
+
+        Raises:
+            FingerprintError: if the query is not of this index, naming the field and both values.
+            ValueError: if a query is empty or not finite, blocks are unknown, or k is out of range.
+        """
+        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
+        documents, groups = self._documents if by_document else (None, None)
+        count = len(self.index) if documents is None else len(documents)
+        if k is not None and not 1 <= k <= count:
+            what = "rows" if documents is None else "documents"
+            raise ValueError(f"k must be from 1 to the number of {what}, {count:,}; got {k}. k=None returns all")
+        if documents is not None and groups is not None:
+            sums = scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, count)
+            found = _sorted(sums, k, reverse)
+            named = documents[found.indices]
+            return Hits(found.values, named, named)
+        if k is None:
+            found = _sorted(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
+        elif self.faiss is not None:
+            found = self._by_faiss(self.faiss, matrix, chosen, k, reverse)
+        else:
+            found = scan.scan(self._pieces(len(matrix)), matrix, chosen, k, reverse)
+        indices = found.indices.cpu()
+        positions = self.index.position[indices] if self.index.per_token else None
+        return Hits(found.values.cpu(), indices, self.index.document[indices], positions)
+
+    def scores(
+        self,
+        query: Rows,
+        blocks: str | Sequence[str] | None = None,
+        fingerprint: Fingerprint | None = None,
+        unchecked: bool = False,
+        *,
+        force: bool = False,
+    ) -> Float[Tensor, "q n"]:
+        """Return the score of every row; arguments as in `search`.
+
+        Returns:
+            `⟨query, row⟩`, in the order of the index.
+        """
+        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
+        return scan.scores(self._pieces(len(matrix)), matrix, chosen).cpu()
+
+    def block_scores(
+        self,
+        query: Rows,
+        blocks: str | Sequence[str] | None = None,
+        fingerprint: Fingerprint | None = None,
+        unchecked: bool = False,
+        *,
+        force: bool = False,
+    ) -> dict[str, Float[Tensor, "q n"]]:
+        """Return each block's part of the score of every row; arguments as in `search`.
+
+        Returns:
+            `{block: [q, n]}`, which sum to `scores`.
+        """
+        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
+        parts = scan.block_scores(self._pieces(len(matrix)), matrix, chosen)
+        return {name: part.cpu() for name, part in parts.items()}
+
+    def document_scores(
+        self,
+        query: Rows,
+        blocks: str | Sequence[str] | None = None,
+        fingerprint: Fingerprint | None = None,
+        unchecked: bool = False,
+        *,
+        force: bool = False,
+    ) -> tuple[Int[Tensor, " m"], Float[Tensor, "q m"]]:
+        """Return scores summed by document: tokens, or chunks by their first; arguments as in `search`.
+
+        Returns:
+            The documents, by their row in the dataset, and the sums.
+        """
+        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
+        documents, groups = self._documents
+        return documents, scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, len(documents)).cpu()
+
+    def self_influence(
+        self, inverse: Transform | None = None, blocks: str | Sequence[str] | None = None
+    ) -> Float[Tensor, " n"]:
+        r"""Return each row's score with itself, `⟨g_n, H^{-1} g_n⟩`.
+
+        Rows that went through `H^{-1/2}` need nothing more: it is their squared norm, and 1 for unit vectors. Rows of
+        the training side of `one_sided` need `inverse`.
+
+        Args:
+            inverse: what the query's side has on top of the stored rows', as `precondition(factors)`.
+            blocks: names or globs: of these blocks alone.
+
+        Returns:
+            The self-influence.
+
+        Example:
+            >>> import torch
+            >>> from influence import Attributor, as_blocks, build, hessians, precondition
+            >>> ell, w, x = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}, torch.tensor([[2.0, 0], [0, 4]])
+            >>> factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks())
+            >>> attr = Attributor(build(ell, w, [x], transform=as_blocks()))
+            >>> attr.self_influence(), attr.self_influence(precondition(factors, damping=0.0))
+            (tensor([ 4., 16.]), tensor([2., 2.]))
+        """
+        chosen = choose(self.index.blocks, blocks)
+        if inverse is None:
+            return scan.squared_norms(self._pieces(), chosen, self._dtype)
+        whole, found = choose(self.index.blocks), [torch.zeros(0, dtype=self._dtype)]
+        made = self._known
+        for rows, scale in scan.decoded(self._pieces(), whole, self._dtype, torch.device("cpu")):
+            plain = whole.rows(rows if scale is None else rows * scale)
+            other = inverse.apply(plain if made is None else CollectedRows(plain, made, Layout()), Layout())
+            found.append((chosen.matrix(plain) * chosen.matrix(other)).sum(1))
+        return torch.cat(found)
+
+    def trace(
+        self,
+        model: nn.Module | tuple[LossFn, Params],
+        batch: Batch,
+        k: int | None = 5,
+        blocks: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        *,
+        transform: Transform | None = None,
+        force: bool = False,
+        by_document: bool = False,
+    ) -> Hits:
+        """Return the rows that made a model behave as it does on a batch.
+
+        The batch's gradients are taken of the stored loss under the stored transform. The model is not touched.
+
+        Args:
+            model: the model that the index is of, or a loss function and its parameters, which may measure another
+                loss.
+            batch: what the model sees.
+            k: as in `search`.
+            blocks: as in `search`.
+            reverse: as in `search`.
+            transform: another side's, as the query's of `one_sided`.
+            force: as in `search`.
+            by_document: as in `search`.
+
+        Returns:
+            The hits, one line of them per example of the batch.
+
+        Raises:
+            FingerprintError: if it is another model.
+            ValueError: if the loss or the transform cannot be made from what is stored.
+        """
+        loss_fn, params = model if isinstance(model, tuple) else self.loss_of(model)
+        rows = per_example_grads(loss_fn, params, batch, transform=transform or self.made_by)
+        shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+        mine = fingerprint_of(loss_fn, params, transform or self.made_by, shapes)
+        return self.search(rows, k, blocks, reverse, mine, force=force, by_document=by_document)
+
+    def query(
+        self,
+        texts: str | Sequence[str],
+        model: nn.Module | tuple[LossFn, Params],
+        tokenizer: Any = None,
+        k: int | None = 5,
+        blocks: str | Sequence[str] | None = None,
+        reverse: bool = False,
+        *,
+        tokenize: Callable[[Sequence[str]], Batch] | None = None,
+        transform: Transform | None = None,
+        force: bool = False,
+        by_document: bool = False,
+    ) -> Hits:
+        """Return the rows that made a model say what it says about texts.
+
+        Args:
+            texts: one text or several.
+            model: as in `trace`.
+            tokenizer: the model's tokenizer, as `transformers` loads it; each text is tokenised as it does by default,
+                all of its tokens labelled.
+            k: as in `search`.
+            blocks: as in `search`.
+            reverse: as in `search`.
+            tokenize: how texts become a batch, instead: chats, prompts and completions.
+            transform: as in `trace`.
+            force: as in `search`.
+            by_document: as in `search`.
+
+        Returns:
+            The hits, one line of them per text.
+
+        Raises:
+            ValueError: if a text has fewer than two tokens, and so no loss.
+        """
+        said = [texts] if isinstance(texts, str) else list(texts)
+        batch = as_batch(said, tokenizer) if tokenize is None else tokenize(said)
+        return self.trace(model, batch, k, blocks, reverse, transform=transform, force=force, by_document=by_document)
+
+    @cached_property
+    def made_by(self) -> Transform:
+        """The transform of the stored rows, from their recipe.
+
+        Raises:
+            ValueError: if it needs factors or moments that are not at hand, or another transform was given.
+        """
+        steps = self.index.fingerprint.recorded.get("steps")
+        if self.transform is not None:
+            stored = self.index.fingerprint
+            weights = stored.must_match.get("weights")
+            check(fingerprint_of(None, None, self.transform, self.index.blocks, weights=weights), stored)
+            return self.transform
+        if steps is None:
+            raise ValueError("the index does not say how its rows were made: pass transform=")
+        return rebuild(steps, self.factors, self.moments)
+
+    def loss_of(self, model: nn.Module) -> tuple[LossFn, Params]:
+        """Return a model's loss function and parameters, as the index's were.
+
+        Raises:
+            ValueError: if the loss was a function of the user's, or needs another model.
+        """
+        return loss_of(model, self.index.fingerprint.recorded)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float64 if self.index.dtype == "float64" else torch.float32
+
+    @property
+    def _known(self) -> Transform | None:
+        """The transform of the stored rows, if it can be had."""
+        try:
+            return self.made_by
+        except ValueError:
+            return None
+
+    @cached_property
+    def _documents(self) -> tuple[Tensor, Tensor]:
+        """The documents, and the place of each row's among them."""
+        documents, groups = torch.unique(self.index.document, return_inverse=True)
+        return documents, groups
+
+    def _pieces(self, queries: int = 1) -> Iterable[Piece]:
+        return self.index.pieces(scan.rows_at_once(self.index.dim, queries))
+
+    def _asked(
+        self,
+        query: Rows,
+        blocks: str | Sequence[str] | None,
+        fingerprint: Fingerprint | None,
+        unchecked: bool,
+        force: bool,
+    ) -> tuple[Chosen, Float[Tensor, "q d"]]:
+        """Return the chosen blocks and the query's columns of them, having checked that they belong here."""
+        chosen = choose(self.index.blocks, blocks)
+        rows = matched(query, self.index.fingerprint, chosen, fingerprint, unchecked, force)
+        matrix = chosen.matrix(rows).detach()
+        if not len(matrix):
+            raise ValueError("the query is empty: it has no row")
+        bad = (~torch.isfinite(matrix)).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"{len(bad)} of {len(matrix)} query rows are not finite, the first of them row {bad[0]}")
+        return chosen, matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
+
+    def _by_faiss(
+        self, config: FaissConfig, matrix: Float[Tensor, "q d"], chosen: Chosen, k: int, reverse: bool
+    ) -> Nearest:
+        """Return what FAISS finds; queries for which it finds fewer than `k` are answered by the scan."""
+        whole = matrix.new_zeros(len(matrix), self.index.dim)
+        at = 0
+        for span in chosen.spans:
+            whole[:, span] = matrix[:, at : at + span.stop - span.start]
+            at += span.stop - span.start
+        found = self._neighbours.search(-whole if reverse else whole, k, config.nprobe)
+        values, indices = (-found.values if reverse else found.values).to(matrix.dtype), found.indices
+        lacking = (indices < 0).any(1)
+        if lacking.any():
+            exact = scan.scan(self._pieces(len(matrix)), matrix[lacking.to(matrix.device)], chosen, k, reverse)
+            values[lacking], indices[lacking] = exact.values.cpu(), exact.indices.cpu()
+        return Nearest(values, indices)
+
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        assert self.faiss is not None
+        index = self.index
+        checksums = [
+            [shard.places[name].sha256 for name in ("rows", "scale") if name in shard.places]
+            for shard in index.about.shards
+        ]
+        identity: Mapping[str, Any] = {"fingerprint": index.fingerprint.json(), "shards": checksums}
+        stored = Stored(index.pieces, len(index), choose(index.blocks), identity)
+        return neighbours(stored, self.faiss, index.path)
+
+
+def _sorted(scores: Float[Tensor, "q n"], k: int | None, reverse: bool) -> Nearest:
+    """Return scores in order, equal ones by row."""
+    if not torch.isfinite(scores).all():
+        row = int((~torch.isfinite(scores)).any(0).nonzero()[0])
+        raise ValueError(f"the score of row {row} is not finite: the stored row or the query overflows")
+    found = scores.cpu().sort(dim=1, descending=not reverse, stable=True)
+    return Nearest(found.values[:, :k], found.indices[:, :k])

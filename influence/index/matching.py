@@ -1,0 +1,91 @@
+"""Queries and stored rows: whether they belong together, and at which dim they meet."""
+
+from dataclasses import replace
+
+from influence.func.nested import at_dim, projection, raise_project, unprojected
+from influence.func.project import down_project, project
+from influence.func.transform import CollectedRows, Transform
+from influence.index.chosen import Chosen
+from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.types import Rows
+
+
+def matched(
+    query: Rows,
+    stored: Fingerprint,
+    chosen: Chosen,
+    fingerprint: Fingerprint | None = None,
+    unchecked: bool = False,
+    force: bool = False,
+) -> Rows:
+    """Return a query's rows as the stored ones want them, having checked that they belong together.
+
+    Where both are projected by sketches that nest, they meet at the smaller dim: rows of a larger one are read at the
+    stored dim, and rows of a smaller one are raised to it, which is the same product.
+
+    Args:
+        query: the query's rows.
+        stored: what the stored rows are.
+        chosen: the blocks that are looked at.
+        fingerprint: what the query's rows are; rows from `per_example_grads` know all but the weights.
+        unchecked: take the weights on trust, and rows that do not even know their transform as they are.
+        force: warn where they do not belong together, instead of refusing.
+
+    Returns:
+        The rows.
+
+    Raises:
+        FingerprintError: if they do not belong together, naming the field and both values.
+        ValueError: if the query's rows do not say of which weights they are.
+    """
+    if unchecked and not isinstance(query, CollectedRows):
+        return query
+    if isinstance(query, CollectedRows):
+        step = projection(query.transform)
+        if step is not None and stored.dim is not None and step.settings["dim"] > stored.dim:
+            made = at_dim(query.transform, stored.dim)
+            query = CollectedRows(down_project(query, stored.dim), made, query.layout)
+            fingerprint = None if fingerprint is None else _read_at(fingerprint, stored.dim, query)
+        if fingerprint is None and unchecked:
+            fingerprint = _said(query, query.transform, stored)
+    if fingerprint is None:
+        missing = "of which weights they are" if isinstance(query, CollectedRows) else "how they were made"
+        raise ValueError(
+            f"the query rows do not say {missing}: pass fingerprint=provenance(loss_fn, params, rows), or ask by "
+            "trace(), or pass unchecked=True if you are sure that they belong to this index"
+        )
+    lower = check(_restricted(fingerprint, chosen), _restricted(stored, chosen), force)
+    if lower is None or stored.dim is None:
+        return query
+    known = stored.recorded.get("unprojected")
+    if known is None and isinstance(query, CollectedRows):
+        known = unprojected(query.transform, query.layout)
+    if known is None:
+        raise ValueError(
+            f"rows of dim {lower} can be compared with the stored ones of dim {stored.dim} only if they know their "
+            "layout: pass them as per_example_grads returns them"
+        )
+    step = project(lower, fingerprint.must_match["seed"], fingerprint.must_match["projection"]).steps[0]
+    shapes = {name: tuple(known[name]) for name in chosen.names}
+    return raise_project({name: query[name] for name in chosen.names}, stored.dim, step, shapes)
+
+
+def _said(rows: Rows, transform: Transform, stored: Fingerprint) -> Fingerprint:
+    """Return the fingerprint of rows that know their transform; their weights are taken on trust."""
+    shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+    return fingerprint_of(None, None, transform, shapes, weights=stored.must_match.get("weights", ""))
+
+
+def _read_at(fingerprint: Fingerprint, dim: int, rows: Rows) -> Fingerprint:
+    """Return the fingerprint of rows that were read at a smaller dim."""
+    shapes = {name: list(row.shape[1:]) for name, row in rows.items()}
+    return replace(fingerprint, must_match={**fingerprint.must_match, "dim": dim, "blocks": shapes})
+
+
+def _restricted(fingerprint: Fingerprint, chosen: Chosen) -> Fingerprint:
+    """Return the fingerprint of some blocks of rows."""
+    blocks = fingerprint.must_match.get("blocks")
+    if blocks is None:
+        return fingerprint
+    kept = {name: shape for name, shape in blocks.items() if name in chosen.shapes}
+    return replace(fingerprint, must_match={**fingerprint.must_match, "blocks": kept})

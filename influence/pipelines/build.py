@@ -1,0 +1,126 @@
+"""Build an index: the row of every example, in the dataset's order, on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from influence.func.fold import Sink
+from influence.index import Columns, done, finish, open_index, shard_sink
+from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
+from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
+from influence.pipelines.directory import run_directory
+from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.planning import first_batch, predict, shard_ranges
+from influence.pipelines.prepare import batches_of, float_size, measure, own_shards, read_data
+from influence.pipelines.ranks import own_device, ranks
+from influence.pipelines.seen import collected, plan_step, total_dim
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Write an index: one gradient row for every example of a dataset, to query, score and inspect later.
+
+    influence build --model gpt2 --dataset corpus.jsonl --run runs/corpus
+
+    A row holds the example's gradient of every matrix of the model's layers, each sketched to 16 × 16 numbers. The run
+    can be killed and started again; it goes on where it was. To share the work among processes:
+
+    torchrun --nproc-per-node 2 -m influence build --model gpt2 --dataset corpus.jsonl -r runs/corpus
+
+    Attributes:
+        run: the run directory to write.
+        model: the model.
+        data: the corpus.
+        per_token: a row for every token instead: use (where parameters were used) or loss (whose loss it is).
+        append: add the dataset's examples to the finished index that is there, behind those it has.
+        loss: the loss.
+        transform: what is stored of each gradient.
+        execution: the pass.
+    """
+
+    run: Run
+    model: Model
+    data: Data
+    per_token: Literal["use", "loss"] | None = None
+    append: bool = False
+    loss: Loss = field(default_factory=LossConfig)
+    transform: View = field(default_factory=TransformConfig)
+    execution: Execution = field(default_factory=RunConfig)
+
+
+def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None = None) -> Outcome:
+    """Build the index.
+
+    Args:
+        config: the run.
+        say: where its lines go.
+        also: sinks that see the same pass: `{"mean": Summed(of_rows(sinks.mean()))}`.
+
+    Returns:
+        What was written; the results of other sinks are in its facts, by name.
+    """
+    execution, directory = config.execution, Path(config.run)
+    measured = measure(config.model, config.loss, config.transform, execution)
+    tokens = read_data(config.data, measured)
+    behind, written = _behind(directory) if config.append else (0, 0)
+    tokens = replace(tokens, index=tokens.index + behind)
+    shards, batches = own_shards(tokens, execution), batches_of(execution)
+    first = first_batch(shards, batches)
+    step = plan_step(measured, first, execution, tokens, config.model.task, config.per_token)
+    dim, columns = total_dim(step.shapes), Columns(step.shapes)
+    row = dim * float_size(execution.dtype)
+    lengths = tokens.lengths if config.per_token else torch.ones(len(tokens), dtype=torch.int64)
+    largest = max(int(lengths[begin:end].sum()) for begin, end in shard_ranges(shards))
+    settings = {"per_token": config.per_token}
+    with ranks() as place:
+        plan = predict(
+            f"index of {len(step.shapes)} blocks, {dim:,} numbers a row as {execution.dtype}",
+            directory,
+            shards,
+            step.see,
+            first,
+            execution,
+            world=place.world,
+            disk=int(lengths.sum()) * (row + 32),
+            memory=2 * largest * row,
+            notes=[tokens.report()],
+            resumes=not config.append,
+        )
+        if place.first:
+            say(str(plan))
+        if execution.dry_run:
+            return Outcome(config.run, plan._asdict(), "")
+        with run_directory(
+            "index", config, measured, tokens, shards, step, place, settings, append=config.append
+        ) as at:
+            ranges = shard_ranges(shards)
+
+            def rows(number: int) -> Sink:
+                return collected(
+                    shard_sink(
+                        at, written + number, ranges[number], columns, execution.dtype, config.per_token is not None
+                    )
+                )
+
+            work = Work(shards, batches, step.see, own_device(execution.device))
+            sinks: dict[str, Placed | Summed] = {
+                "index": Placed(lambda: {number - written for number in done(at)}, rows),
+                **(also or {}),
+            }
+            results = collect(work, sinks, at, place, what="build", shown=execution.progress)
+            if place.first:
+                finish(at)
+                remove_partials(at)
+            place.barrier()
+    index = open_index(directory)
+    facts = {"run": config.run, "rows": len(index), "dim": index.dim, "dtype": index.dtype, **results}
+    return Outcome(config.run, facts, f"{len(index):,} rows of {index.dim:,} numbers ({index.dtype}) in {directory}")
+
+
+def _behind(directory: Path) -> tuple[int, int]:
+    """Return the first row and the first shard that an index does not have."""
+    index = open_index(directory)
+    return int(index.index.max()) + 1 if index.examples else 0, len(index.about.shards)

@@ -1,0 +1,183 @@
+"""The pass: shards of a dataset through one step into several sinks, resumable, on any number of ranks.
+
+Two laws. A *placed* sink writes one file per shard, so any number of ranks and any resume give the same bytes. A
+*summed* sink keeps a running state per process in `partial-*.h5`, with the list of shards that are in it, replaced
+after each shard; in the end, or when a run is resumed by another number of ranks, the states merge and the shards that
+are missing are dealt out again.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from influence.data import Tokenized
+from influence.func.batches import batch_size
+from influence.func.fold import Sink
+from influence.pipelines import states
+from influence.pipelines.progress import progress
+from influence.pipelines.ranks import Ranks
+
+
+class Placed(NamedTuple):
+    """A sink with one file per shard.
+
+    Attributes:
+        done: the shards that are finished.
+        sink: the sink of a shard, by its number; `finalize` writes the file.
+    """
+
+    done: Callable[[], set[int]]
+    sink: Callable[[int], Sink]
+
+
+class Summed(NamedTuple):
+    """A sink with one result for all shards."""
+
+    sink: Sink
+
+
+class Work(NamedTuple):
+    """What a pass is over.
+
+    Attributes:
+        shards: all shards of the plan, in order.
+        batches: a shard's batches, the same for everyone who asks.
+        step: a batch to a value; what all sinks see.
+        device: where values, and so running states, are.
+    """
+
+    shards: Sequence[Tokenized]
+    batches: Callable[[Tokenized], Iterable[dict[str, Tensor]]]
+    step: Callable[[dict[str, Tensor]], Any]
+    device: str = "cpu"
+
+
+def collect(
+    work: Work,
+    sinks: Mapping[str, Placed | Summed],
+    directory: Path,
+    ranks: Ranks,
+    *,
+    what: str = "pass",
+    shown: bool | None = None,
+) -> dict[str, Any]:
+    """Run a pass: each shard that some sink lacks goes through the step once, whatever number of sinks want it.
+
+    Args:
+        work: the shards, their batches and the step.
+        sinks: where values go.
+        directory: the run's.
+        ranks: this process among its peers.
+        what: the name of the work, for the progress bar.
+        shown: whether to show it.
+
+    Returns:
+        On the first rank, the result of every summed sink; nothing elsewhere.
+    """
+    summed = {name: sink.sink for name, sink in sinks.items() if isinstance(sink, Summed)}
+    placed = {name: sink for name, sink in sinks.items() if isinstance(sink, Placed)}
+
+    def missing() -> list[list[Any]]:
+        done = {name: sink.done() for name, sink in placed.items()} | _summed_shards(directory, summed)
+        numbers = range(len(work.shards))
+        lacking = {n: [name for name in sinks if n not in done[name]] for n in numbers}
+        return [[n, names] for n, names in lacking.items() if names]
+
+    todo = ranks.once(missing)[ranks.rank :: ranks.world]
+    mine = directory / f"partial-{ranks.rank:05d}.h5"
+    held, running = read_partial(mine, summed, work.device) if summed else ({}, {})
+    total = sum(len(work.shards[n].ids) for n, _ in todo)
+    with progress(what, total, shown, ranks.rank) as seen:
+        for number, names in todo:
+            shard_sinks = {name: placed[name].sink(number) for name in names if name in placed}
+            wanted = {**shard_sinks, **{name: summed[name] for name in names if name in summed}}
+            state = {name: sink.init() for name, sink in shard_sinks.items()} | running
+            for batch in work.batches(work.shards[number]):
+                ranks.check()
+                value, index = work.step(batch), batch["index"].cpu()
+                state |= {name: sink.update(state[name], index, value) for name, sink in wanted.items()}
+                seen(_tokens(batch))
+            for name, sink in shard_sinks.items():
+                sink.finalize(state[name])
+            running = {name: state[name] for name in summed}
+            held = {name: sorted({*shards, number} if name in names else shards) for name, shards in held.items()}
+            if summed and set(names) & set(summed):
+                write_partial(mine, held, running)
+    ranks.barrier()
+    return _merged(directory, summed) if ranks.first else {}
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return batch_size(batch) if mask is None else int(mask.sum())
+
+
+def write_partial(path: Path, shards: Mapping[str, list[int]], running: Mapping[str, Any]) -> None:
+    """Write states and the shards that are in them, atomically."""
+    from influence import store
+
+    flat = {name: states.flatten(state) for name, state in running.items()}
+    tensors = {f"{name}/{key}": tensor for name, (own, _) in flat.items() for key, tensor in own.items()}
+    about = {"shards": dict(shards), "states": {name: structure for name, (_, structure) in flat.items()}}
+    store.write(path, tensors, about, kind="partial", schema=states.SCHEMA)
+
+
+def read_partial(
+    path: Path, summed: Mapping[str, Sink], device: str = "cpu"
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Read what `write_partial` wrote; empty states where there is no file.
+
+    Args:
+        path: the file.
+        summed: the sinks.
+        device: where states shall be.
+
+    Returns:
+        The shards in each state, and the states.
+
+    Raises:
+        ValueError: if the file is damaged, or lacks a sink.
+    """
+    from influence import store
+
+    if not path.is_file():
+        return {name: [] for name in summed}, {name: sink.init() for name, sink in summed.items()}
+    tensors, about = store.read(path, kind="partial", schema=states.SCHEMA)
+    lost = [name for name in summed if name not in about["states"]]
+    if lost:
+        raise ValueError(f"{path} holds no {lost[0]}: it is another run's; remove it, or pass --overwrite")
+    running = {}
+    for name, sink in summed.items():
+        own = {key.removeprefix(f"{name}/"): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}/")}
+        running[name] = states.restore(own, about["states"][name], sink.init())
+    return {name: list(about["shards"][name]) for name in summed}, running
+
+
+def _partials(directory: Path) -> list[Path]:
+    return sorted(directory.glob("partial-*.h5"))
+
+
+def _summed_shards(directory: Path, summed: Mapping[str, Sink]) -> dict[str, set[int]]:
+    """Return which shards are in the states of all processes."""
+    found: dict[str, set[int]] = {name: set() for name in summed}
+    for path in _partials(directory) if summed else []:
+        for name, shards in read_partial(path, summed)[0].items():
+            found[name] |= set(shards)
+    return found
+
+
+def _merged(directory: Path, summed: Mapping[str, Sink]) -> dict[str, Any]:
+    """Merge the states of all processes, in the order of their files, and finalise them."""
+    whole = {name: sink.init() for name, sink in summed.items()}
+    for path in _partials(directory) if summed else []:
+        for name, state in read_partial(path, summed)[1].items():
+            whole[name] = summed[name].merge(whole[name], state)
+    return {name: sink.finalize(whole[name]) for name, sink in summed.items()}
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove the states of a run whose results are written."""
+    for path in _partials(directory):
+        path.unlink()

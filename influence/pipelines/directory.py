@@ -1,0 +1,108 @@
+"""A run directory under a pass: begun by the first rank, locked while the pass runs, and able to replay itself."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from influence.data import Tokenized
+from influence.hessians.fitting import FitStep
+from influence.index import Fingerprint, fingerprint_of, start
+from influence.pipelines.configs import to_mapping, write_config
+from influence.pipelines.planning import shard_ranges
+from influence.pipelines.prepare import Measured, data_hash
+from influence.pipelines.ranks import Ranks
+from influence.pipelines.seen import Step
+
+
+@contextlib.contextmanager
+def run_directory(
+    kind: str,
+    config: Any,
+    measured: Measured,
+    tokens: Tokenized,
+    shards: Sequence[Tokenized],
+    step: Step | FitStep,
+    place: Ranks,
+    settings: Mapping[str, Any] | None = None,
+    results: Sequence[str] = (),
+    stored: Sequence[Sequence[int]] | None = None,
+    append: bool = False,
+) -> Iterator[Path]:
+    """Begin or resume a run.
+
+    Args:
+        kind: what it will hold.
+        config: its configuration, with `run` and `execution`.
+        measured: what is measured.
+        tokens: the dataset.
+        shards: its shards.
+        step: the planned step, which knows the rows' shapes.
+        place: this process among its peers.
+        settings: what else decides the result, so that a run with other settings does not resume this one.
+        results: files whose presence means that it is finished, where that is not the index itself.
+        stored: begin and end of every shard that is written, where they are not the dataset's.
+        append: add to a finished index, whose configuration stays.
+
+    Yields:
+        The directory. The first rank holds its lock until the end.
+
+    Raises:
+        FileExistsError: if a finished run is there, or one that may not be resumed.
+    """
+    directory, execution = Path(config.run), config.execution
+    kept = replace(config, execution=replace(execution, overwrite=False))  # who replays a run does not delete one
+    with contextlib.ExitStack() as stack:
+        if place.first:
+            finished = [directory / name for name in results if (directory / name).exists()]
+            if finished and not execution.overwrite:
+                raise FileExistsError(
+                    f"{directory} holds a finished run of influence {kind} ({finished[0].name}): pass --overwrite to "
+                    "replace it, or another --run"
+                )
+            plan = {
+                "shards": shard_ranges(shards) if stored is None else [list(ends) for ends in stored],
+                "seen": shard_ranges(shards),
+                "data": data_hash(tokens),
+                **{name: getattr(execution, name) for name in ("token_budget", "max_rows", "dtype", "nonfinite")},
+                **(settings or {}),
+            }
+            run = start(
+                directory,
+                kind,
+                to_mapping(kept),
+                ["influence", kind_command(kind), "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"],
+                plan,
+                fingerprint_for(config, measured, tokens, step),
+                overwrite=execution.overwrite,
+                resume=execution.resume,
+                append=append,
+            )
+            stack.enter_context(run)
+            for file in finished:
+                file.unlink()
+            if not append:
+                write_config(directory / "config.yaml", kept, kind_command(kind))
+        place.barrier()
+        yield directory
+
+
+def kind_command(kind: str) -> str:
+    """Return the command that makes a kind of run."""
+    return {"index": "build", "scores": "score"}.get(kind, kind)
+
+
+def fingerprint_for(config: Any, measured: Measured, tokens: Tokenized, step: Step | FitStep) -> Fingerprint:
+    """Return the fingerprint of a configuration's rows; data and loss are recorded."""
+    recorded = {
+        "data": data_hash(tokens),
+        "loss": config.loss.loss,
+        "reduction": config.loss.reduction,
+        "label_smoothing": config.loss.label_smoothing,
+        "model": config.model.model,
+    }
+    shapes, layout = (step.shapes, step.layout) if isinstance(step, Step) else (step.about.shapes, step.plan.layout)
+    return fingerprint_of(
+        measured.loss_fn, measured.params, measured.transform, shapes, recorded=recorded, layout=layout
+    )

@@ -1,0 +1,125 @@
+"""Influence functions with EK-FAC (Grosse et al. 2023): the inverse on the queries' side, the corpus streamed by."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from influence.pipelines import build, hessian, reduce, score
+from influence.pipelines.configs import (
+    Data,
+    DataConfig,
+    Execution,
+    Loss,
+    LossConfig,
+    Model,
+    Run,
+    RunConfig,
+    TransformConfig,
+    View,
+)
+from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.recipe import run_steps
+
+
+@dataclass(frozen=True)
+class EkfacConfig:
+    """Score a corpus by influence functions: query gradient, inverse curvature, training gradient.
+
+    influence ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/ekfac
+
+    Steps, each in a directory of the run's: hessian, query, scores. Whole gradients meet, unless --compress keeps only
+    the strongest directions of each block on both sides.
+
+    Attributes:
+        run: the run directory to write.
+        model: the model.
+        data: the corpus.
+        query: the queries.
+        method: which curvature.
+        labels: whose gradients it is fitted to.
+        stats_examples: fit it on so many examples.
+        query_rows: the queries' mean gradient, their sum, or one row for each.
+        compress: keep so many whitened directions of each side of a block, on both sides of the score.
+        mode: a score for each query row, or the best over all of them.
+        top_k: keep the so many best and worst examples of each query only.
+        loss: the loss.
+        transform: blocks, damping and inversion; the rest is the recipe's.
+        execution: every pass.
+    """
+
+    run: Run
+    model: Model
+    data: Data
+    query: DataConfig
+    method: Literal["ekfac", "kfac", "tkfac", "shampoo"] = "ekfac"
+    labels: Literal["sampled", "data", "exact"] = "sampled"
+    stats_examples: int | None = None
+    query_rows: Literal["mean", "sum", "individual"] = "mean"
+    compress: int | None = None
+    mode: score.Mode = "individual"
+    top_k: int | None = None
+    loss: Loss = field(default_factory=LossConfig)
+    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0))
+    execution: Execution = field(default_factory=RunConfig)
+
+
+def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
+    """Run the recipe.
+
+    Args:
+        config: the run.
+        say: where its lines go.
+
+    Returns:
+        The scores.
+    """
+    at, curvature = Path(config.run), str(Path(config.run) / "hessian")
+    whole = replace(config.transform, hessian=None, whiten=None, unit_norm=False, projection_dim=0)
+    if config.compress is None:
+        sides = (
+            replace(config.transform, hessian=curvature, power=-1.0, unit_norm=False),
+            replace(config.transform, hessian=None, unit_norm=False),
+        )
+    else:
+        both = replace(whole, hessian=curvature, whiten="eigen", power=-0.5, projection_dim=config.compress)
+        sides = both, both
+
+    def fit(execution: RunConfig) -> Outcome:
+        few = replace(config.data, max_examples=config.stats_examples or config.data.max_examples)
+        made = hessian.HessianConfig(
+            curvature,
+            config.model,
+            few,
+            config.method,
+            config.labels,
+            loss=config.loss,
+            transform=whole,
+            execution=execution,
+        )
+        return hessian.run(made, say)
+
+    def rows(execution: RunConfig) -> Outcome:
+        to, model, query, loss = str(at / "query"), config.model, config.query, config.loss
+        if config.query_rows == "individual":
+            return build.run(
+                build.BuildConfig(to, model, query, loss=loss, transform=sides[0], execution=execution), say
+            )
+        how = config.query_rows
+        return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, sides[0], execution), say)
+
+    def scores(execution: RunConfig) -> Outcome:
+        made = score.ScoreConfig(
+            str(at / "scores"),
+            config.model,
+            config.data,
+            (str(at / "query"),),
+            config.mode,
+            top_k=config.top_k,
+            loss=config.loss,
+            transform=sides[1],
+            execution=execution,
+        )
+        return score.run(made, say)
+
+    outcomes = run_steps("ekfac", config, {"hessian": fit, "query": rows, "scores": scores}, say)
+    return score.of_recipe(config.run, outcomes)

@@ -1,0 +1,123 @@
+"""Write an index's rows, decoded, for other tools: safetensors, npy, parquet."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from influence.index import Index, open_index
+from influence.pipelines.configs import Run
+from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.planning import size
+from influence.store import replacing
+
+AT_ONCE = 1 << 24
+"""Numbers that are decoded at once."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the rows of an index (or scores) as safetensors, npy or parquet, decoded to float32 or float64.
+
+    influence export --run runs/corpus --to corpus.parquet
+
+    Attributes:
+        run: the run directory of build, reduce or score.
+        to: the file to write; its end says how: .safetensors (a tensor per block), .npy (one matrix, blocks side by
+            side) or .parquet (a list per row, with index, loss and length).
+        format: the format, where the file's end does not say it.
+        blocks: these blocks only.
+        overwrite: replace the file.
+    """
+
+    run: Run
+    to: str
+    format: Literal["safetensors", "npy", "parquet"] | None = None
+    blocks: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+def run(config: ExportConfig, say: Say = quiet) -> Outcome:
+    """Export an index.
+
+    Args:
+        config: which, and where to.
+        say: where its lines go.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: if the format is unknown.
+        FileExistsError: if the file is there.
+    """
+    path = Path(config.to)
+    kind = config.format or path.suffix.removeprefix(".")
+    if kind not in WRITERS:
+        raise ValueError(f"export writes {', '.join(WRITERS)}; got {config.to!r}: end the file so, or pass --format")
+    if path.exists() and not config.overwrite:
+        raise FileExistsError(f"{path} exists already: pass --overwrite to replace it, or another --to")
+    index = open_index(config.run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = list(index.columns.chosen(config.blocks or None).shapes)
+    with replacing(path) as name:
+        WRITERS[kind](index, blocks, name)
+    facts = {"run": config.run, "file": str(path), "rows": len(index), "bytes": path.stat().st_size}
+    return Outcome(str(path), facts, f"{len(index):,} rows in {path}, {size(path.stat().st_size)}")
+
+
+def _slices(index: Index) -> Iterator[tuple[int, int]]:
+    step = max(1, AT_ONCE // max(index.dim, 1))
+    for begin in range(0, len(index), step):
+        yield begin, min(begin + step, len(index))
+
+
+def _about_rows(index: Index) -> dict[str, Tensor]:
+    """Return what is known of each row beside its numbers."""
+    counts = index.offsets.diff()
+    known = {name: getattr(index, name).repeat_interleave(counts) for name in ("index", "loss", "length")}
+    return known | ({"position": index.position} if index.per_token else {})
+
+
+def _safetensors(index: Index, blocks: list[str], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    rows = {name: row.contiguous() for name, row in index.rows(blocks).items()}
+    save_file({**{f"rows/{name}": row for name, row in rows.items()}, **_about_rows(index)}, str(path))
+
+
+def _npy(index: Index, blocks: list[str], path: Path) -> None:
+    import numpy
+
+    width = index.columns.chosen(blocks).dim
+    dtype = "<f8" if index.dtype == "float64" else "<f4"
+    with open(path, "xb") as file:
+        shape = {"descr": dtype, "fortran_order": False, "shape": (len(index), width)}
+        numpy.lib.format.write_array_header_1_0(file, shape)
+        for begin, end in _slices(index):
+            file.write(index.matrix(begin, end, blocks).numpy().astype(dtype, copy=False).tobytes())
+
+
+def _parquet(index: Index, blocks: list[str], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    known = _about_rows(index)
+    number = pyarrow.float64() if index.dtype == "float64" else pyarrow.float32()
+    widths = {name: torch.Size(index.blocks[name]).numel() for name in blocks}
+    fields = [(name, pyarrow.from_numpy_dtype(column.numpy().dtype)) for name, column in known.items()]
+    schema: Any = pyarrow.schema(fields + [(name, pyarrow.list_(number, width)) for name, width in widths.items()])
+    with parquet.ParquetWriter(str(path), schema) as writer:
+        for begin, end in _slices(index):
+            columns = {name: pyarrow.array(column[begin:end].numpy()) for name, column in known.items()}
+            for name, row in index.rows(blocks, begin, end).items():
+                flat = pyarrow.array(row.reshape(-1).numpy())
+                columns[name] = pyarrow.FixedSizeListArray.from_arrays(flat, widths[name])
+            writer.write_table(pyarrow.table(columns, schema=schema))
+
+
+WRITERS = {"safetensors": _safetensors, "npy": _npy, "parquet": _parquet}
+"""How each format is written: `(index, blocks, path)`."""

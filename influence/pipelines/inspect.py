@@ -1,0 +1,117 @@
+"""Say what a run holds: contents, provenance, sizes, health; whatever kind it is of, finished or not."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from influence.index import done, open_index
+from influence.index.run import read_run
+from influence.pipelines import hessian
+from influence.pipelines.configs import Run, read_config
+from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.planning import size
+from influence.pipelines.prepare import load_factors
+from influence.pipelines.score import read_best
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Say what a run directory holds, how large it is, and whether it is whole.
+
+    influence inspect --run runs/corpus --verify
+
+    Attributes:
+        run: the run directory.
+        verify: read every byte again and compare checksums.
+    """
+
+    run: Run
+    verify: bool = False
+
+
+def run(config: InspectConfig, say: Say = quiet) -> Outcome:
+    """Inspect a run.
+
+    Args:
+        config: which.
+        say: where its lines go.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FileNotFoundError: if there is no run.
+        ValueError: if it is damaged, naming the file.
+    """
+    directory = Path(config.run)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no run directory {directory}")
+    facts: dict[str, Any] = {"run": config.run, "bytes": _bytes(directory)}
+    if (directory / "index.h5").exists():
+        text = _index(directory, config.verify, facts)
+    elif (directory / "factors.h5").exists():
+        found = hessian.outcome(config.run, load_factors(directory))
+        facts |= {**found.facts, "kind": "hessian", "finished": True}
+        text = f"hessian at {directory}\n{found.text}"
+    elif (directory / "best.h5").exists():
+        facts |= {"kind": "scores", "finished": True}
+        rows = [[name, *heap.values.shape] for name, heap in read_best(directory).items()]
+        text = f"scores at {directory}\n" + table(["heap", "queries", "kept"], rows)
+    elif (directory / "run.json").exists():
+        text = _unfinished(directory, facts)
+    else:
+        raise FileNotFoundError(f"{directory} holds no run of influence: it has no run.json")
+    if config.verify:
+        facts["verified"] = True
+        text += "\nverified: every checksum holds"
+    if (directory / "config.yaml").exists():
+        command = {"index": "build", "scores": "score"}.get(str(facts["kind"]), facts["kind"])
+        text += f"\nreplay: influence {command} --config {directory / 'config.yaml'} --run ANOTHER_RUN"
+        facts["config"] = read_config(directory / "config.yaml")
+    return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")
+
+
+def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
+    index = open_index(directory)
+    if verify:
+        index.verify()
+    facts |= {
+        "kind": index.about.kind,
+        "finished": True,
+        "rows": len(index),
+        "examples": index.examples,
+        "dim": index.dim,
+        "dtype": index.dtype,
+        "per_token": index.per_token,
+        "blocks": {name: list(shape) for name, shape in index.blocks.items()},
+        "fingerprint": index.fingerprint.json(),
+        "shards": len(index.about.shards),
+        "command": index.about.command,
+    }
+    return str(index)
+
+
+def _unfinished(directory: Path, facts: dict[str, Any]) -> str:
+    about = read_run(directory)
+    steps = sorted(path.parent.name for path in directory.glob("*/run.json"))
+    facts |= {"kind": about["kind"], "command": about["command"], "steps": steps}
+    if about["plan"].get("steps"):
+        states = {name: _finished(directory / name) for name in about["plan"]["steps"]}
+        facts |= {"finished": all(states.values()), "steps": states}
+        rows = [[name, "finished" if ready else "not finished"] for name, ready in states.items()]
+        return f"{about['kind']} at {directory}\n" + table(["step", "state"], rows)
+    planned, finished = about["plan"].get("shards", []), sorted(done(directory))
+    facts |= {"finished": False, "shards": len(planned), "done": finished}
+    return (
+        f"{about['kind']} at {directory}: not finished, {len(finished)} of {len(planned)} shards\n"
+        f"made by: {' '.join(about['command'])}\nconfiguration: {json.dumps(about['config'])[:400]}"
+    )
+
+
+def _finished(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("index.h5", "factors.h5", "best.h5"))
+
+
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,341 @@
+"""From a configuration to values: the model as a pure function, the data as tokens, the transform."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from influence import data, hessians, models
+from influence.data.sources import mapping_of
+from influence.func.blocks import as_blocks, split_heads
+from influence.func.fingerprint import fingerprint
+from influence.func.functionalize import functionalize
+from influence.func.losses import IGNORED
+from influence.func.module_loss import LOSSES, ModuleLoss
+from influence.func.normalize import unit_norm
+from influence.func.precondition import precondition
+from influence.func.project import project
+from influence.func.transform import Transform, chain
+from influence.func.whiten import eigen_whiten, kfac_whiten
+from influence.hessians import Factors
+from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.ranks import own_device
+from influence.types import ExampleLoss, Params
+
+
+class Measured(NamedTuple):
+    """What is measured, and at which weights.
+
+    Attributes:
+        loss_fn: the loss function.
+        params: the parameters.
+        transform: what is wanted of gradients.
+        tokenizer: the model's tokenizer, if it has one.
+        config: transformers' config of the model.
+    """
+
+    loss_fn: ModuleLoss
+    params: Params
+    transform: Transform
+    tokenizer: Any
+    config: Any
+
+
+def measure(
+    model: ModelConfig, loss: LossConfig, transform: TransformConfig, execution: RunConfig | None = None
+) -> Measured:
+    """Load a model and make the function and the transform of it.
+
+    Args:
+        model: which model.
+        loss: what is measured.
+        transform: what is wanted of gradients.
+        execution: where.
+
+    Returns:
+        The values.
+    """
+    device = own_device("cpu" if execution is None else execution.device)
+    made = transform_of(transform)  # whatever is wrong with it shows before the model is loaded
+    module = load_model(model, device)
+    targets = transform.targets or models.layer_matrices(module)
+    reference = None if loss.reference is None else load_model(ModelConfig(loss.reference, task=model.task), device)
+    loss_fn, params = functionalize(
+        module,
+        loss_of(loss.loss),
+        loss.reduction,
+        _with_biases(module, targets) if transform.bias else targets,
+        transform.exclude or None,
+        label_smoothing=loss.label_smoothing,
+        reference=reference,
+    )
+    return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
+
+
+def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
+    """Load a model.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs)
+    with _found(config.model, "model"):
+        return models.load(
+            config.model,
+            task=config.task,
+            precision=config.precision,
+            revision=config.revision,
+            model_kwargs=mapping_of(config.model_kwargs),
+            adapter=config.adapter,
+            peft_init_kwargs=fresh,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load a model's tokenizer; `None` where it has none and none is named."""
+    from transformers import AutoTokenizer
+
+    path = config.tokenizer or config.model
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if config.tokenizer is None and Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
+        return None
+    with _found(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+@contextlib.contextmanager
+def _found(path: str, what: str) -> Iterator[None]:
+    """Say in a line that there is no such thing, where transformers needs a page."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or Path(path).is_dir():
+            raise
+        raise ValueError(
+            f"no {what} {path!r}: it is no folder here, and the Hub has none that can be reached "
+            f"({str(error).splitlines()[0]}). Give a folder which save_pretrained wrote, or the id of a Hub model"
+        ) from error
+
+
+def _with_biases(module: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return targets and the biases of the layers they name."""
+    if any("*" in target or "?" in target or "[" in target for target in targets):
+        return targets
+    names = {name for name, _ in module.named_parameters()}
+    partners = [target.removesuffix("weight") + "bias" for target in targets if target.endswith("weight")]
+    return (*targets, *(name for name in partners if name in names))
+
+
+def loss_of(name: str) -> str | ExampleLoss:
+    """Return a loss by its name, or a function of the user's by its dotted name.
+
+    Raises:
+        ValueError: if there is no such loss or function.
+    """
+    if name in LOSSES:
+        return name
+    module, colon, attribute = name.partition(":")
+    if not colon or not module or not attribute:
+        raise ValueError(
+            f"loss must be one of {', '.join(LOSSES)}, or package.module:function of your own; got {name!r}"
+        )
+    try:
+        with _importable(os.getcwd()):
+            found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"loss={name!r} cannot be imported from {os.getcwd()}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"loss={name!r} is a {type(found).__name__}; a function (output, batch) -> [n] is needed")
+    return found
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Let a folder's modules be imported, as python does for scripts."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def transform_of(config: TransformConfig) -> Transform:
+    """Return the transform that a configuration describes.
+
+    Curvature comes where its factors were fitted: on whole blocks, before the projection, or on projected rows.
+
+    Raises:
+        ValueError: if the factors belong to other rows, or options exclude one another.
+    """
+    blocks = as_blocks(config.bias)
+    start = chain(blocks, split_heads()) if config.heads else blocks
+    sketch = Transform()
+    if config.projection_dim:
+        sketch = project(
+            config.projection_dim,
+            config.projection_seed,
+            config.projection_kind,
+            config.projection_target,
+            signs=config.projection_signs,
+        )
+    end = unit_norm() if config.unit_norm else Transform()
+    if config.hessian is None:
+        if config.whiten:
+            raise ValueError(
+                "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
+            )
+        return chain(start, sketch, end)
+    factors = load_factors(config.hessian)
+    if factors.under == start.fingerprint:
+        return chain(start, *_preconditioned(config, factors, sketch), end)
+    if factors.under != chain(start, sketch).fingerprint:
+        raise ValueError(
+            f"the factors in {config.hessian} were fitted under {factors.description}; here rows are made by "
+            f"{chain(start, sketch)}. Pass the same bias, heads and projection options, or fit them under these"
+        )
+    if config.whiten:
+        raise ValueError(
+            "whiten chooses the projection by the curvature of whole blocks; these factors are of projected"
+        )
+    root = precondition(factors, config.power, config.damping, config.inversion, config.missing)
+    return chain(start, sketch, root, end)
+
+
+def _preconditioned(config: TransformConfig, factors: Factors, sketch: Transform) -> tuple[Transform, ...]:
+    """Return curvature and projection of whole blocks, one inside the other where that is asked for."""
+    dim = config.projection_dim or None
+    if config.whiten == "eigen":
+        return (eigen_whiten(factors, dim, config.damping, config.inversion, config.power, config.missing),)
+    if config.whiten == "kfac":
+        kind = config.projection_kind or "rademacher"
+        return (kfac_whiten(factors, config.damping, dim, config.projection_seed, kind, config.missing),)
+    return (precondition(factors, config.power, config.damping, config.inversion, config.missing), sketch)
+
+
+def load_factors(path: str | Path) -> Factors:
+    """Return the factors of a run of `hessian` or `mix`, or of a file.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    file = Path(path) / "factors.h5" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        state = (
+            "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
+        )
+        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
+    return hessians.load(file)
+
+
+def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:
+    """Return a dataset's tokens."""
+    return tokens_of(config, load_rows(config), measured.tokenizer, measured.config)
+
+
+def load_rows(config: DataConfig) -> Any:
+    """Return a dataset's rows.
+
+    Raises:
+        ValueError: if there is no such dataset.
+    """
+    with _read(config.dataset):
+        rows = data.load(config.dataset, split=config.split, subset=config.subset, data_kwargs=config.data_kwargs)
+    return rows if config.max_examples is None else rows.select(range(min(config.max_examples, len(rows))))
+
+
+@contextlib.contextmanager
+def _read(dataset: str) -> Iterator[None]:
+    """Say in a line what datasets could not read."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"the dataset {dataset!r} cannot be read: {said}") from error
+
+
+def text_format(config: DataConfig) -> data.TextFormat:
+    """Return which columns hold the text."""
+    return data.TextFormat(
+        config.prompt_column, config.completion_column, config.conversation_column, config.template, config.end_of_turn
+    )
+
+
+def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data.Tokenized:
+    """Return the tokens of rows.
+
+    Args:
+        config: how they become tokens.
+        rows: what `load_rows` returns.
+        tokenizer: the tokenizer.
+        model: transformers' config of the model, which knows its longest document.
+
+    Returns:
+        The tokens.
+    """
+    limit = config.max_length if config.max_length is not None else data.context_length(tokenizer, model)
+    return data.tokenize(
+        rows,
+        tokenizer,
+        text_format(config),
+        max_length=None if config.chunk_length is not None else limit,
+        truncation=config.truncation,
+        chunk_length=config.chunk_length,
+        max_tokens=config.max_tokens,
+        reward_column=config.reward_column,
+        advantage_column=config.advantage_column,
+        skip_nan_rewards=config.skip_nan_rewards,
+    )
+
+
+def data_hash(tokens: data.Tokenized) -> str:
+    """Return the hash of everything a pass sees of its data."""
+    return fingerprint({name: getattr(tokens, name) for name in ("ids", "labels", "offsets", "weight")})
+
+
+def batches_of(execution: RunConfig) -> Callable[[data.Tokenized], Iterator[dict[str, Tensor]]]:
+    """Return the function from a shard to its batches, on the device."""
+    device = own_device(execution.device)
+
+    def batches(shard: data.Tokenized) -> Iterator[dict[str, Tensor]]:
+        made = data.batches(shard, execution.token_budget, max_rows=execution.max_rows)
+        return made if device == "cpu" else ({k: v.to(device) for k, v in batch.items()} for batch in made)
+
+    return batches
+
+
+def predicted(batch: Mapping[str, Tensor], task: str) -> Tensor:
+    """Return which examples of a batch have a label to predict: `bool [n]`, what a mean averages."""
+    labels = batch["labels"][:, 1:] if task == "causal" else batch["labels"]
+    return (labels != IGNORED).any(1)
+
+
+def float_size(dtype: str) -> int:
+    """Return the bytes of a stored number."""
+    return {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
+
+
+def peak_memory(device: str) -> int:
+    """Return the most bytes this process has used so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def own_shards(tokens: data.Tokenized, execution: RunConfig) -> list[data.Tokenized]:
+    """Return all shards of a dataset; which of them are a rank's own, the pass decides."""
+    return data.shards(tokens, execution.shard_size)

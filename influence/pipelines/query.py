@@ -1,0 +1,311 @@
+"""Ask an index in words: which examples help a text, and which hurt it."""
+
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from influence import data
+from influence.func.fingerprint import weights_hash
+from influence.func.per_example import per_example_grads_fn
+from influence.index import Fingerprint, Index, fingerprint_of, open_index
+from influence.index.attributor import Attributor
+from influence.pipelines.configs import (
+    DataConfig,
+    Inversion,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    TransformConfig,
+    from_mapping,
+)
+from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.prepare import Measured, measure, predicted, tokens_of
+from influence.pipelines.texts import by_part, highlighted, short, texts_of
+from influence.types import Rows
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """Ask an index which examples help a text (lower its loss) and which hurt it.
+
+    influence query --index runs/corpus --text "where does babo live ?"
+
+    Without --text and --file it is a prompt: type a text, or exit. The index's own model, tokenizer, loss and transform
+    are used, whatever they were.
+
+    Attributes:
+        index: the run directory of build.
+        text: one or more texts to ask about.
+        file: a file of texts, one a line.
+        k: how many examples to show at either end.
+        blocks: compare these blocks only (names or globs).
+        record: a CSV file to append every result to.
+        model: another folder or Hub id of the same model; weights that differ are refused.
+        hessian: factors of influence hessian to put on the query's side, as whole blocks or projected rows want.
+        power: of that curvature on the query's side.
+        damping: of that curvature.
+        inversion: of that curvature.
+        force: answer what the fingerprints refuse, with a warning.
+        device: where the model runs.
+        width: characters of an example that are shown.
+    """
+
+    index: str
+    text: tuple[str, ...] = ()
+    file: str | None = None
+    k: int = 5
+    blocks: tuple[str, ...] = ()
+    record: str | None = None
+    model: str | None = None
+    hessian: str | None = None
+    power: float = -1.0
+    damping: float = 0.1
+    inversion: Inversion = "damped"
+    force: bool = False
+    device: str = "cpu"
+    width: int = 100
+
+    @property
+    def asks(self) -> bool:
+        """Whether the texts are given."""
+        return bool(self.text) or self.file is not None
+
+
+class Hit(NamedTuple):
+    """An example that was found.
+
+    Attributes:
+        score: positive helps.
+        example: its row in the dataset, or its chunk's number.
+        position: where every token has a row, the token.
+        text: what it says.
+    """
+
+    score: float
+    example: int
+    position: int | None
+    text: str
+
+
+class Answer(NamedTuple):
+    """What was found for a text."""
+
+    query: str
+    loss: float
+    best: list[Hit]
+    worst: list[Hit]
+
+
+class Session(NamedTuple):
+    """An open index with its model.
+
+    Attributes:
+        config: what was asked for.
+        attributor: searches the index.
+        measured: the loss and the transform of the query's side.
+        data: how the index's examples became tokens.
+        task: of the model.
+        weights: the hash of the model's weights.
+        texts: what examples say.
+        marked: what they say around a token.
+        greeting: what to say first.
+    """
+
+    config: QueryConfig
+    attributor: Attributor
+    measured: Measured
+    data: DataConfig
+    task: str
+    weights: str
+    texts: Callable[[Sequence[int]], list[str]]
+    marked: Callable[[Sequence[int], Sequence[int]], list[str]]
+    greeting: str
+
+
+def open_session(config: QueryConfig) -> Session:
+    """Open an index and load its model.
+
+    Args:
+        config: what is asked for.
+
+    Returns:
+        The session.
+
+    Raises:
+        ValueError: if the index was not made by a pipeline, or `k` is too large.
+    """
+    index = open_index(config.index)
+    stored = index.about.config
+    if not {"model", "data", "loss", "transform"} <= set(stored):
+        raise ValueError(
+            f"{config.index} was built from Python, so it does not say by which model: ask it from Python, with "
+            "Attributor(…).trace(…)"
+        )
+    if not 1 <= config.k <= len(index):
+        raise ValueError(f"k must be between 1 and the number of rows, {len(index):,}; got {config.k}")
+    model = from_mapping(ModelConfig, stored["model"], "model.")
+    model = replace(model, model=config.model) if config.model is not None else model
+    own = from_mapping(DataConfig, stored["data"], "data.")
+    view = from_mapping(TransformConfig, stored["transform"], "transform.")
+    if config.hessian is not None:
+        if view.hessian is not None and view.power + config.power != -1:
+            raise ValueError(
+                f"the index was built with power {view.power:g} of a curvature, and --power {config.power:g} "
+                f"makes {view.power + config.power:g}; they must sum to -1: pass --power {-1 - view.power:g}"
+            )
+        curvature = {name: getattr(config, name) for name in ("hessian", "power", "damping", "inversion")}
+        view = replace(view, **curvature)
+    loss = from_mapping(LossConfig, stored["loss"], "loss.")
+    measured = measure(model, loss, view, RunConfig(device=config.device))
+    begins, parts = _datasets(index, own)
+    shown = [(part, measured.tokenizer, measured.config) for part in parts]
+    texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
+    weights = weights_hash(measured.loss_fn, measured.params)
+    greeting = f"{index!r}; type a text, or exit"
+    return Session(config, Attributor(config.index), measured, own, model.task, weights, texts, marked, greeting)
+
+
+def _datasets(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
+    """Return the first example and the configuration of each dataset that an index is of."""
+    appended = [change for change in index.about.appended if "data" in change["config"]]
+    begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]
+    return begins, [own, *(from_mapping(DataConfig, change["config"]["data"], "data.") for change in appended)]
+
+
+def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
+    """Find the examples at both ends for each text.
+
+    Args:
+        session: an open index.
+        texts: the texts.
+
+    Returns:
+        An answer per text.
+
+    Raises:
+        ValueError: if a text is empty or says nothing to predict, or its rows do not belong to the index's.
+    """
+    config = session.config
+    rows, losses, fingerprint = query_rows(session, texts)
+    how: dict[str, Any] = {"k": config.k, "blocks": list(config.blocks) or None}
+    how |= {"fingerprint": fingerprint, "force": config.force}
+    ends = [session.attributor.search(rows, reverse=reverse, **how) for reverse in (False, True)]
+    answers = []
+    for number, text in enumerate(texts):
+        best, worst = ([*_hits(session, hits, number)] for hits in ends)
+        answers.append(Answer(text, float(losses[number]), best, worst))
+    return answers
+
+
+def query_rows(session: Session, texts: Sequence[str]) -> tuple[Rows, torch.Tensor, Fingerprint]:
+    """Return the rows, the losses and the fingerprint of some texts.
+
+    Raises:
+        ValueError: if a text is empty or says nothing to predict.
+    """
+    empty = [number for number, text in enumerate(texts) if not text.strip()]
+    if empty or not texts:
+        raise ValueError("the query is empty: give a text of at least two tokens")
+    measured = session.measured
+    plain = DataConfig("query", max_length=session.data.max_length, truncation=session.data.truncation)
+    tokens = tokens_of(plain, data.load([{"text": text} for text in texts]), measured.tokenizer, measured.config)
+    batch = data.collate(tokens, torch.arange(len(tokens)))
+    batch = {name: value.to(session.config.device) for name, value in batch.items()}
+    silent = (~predicted(batch, session.task)).nonzero().flatten().tolist()
+    if silent:
+        raise ValueError(
+            f"the query {texts[silent[0]]!r} has {int(tokens.lengths[silent[0]])} token, and a loss needs one more to "
+            "predict: give a longer text"
+        )
+    rows_of = per_example_grads_fn(measured.loss_fn, measured.params, batch, transform=measured.transform)
+    rows, losses = rows_of.with_losses(measured.params, batch)
+    shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+    made = fingerprint_of(measured.loss_fn, measured.params, measured.transform, shapes, weights=session.weights)
+    return rows, losses, made
+
+
+def _hits(session: Session, hits: Any, number: int) -> list[Hit]:
+    index, rows = session.attributor.index, hits.indices[number]
+    scores = hits.values[number].tolist()
+    if not index.per_token:
+        examples = index.index[rows].tolist()
+        return [Hit(s, n, None, text) for s, n, text in zip(scores, examples, session.texts(examples), strict=True)]
+    examples, positions = (numbers.tolist() for numbers in index.place(rows))
+    texts = session.marked(examples, positions)
+    return [Hit(*hit) for hit in zip(scores, examples, positions, texts, strict=True)]
+
+
+def shown(session: Session, answers: Sequence[Answer]) -> str:
+    """Return answers for a terminal."""
+    lines = []
+    for answer in answers:
+        lines.append(f"{answer.query!r} (loss {answer.loss:.4g})")
+        for title, hits in (("helps", answer.best), ("hurts", answer.worst)):
+            rows = [
+                [rank + 1, hit.score, hit.example, *_at(hit), short(hit.text, session.config.width)]
+                for rank, hit in enumerate(hits)
+            ]
+            token = ["token"] if hits and hits[0].position is not None else []
+            lines.append(table([title, "score", "example", *token, "text"], rows, "  "))
+    return "\n".join(lines)
+
+
+def _at(hit: Hit) -> list[int]:
+    return [] if hit.position is None else [hit.position]
+
+
+def run(config: QueryConfig, say: Say = quiet) -> Outcome:
+    """Answer the texts that are given.
+
+    Args:
+        config: the index and the texts.
+        say: where its lines go.
+
+    Returns:
+        The answers.
+
+    Raises:
+        ValueError: if there is no text.
+    """
+    texts = [*config.text, *_lines(config.file)]
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("the query is empty: give a text by --text, or a file of texts by --file")
+    session = open_session(config)
+    answers = ask(session, texts)
+    if config.record is not None:
+        record(config.record, answers)
+    facts = {"index": config.index, "answers": [as_facts(answer) for answer in answers]}
+    return Outcome(config.index, facts, shown(session, answers))
+
+
+def as_facts(answer: Answer) -> dict[str, Any]:
+    """Return an answer as JSON can write it."""
+    ends = {name: [hit._asdict() for hit in getattr(answer, name)] for name in ("best", "worst")}
+    return {"query": answer.query, "loss": answer.loss, **ends}
+
+
+def _lines(file: str | None) -> list[str]:
+    if file is None:
+        return []
+    if file == "-":
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return [line for line in Path(file).read_text().splitlines() if line.strip()]
+
+
+def record(path: str | Path, answers: Sequence[Answer]) -> None:
+    """Append answers to a CSV file, with a head if it is new."""
+    fresh = not Path(path).exists() or not Path(path).stat().st_size
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
+        for answer in answers:
+            for direction in ("best", "worst"):
+                for rank, hit in enumerate(getattr(answer, direction)):
+                    place = "" if hit.position is None else hit.position
+                    writer.writerow([answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text])

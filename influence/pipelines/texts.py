@@ -1,0 +1,127 @@
+"""What the rows of a dataset say, for people: text as the run read it, chunks decoded from their tokens."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from influence.data import Tokenized
+from influence.data.documents import Document, reader
+from influence.data.sources import column_names
+from influence.pipelines.configs import DataConfig
+from influence.pipelines.prepare import load_rows, text_format, tokens_of
+
+
+def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[str]]:
+    """Return a function from rows of a run's dataset to what they say.
+
+    Numbers are those of the run: of chunks where there were chunks, of the dataset's rows otherwise, also where the run
+    used some of them only. A dataset that is gone says so, and nothing else fails.
+
+    Args:
+        config: the run's data.
+        tokenizer: the run's tokenizer.
+        model: transformers' config of the model.
+
+    Returns:
+        The function.
+    """
+
+    @lru_cache
+    def rows() -> Any:
+        return load_rows(config)
+
+    @lru_cache
+    def tokens() -> Tokenized:
+        return tokens_of(config, rows(), tokenizer, model)
+
+    def texts(numbers: Sequence[int]) -> list[str]:
+        try:
+            return _read(numbers)
+        except (OSError, ValueError) as error:
+            return [f"(its text cannot be read: {' '.join(str(error).split())[:120]})"] * len(numbers)
+
+    def _read(numbers: Sequence[int]) -> list[str]:
+        if config.chunk_length is not None:
+            whole = tokens()
+            return [tokenizer.decode(whole.take(n, n + 1).ids.tolist()) for n in numbers]
+        found = [rows()[int(n)] for n in numbers]
+        columns = column_names(rows())
+        if "input_ids" in columns and config.prompt_column is None and config.template is None:
+            ids = [row["input_ids"] or [] for row in found]
+            return [str(row) if tokenizer is None else tokenizer.decode(row) for row in ids]
+        _, document_of = reader(text_format(config), columns)
+        return [_said(document_of(row)) for row in found]
+
+    return texts
+
+
+def _said(document: Document) -> str:
+    if document.text is not None:
+        return document.text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in document.messages)
+
+
+def highlighted(
+    config: DataConfig, tokenizer: Any, model: Any, around: int = 12
+) -> Callable[[Sequence[int], Sequence[int]], list[str]]:
+    """Return a function from examples and positions to the text around each token, the token in «».
+
+    Args:
+        config: the run's data.
+        tokenizer: the run's tokenizer.
+        model: transformers' config of the model.
+        around: tokens on either side that are shown.
+
+    Returns:
+        The function.
+    """
+
+    @lru_cache
+    def whole() -> Tokenized:
+        return tokens_of(config, load_rows(config), tokenizer, model)
+
+    def marked(examples: Sequence[int], positions: Sequence[int]) -> list[str]:
+        try:
+            found = whole()
+            return [_marked(found.take(n, n + 1).ids.tolist(), p) for n, p in zip(examples, positions, strict=True)]
+        except (OSError, ValueError) as error:
+            return [f"(its text cannot be read: {' '.join(str(error).split())[:120]})"] * len(examples)
+
+    def _marked(ids: list[int], at: int) -> str:
+        begin, end = max(0, at - around), at + around + 1
+        before, token, after = map(tokenizer.decode, (ids[begin:at], ids[at], ids[at + 1 : end]))
+        return f"{'…' * (begin > 0)}{before} «{token.strip()}» {after}{'…' * (end < len(ids))}".strip()
+
+    return marked
+
+
+def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) -> Callable[..., list[str]]:
+    """Return a function of numbers over several datasets, one behind the other, as appending makes them.
+
+    Args:
+        begins: the number of each dataset's first example.
+        parts: for each, a function of its own numbers (and of whatever goes with each).
+
+    Returns:
+        The function of all numbers.
+
+    Example:
+        >>> by_part([0, 10], [lambda numbers: ["a"], lambda numbers: [f"b{n}" for n in numbers]])([11, 2])
+        ['b1', 'a']
+    """
+
+    def texts(numbers: Sequence[int], *more: Sequence[int]) -> list[str]:
+        found = []
+        for k, number in enumerate(numbers):
+            part = bisect_right(begins, number) - 1
+            found += parts[part]([number - begins[part]], *([values[k]] for values in more))
+        return found
+
+    return texts
+
+
+def short(text: str, most: int) -> str:
+    """Return a text in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
