@@ -50,11 +50,12 @@ __all__ = [
     "similarity",
     "sinks",
     "split_heads",
+    "train",
     "two_sided",
     "unit_norm",
 ]
 
-ROOMS = ("hessians", "index")
+ROOMS = ("hessians", "index", "train")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

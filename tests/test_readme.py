@@ -32,6 +32,14 @@ def test_curvature_examples_run_and_a_score_is_largest_for_the_example_itself():
     assert {block: rows.shape for block, rows in names["rows"].items()} == {"0": (100, 16, 9), "2": (100, 3, 16)}
 
 
+def test_training_examples_run_and_say_who_was_seen_when():
+    names = run("docs/training.md")
+    assert names["rows"].index.tolist() == list(range(12))
+    assert names["order"].example.shape == (24,)
+    assert names["order"].scaled.tolist() == [0] * 8 + [1] * 16
+    assert names["effect"].shape == names["scores"].shape == (3,)
+
+
 def test_index_examples_run_and_h5py_alone_finds_the_same_scores():
     names = run("docs/index.md")
     assert names["rows"]["0"].shape == (10, 8, 8)

@@ -125,7 +125,28 @@ def tapped_losses(
     Returns:
         What it returns, and the run, which holds the zeros.
     """
-    n = batch_size(batch)
+    probes, run = tap(plan, params, batch_size(batch), watcher, keep)
+    return loss_fn(probes, batch), run
+
+
+def tap(
+    plan: BatchedPlan,
+    params: Params,
+    n: int,
+    watcher: "Callable[[BatchedPlan, Scene, Rows], Runner] | None" = None,
+    keep: int | None = None,
+    live: bool = False,
+) -> "tuple[Params, Runner]":
+    """Return parameters that tap each of their uses, to be called with, and the run, which holds the zeros.
+
+    Args:
+        plan: what to execute.
+        params: the parameters.
+        n: how many examples will come.
+        watcher: the run's kind.
+        keep: number of token positions to keep apart, or `None`.
+        live: whether gradients flow on to the parameters themselves, as in training.
+    """
     lead = (n,) if keep is None else (n, keep)
     values = {name: p.detach() for name, p in params.items()}
     scene = Scene(n, keep, dict(plan.folded.layout.params), plan.feeds, values)
@@ -137,8 +158,8 @@ def tapped_losses(
             dtype = torch.promote_types(like.dtype, torch.float32) if shared else like.dtype
             zeros[block.into] = like.new_zeros((), dtype=dtype).expand(*lead, *block.shape).requires_grad_()
     run = (watcher or Runner)(plan, scene, zeros)
-    probes = {name: probe(p, name, (name,), run) for name, p in values.items()}
-    return loss_fn(probes, batch), run  # type: ignore[arg-type]
+    used = params if live else values
+    return {name: probe(p, name, (name,), run) for name, p in used.items()}, run
 
 
 def cotangent_rows(out: Tensor, cotangent: Tensor | None, zeros: Rows, retain: bool = False) -> Rows:

@@ -202,7 +202,10 @@ class _Product:
 
     def __call__(self, some: slice) -> Tensor:
         memory, other = self.memory[some], self.other[some]
-        piece = outer(memory, other) if self.known.dense else self.factor.meet(self.known, memory, other)
+        if self.known.dense:  # under autocast, what was projected in the forward is in half precision
+            piece = outer(memory.to(other.dtype), other)
+        else:
+            piece = self.factor.meet(self.known, memory, other)
         return piece if self.known_is_left else piece.mT
 
 

@@ -11,7 +11,7 @@ from influence.func.by_chunks import by_chunks
 from influence.func.layout import Layout
 from influence.func.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
-from influence.func.module_call import Model, constants_of
+from influence.func.module_call import Model, constants_of, output_logits
 from influence.func.unembedding import ENTRIES, Logits, Unembedding, positions_at_once
 from influence.types import Batch, ExampleLoss, Params
 
@@ -89,6 +89,23 @@ class ModuleLoss:
             losses, labelled = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
         return losses, labelled
 
+    def of_outputs(self, outputs: Any, batch: Batch) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """Return each example's summed loss from what the model returned, and its labelled positions.
+
+        A function of the user's is taken as it is, one position each.
+
+        Raises:
+            ValueError: if the loss is no function of the outputs and the batch alone.
+        """
+        if callable(self._loss):
+            losses = self._loss(outputs, batch)
+            return losses, torch.ones(losses.shape, dtype=torch.int64, device=losses.device)
+        if self._reference is not None:
+            raise ValueError("loss='kl' needs its other model too: it is no function of the outputs and the batch")
+        logits, labels, labelled = self._align(Logits(output_logits(outputs)), batch)
+        losses = self._position_losses(logits, labels, labelled, batch)
+        return weighted(losses.sum(-1), batch), labelled.sum(-1)
+
     def natural(self, params: Params, batch: Batch) -> Natural:
         """Return what the likelihood sees: outputs, and the weight of each position in the example's loss.
 
@@ -133,8 +150,11 @@ class ModuleLoss:
                 "positions need loss='cross_entropy', 'squared_error', 'kl' or 'log_odds'; this loss is a function "
                 "of yours"
             )
-        logits, labels = self._model.logits({**self.frozen, **params}, batch, whole), self.labels(batch)
-        outputs = logits.seen
+        return self._align(self._model.logits({**self.frozen, **params}, batch, whole), batch)
+
+    def _align(self, logits: Logits, batch: Batch) -> tuple[Logits, Shaped[Tensor, "n t *v"], Bool[Tensor, "n t"]]:
+        """Return logits and labels position by position, and which are labelled."""
+        labels, outputs = self.labels(batch), logits.seen
         if self._loss == "squared_error":
             if outputs.shape != labels.shape or not labels.is_floating_point() or outputs.ndim > 3:
                 raise ValueError(

@@ -77,6 +77,8 @@ def project(
     settings |= {"signs": signs} if kind == "sparse" else {}
     settings |= {"reshape_to_square": True} if reshape_to_square else {}
 
+    drawn: dict[tuple[str, str, int], Tensor | None] = {}  # a transform bound again draws nothing again
+
     def extend(folded: Folded) -> Folded:
         if "unit_norm" in folded.history:
             note = "unit_norm comes before project: projected rows no longer have unit norm"
@@ -85,7 +87,6 @@ def project(
             return _project_all(folded, dim, seed, kind, signs)
         if reshape_to_square:
             return _project_squares(folded, dim, seed, kind, signs)
-        drawn: dict[tuple[str, str, int], Tensor | None] = {}
 
         def draw(name: str, side: str, size: int) -> Tensor | None:
             key = (name, side, size)

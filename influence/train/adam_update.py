@@ -1,0 +1,85 @@
+"""Adam's update as a transform: what it would do to the weights if an example were the whole batch."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.func.folding import Block, Folded, apply_part, with_rows
+from influence.func.normalize import unfactor
+from influence.func.transform import Step, Transform
+from influence.train.optimizer import OptimizerState
+
+
+def adam_update(state: OptimizerState) -> Transform:
+    r"""Take each example's gradient to the update that Adam would make of it alone.
+
+    $$\Gamma(g) = \frac{\hat m}{\sqrt{\hat v} + \varepsilon}, \qquad
+    \hat m = \frac{\beta_1 m + (1 - \beta_1)\, g}{1 - \beta_1^{t+1}}, \quad
+    \hat v = \frac{\beta_2 v + (1 - \beta_2)\, g^2}{1 - \beta_2^{t+1}}$$
+
+    Xia et al., "LESS", arXiv 2402.04333, section 3. Not linear: whole gradients of all blocks exist at once, so it is
+    for adapters and small models.
+
+    Args:
+        state: what `read_optimizer(model, checkpoint)` returns of an Adam.
+
+    Returns:
+        The transform; it follows `as_blocks()` and comes before any projection.
+
+    Raises:
+        ValueError: if the optimizer keeps no first moment; when bound, if a parameter has no moments.
+    """
+    first, second = state.first(), {name: unfactor(v) for name, v in state.moments().second.items()}
+    settings = {
+        "first": first,
+        "second": second,
+        "steps": {name: entry.step for name, entry in state.entries.items()},
+        "betas": {name: list(state.settings[name]["betas"]) for name in first},
+    }
+
+    def extend(folded: Folded) -> Folded:
+        missing = sorted({part.source for block in folded.blocks for part in block.parts} - set(first))
+        if missing:
+            raise ValueError(
+                f"adam_update: no moments of {', '.join(missing)}: read them too, or leave these parameters out of the "
+                "targets"
+            )
+        maps = {block.into: _update(state, first, second, block, folded) for block in folded.blocks}
+        return with_rows(folded, lambda rows: {name: maps[name](row) for name, row in rows.items()})
+
+    late = "an update is made of whole gradients"
+    before = ("project", "unit_norm", "scale_by_adam", "scale_by_adafactor", "precondition", "eigen_whiten")
+    return Transform((Step("adam_update", settings, extend, dict.fromkeys(before, late), needs=("as_blocks",)),))
+
+
+def _update(
+    state: OptimizerState, first: dict[str, Tensor], second: dict[str, Tensor], block: Block, folded: Folded
+) -> Callable[[Float[Tensor, "n ..."]], Float[Tensor, "n ..."]]:
+    """Return the map of one block's rows."""
+    name = block.parts[0].source
+    m, v = (
+        sum(apply_part(part, _oriented(kept[part.source], part.source, folded))[0] for part in block.parts)
+        for kept in (first, second)
+    )
+    step = state.entries[name].step
+    if step is None:
+        raise ValueError(f"adam_update: the source does not say how many updates {name!r} had")
+    betas, eps = state.settings[name]["betas"], float(state.settings[name].get("eps", 1e-8))
+    one, two = (float(beta) for beta in betas)
+    assert isinstance(m, Tensor)
+    assert isinstance(v, Tensor)
+
+    def update(rows: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+        top = (one * m.to(rows) + (1 - one) * rows) / (1 - one ** (step + 1))
+        below = (two * v.to(rows) + (1 - two) * rows.square()) / (1 - two ** (step + 1))
+        return top / (torch.sqrt(below) + eps)
+
+    return update
+
+
+def _oriented(moment: Tensor, source: str, folded: Folded) -> Float[Tensor, "1 ..."]:
+    """Return a parameter's moment in block orientation, in front of which an example would be."""
+    layout = folded.layout[source]
+    return layout.orient(moment.double().reshape(1, *layout.shape))

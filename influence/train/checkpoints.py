@@ -1,0 +1,73 @@
+"""Checkpoints: an optimizer's state read from files, without executing any pickle."""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from influence.train.shards import CONTENTS, read_shards
+
+FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors", "optimizer.pth")
+SHARDS = ("optimizer_0", "optimizer", ".")
+"""Folders of a checkpoint in which an optimizer's shards may be."""
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return an optimizer's state dict, as it was saved.
+
+    Args:
+        path: a file of `torch.save` or safetensors, a checkpoint's folder with one, or a folder of DCP shards.
+
+    Returns:
+        `{"state": {parameter: {...}}, "param_groups": [...]}`.
+
+    Raises:
+        FileNotFoundError: if there is no optimizer in the folder; saying what was looked for.
+        ValueError: if the file holds something else.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = [path / name for name in FILES if (path / name).is_file()]
+        folders = [path / name for name in SHARDS if (path / name / CONTENTS).is_file()]
+        if not files and not folders:
+            raise FileNotFoundError(
+                f"{path} holds no optimizer: looked for {', '.join(FILES)}, and for DCP shards in {', '.join(SHARDS)}. "
+                "Save the optimizer too (Trainer: save_only_model=False), or pass its file"
+            )
+        path = files[0] if files else folders[0]
+    if path.is_dir():
+        found = read_shards(path)
+    elif path.suffix == ".safetensors":
+        found = _read_safetensors(path)
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than tensors and numbers, and is not unpickled: save optimizer.state_dict() alone"
+            ) from error
+    for name in ("optimizer", "optimizer_state_dict", "optim", "opt"):
+        if isinstance(found, Mapping) and "state" not in found and isinstance(found.get(name), Mapping):
+            found = found[name]
+    if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):
+        held = ", ".join(sorted(map(str, found))[:5]) if isinstance(found, Mapping) else type(found).__name__
+        raise ValueError(f"{path} holds {held}, and no optimizer: expected 'state' and 'param_groups'")
+    return {"state": dict(found["state"]), "param_groups": list(found.get("param_groups", ()))}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the state of keys `state.<parameter>.<entry>`; the groups are JSON in the file's metadata."""
+    from safetensors import safe_open
+
+    state: dict[Any, dict[str, Any]] = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            name, _, entry = key.rpartition(".")
+            name = name.removeprefix("optimizer.").removeprefix("state.")
+            number: Any = int(name) if name.isdecimal() else name
+            state.setdefault(number, {})[entry] = file.get_tensor(key)
+        groups = json.loads((file.metadata() or {}).get("param_groups", "[]"))
+    return {"state": state, "param_groups": groups}
