@@ -163,6 +163,9 @@ def test_no_such_model_dataset_or_column(tmp_path: Path, capsys: Any, monkeypatc
     refused(capsys, flags, "no file", "no.jsonl")
     refused(capsys, made(tmp_path / "a", "build", "--prompt-column", "body"), "no column 'body'", "'text', 'about'")
     refused(capsys, made(tmp_path / "a", "build", "--targets", "*.nothing"), "matches none", "near misses")
+    (tmp_path / "mute.jsonl").write_text('{"text": ""}\n{"text": "babo"}\n')
+    flags[flags.index("--dataset") + 1] = str(tmp_path / "mute.jsonl")
+    refused(capsys, flags, "none of the 2 documents", "has a token to predict", "1 empty; 1 of one token")
     assert not (tmp_path / "a").exists()
 
 

@@ -238,8 +238,19 @@ def load_factors(path: str | Path) -> Factors:
 
 
 def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:
-    """Return a dataset's tokens."""
-    return tokens_of(config, load_rows(config), measured.tokenizer, measured.config)
+    """Return a dataset's tokens.
+
+    Raises:
+        ValueError: if no document has a token to predict: every gradient would be zero.
+    """
+    tokens = tokens_of(config, load_rows(config), measured.tokenizer, measured.config)
+    seen = tokens.counts
+    if tokens.document is None and seen.empty + seen.single + seen.unlabelled == len(tokens):
+        raise ValueError(
+            f"none of the {len(tokens):,} documents of {config.dataset} has a token to predict, so every gradient is "
+            f"zero ({tokens.report()}): a conversation needs turns of the role assistant, a text two tokens"
+        )
+    return tokens
 
 
 def load_rows(config: DataConfig) -> Any:
