@@ -77,6 +77,7 @@ def start(
     overwrite: bool = False,
     resume: bool = True,
     append: bool = False,
+    results: Sequence[str] = (),
 ) -> Run:
     """Take the lock on a run directory, and begin, resume or append.
 
@@ -91,6 +92,7 @@ def start(
         overwrite: delete what is there first: files of ours, no others.
         resume: go on with an unfinished run of the same plan and fingerprint.
         append: add shards to a finished index.
+        results: other files and folders of the run's, which overwriting deletes too.
 
     Returns:
         The run.
@@ -119,7 +121,7 @@ def start(
             "fingerprint": fingerprint.json(),
         }
         if overwrite:
-            _wipe(directory)
+            _wipe(directory, results)
         if not (directory / RUN).exists():
             if append:
                 raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
@@ -338,10 +340,13 @@ def _check_ours(directory: Path) -> None:
     )
 
 
-def _wipe(directory: Path) -> None:
-    """Delete a run: the root first, so that it never looks finished, and run.json last."""
-    (directory / ROOT).unlink(missing_ok=True)
-    shutil.rmtree(directory / NEIGHBOURS, ignore_errors=True)
+def _wipe(directory: Path, results: Sequence[str] = ()) -> None:
+    """Delete a run: the root and the results first, so that it never looks finished, and run.json last."""
+    for name in (ROOT, NEIGHBOURS, *results):
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
     for pattern in (SHARDS, PARTIALS, RUN):
         for path in directory.glob(pattern):
             path.unlink()

@@ -29,6 +29,7 @@ def run_directory(
     results: Sequence[str] = (),
     stored: Sequence[Sequence[int]] | None = None,
     append: bool = False,
+    scratch: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Begin or resume a run.
 
@@ -44,6 +45,7 @@ def run_directory(
         results: files whose presence means that it is finished, where that is not the index itself.
         stored: begin and end of every shard that is written, where they are not the dataset's.
         append: add to a finished index, whose configuration stays.
+        scratch: other files and folders that the pass keeps there until it is finished.
 
     Yields:
         The directory. The first rank holds its lock until the end.
@@ -78,10 +80,9 @@ def run_directory(
                 overwrite=execution.overwrite,
                 resume=execution.resume,
                 append=append,
+                results=[*results, *scratch],
             )
             stack.enter_context(run)
-            for file in finished:
-                file.unlink()
             if not append:
                 write_config(directory / "config.yaml", kept, kind_command(kind))
         place.barrier()
