@@ -104,3 +104,39 @@ def test_overwriting_a_recipe_deletes_nothing_that_it_may_not_write(tmp_path: Pa
     assert (tmp_path / "a" / "scores" / "index.h5").exists()
     trackstar.run(trackstar_config(tmp_path / "a", OVER, transform=TransformConfig(projection_dim=2)))
     assert open_index(tmp_path / "a" / "query").dim == 28
+
+
+def test_scores_do_not_resume_with_another_query_in_the_same_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduced(tmp_path / "mean")
+    with monkeypatch.context() as patch:
+        full_at(patch, "shard-00002.h5")
+        with pytest.raises(OSError, match="no space"):
+            scored(tmp_path / "scores", tmp_path / "mean")
+    reduced(tmp_path / "mean", OVER, "sum")  # the same fingerprint, other rows
+    with pytest.raises(ValueError, match="Its plan has queries"):
+        scored(tmp_path / "scores", tmp_path / "mean")
+
+
+def test_an_append_does_not_resume_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.run(build_config(tmp_path / "a"))
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in lines("corpus.jsonl")))
+    append = replace(build_config(tmp_path / "a"), data=DataConfig(str(more)), append=True)
+    with monkeypatch.context() as patch:
+        full_at(patch, "shard-00006.h5")
+        with pytest.raises(OSError, match="no space"):
+            build.run(append)
+    more.write_text("".join(json.dumps(row) + "\n" for row in reversed(lines("corpus.jsonl"))))
+    with pytest.raises(ValueError, match="data"):
+        build.run(append)
+
+
+def test_curvature_of_other_weights_is_refused_before_the_pass(tmp_path: Path) -> None:
+    fitted(tmp_path / "factors", corpus(), model=other_weights(tmp_path / "other"))
+    inverse = replace(WHOLE, hessian=str(tmp_path / "factors"), power=-1.0)
+    with pytest.raises(ValueError, match=r"fitted at other weights \(hash [0-9a-f]{12}…, this model has [0-9a-f]{12}…"):
+        build.run(build_config(tmp_path / "rows", transform=inverse))
+    assert not (tmp_path / "rows").exists()
+

@@ -237,8 +237,14 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], prese
     from influence.index.root import finish
 
     old, new = there["plan"].get("shards", []), about["plan"].get("shards")
-    for first, last in _segments(there)[1:]:
+    for change, (first, last) in zip(there.get("appended", ()), _segments(there)[1:], strict=True):
         if old[first:last] == new and (present is None or present < last):
+            mine, theirs = (each["recorded"].get("data") for each in (about["fingerprint"], change))
+            if mine != theirs:
+                raise ValueError(
+                    f"{directory}: an append was cut off whose data is {_short(theirs)}; append the same again to go "
+                    f"on, got {_short(mine)}"
+                )
             return Run(directory, there, first, last, lock)
     if present is None:
         raise FileExistsError(

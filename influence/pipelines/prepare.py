@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from influence import data, hessians, models
 from influence.data.sources import mapping_of
 from influence.func.blocks import as_blocks, split_heads
-from influence.func.fingerprint import fingerprint
+from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import LOSSES, ModuleLoss
@@ -60,9 +60,13 @@ def measure(
 
     Returns:
         The values.
+
+    Raises:
+        ValueError: if an option does not fit, or the curvature is of other weights.
     """
     device = own_device("cpu" if execution is None else execution.device)
-    made = transform_of(transform)  # whatever is wrong with it shows before the model is loaded
+    factors = None if transform.hessian is None else load_factors(transform.hessian)
+    made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
     module = load_model(model, device)
     targets = transform.targets or models.layer_matrices(module)
     reference = None if loss.reference is None else load_model(ModelConfig(loss.reference, task=model.task), device)
@@ -75,6 +79,11 @@ def measure(
         label_smoothing=loss.label_smoothing,
         reference=reference,
     )
+    if factors is not None and factors.weights != (weights := weights_hash(loss_fn, params)):
+        raise ValueError(
+            f"the factors in {transform.hessian} were fitted at other weights (hash {factors.weights[:12]}…, this model "
+            f"has {weights[:12]}…): fit them on this model, or load the checkpoint they belong to"
+        )
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
 
 
@@ -169,10 +178,17 @@ def _importable(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def transform_of(config: TransformConfig) -> Transform:
+def transform_of(config: TransformConfig, factors: Factors | None = None) -> Transform:
     """Return the transform that a configuration describes.
 
     Curvature comes where its factors were fitted: on whole blocks, before the projection, or on projected rows.
+
+    Args:
+        config: the configuration.
+        factors: those of its `hessian`, if they are loaded already.
+
+    Returns:
+        The transform.
 
     Raises:
         ValueError: if the factors belong to other rows, or options exclude one another.
@@ -195,7 +211,7 @@ def transform_of(config: TransformConfig) -> Transform:
                 "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
             )
         return chain(start, sketch, end)
-    factors = load_factors(config.hessian)
+    factors = load_factors(config.hessian) if factors is None else factors
     if factors.under == start.fingerprint:
         return chain(start, *_preconditioned(config, factors, sketch), end)
     if factors.under != chain(start, sketch).fingerprint:

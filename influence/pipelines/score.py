@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.folding import vectors
 from influence.func.losses import widen
 from influence.func.sinks import taking
@@ -137,6 +138,13 @@ def load_queries(
     return found
 
 
+def contents(path: str) -> dict[str, Any]:
+    """Return what a query run's rows are, and a hash of them: a run that is resumed must meet the same."""
+    index = open_index(path)
+    sums = [shard.places[name].sha256 for shard in index.about.shards for name in ("rows", "scale") if name in shard.places]
+    return {"rows": hash_of(sums), **index.fingerprint.json()}
+
+
 def scores_of(rows: Rows, queries: Queries) -> Float[Tensor, "b n q"]:
     """Return every block's inner products of rows with a run's queries, in at least float32."""
     parts = []
@@ -230,7 +238,7 @@ def run(config: ScoreConfig, say: Say = quiet) -> Outcome:
         if execution.dry_run:
             return Outcome(config.run, plan._asdict(), "")
         settings = {
-            "queries": [open_index(path).fingerprint.json() for path in config.query],
+            "queries": [contents(path) for path in config.query],
             **{name: getattr(config, name) for name in ("mode", "blocks", "per_block", "top_k")},
         }
         settings["blocks"] = list(config.blocks)
