@@ -133,10 +133,11 @@ def test_query_once_and_as_a_prompt(corpus: Path, tmp_path: Path, capsys: Any, m
     assert len(record.read_text().splitlines()) == 1 + 3 * 4
     typed = iter(["", "babo", "babo lives in", "exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    status, out, _ = run(capsys, *flags[:-2])
+    status, out, _ = run(capsys, *flags)
     assert status == 0
     assert "a loss needs one more to predict" in out
     assert "helps" in out
+    assert len(record.read_text().splitlines()) == 1 + 4 * 4
 
 
 def refused(capsys: Any, flags: list[Any], *parts: str) -> None:
@@ -191,7 +192,9 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     for flags, parts in (
         (["--projection-seed", "1"], ("seed", "0", "1")),
         (["--unit-norm"], ("metric", "inner product", "cosine")),
-        (["--bias"], ("bias",)),
+        (["--bias"], ("the query's bias is False, and the stored rows' is True",)),
+        (["--heads"], ("the query's heads is None, and the stored rows' is",)),
+        (["--projection-target", "global", "--projection-kind", "rademacher"], ("the query's target is 'per_block'",)),
     ):
         refused(capsys, made(tmp_path / "s", "score", "--query", str(mean), *flags), *parts)
     assert not (tmp_path / "s").exists()
@@ -207,6 +210,12 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     status, _, err = run(capsys, *ask, "--model", other, "--force")
     assert status == 0
     assert "influence: note: forced past 1 differences: 'weights'" in err
+
+
+def test_scores_are_no_gradients(mean: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean)))[0] == 0
+    refused(capsys, ["query", "--index", tmp_path / "s", "--text", "babo lives in"], "holds scores, and no gradients")
+    refused(capsys, made(tmp_path / "t", "score", "--query", str(tmp_path / "s")), "holds scores, and no gradients")
 
 
 def test_corrupt_and_missing_shards_are_named(corpus: Path, tmp_path: Path, capsys: Any) -> None:

@@ -24,6 +24,7 @@ from influence.func.project import project
 from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kfac_whiten
 from influence.hessians import Factors
+from influence.index import Index
 from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.ranks import own_device
 from influence.types import ExampleLoss, Params
@@ -251,6 +252,16 @@ def load_factors(path: str | Path) -> Factors:
         )
         raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
     return hessians.load(file)
+
+
+def check_gradients(index: Index) -> None:
+    """Refuse a run whose rows are no gradients.
+
+    Raises:
+        ValueError: saying what they are.
+    """
+    if index.about.kind == "scores":
+        raise ValueError(f"{index.path} holds scores, and no gradients: give a run of influence build or reduce")
 
 
 def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:

@@ -33,7 +33,7 @@ from influence.pipelines.configs import (
 from influence.pipelines.directory import fingerprint_for, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import first_batch, predict, shard_ranges
-from influence.pipelines.prepare import batches_of, measure, own_shards, read_data
+from influence.pipelines.prepare import batches_of, check_gradients, measure, own_shards, read_data
 from influence.pipelines.ranks import own_device, ranks
 from influence.pipelines.seen import Seen, plan_step
 from influence.pipelines.topk import best
@@ -127,12 +127,14 @@ def load_queries(
     found, chosen = [], choose(shapes, list(blocks) or None)
     for path in paths:
         index = open_index(path)
+        check_gradients(index)
         if not len(index):
             raise ValueError(f"the query {path} holds no row")
         mine, theirs = index.fingerprint.dim, fingerprint.dim
         if mine is not None and theirs is not None and mine > theirs:
             index = narrowed(index, theirs)
-        rows = matched(index.rows(chosen.names), fingerprint, chosen, index.fingerprint, force=force)
+        common = [name for name in chosen.names if name in index.blocks]
+        rows = matched(index.rows(common or None), fingerprint, chosen, index.fingerprint, force=force)
         chosen.matrix(rows)  # says what does not fit where a difference was forced
         found.append(Queries(path, rows))
     return found
