@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from influence import store
 from influence.cli import COMMANDS, CONFIGS, main, paragraph
 from influence.index import open_index
 from tests.pipeline_world import DOCUMENTS, world
@@ -257,6 +258,52 @@ def test_no_space(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(capsys, made(tmp_path / "b"), "no space", "100 B free")
+
+
+def test_verify_reads_the_steps_of_a_recipe_and_the_shards_of_an_unfinished_run(
+    corpus: Path, tmp_path: Path, capsys: Any
+) -> None:
+    flags = made(tmp_path / "t", "trackstar", "--query.dataset", str(world() / "questions.jsonl"), "--components", "2")
+    assert run(capsys, *flags)[0] == 0
+    assert "every checksum holds" in run(capsys, "inspect", "--run", tmp_path / "t", "--verify")[1]
+    mixed = run(capsys, "inspect", "--run", tmp_path / "t" / "mixed")[1]
+    assert f"replay: influence mix --config {tmp_path / 't' / 'mixed' / 'config.yaml'} --run" in mixed
+    flip(tmp_path / "t" / "scores" / "shard-00001.h5")
+    refused(capsys, ["inspect", "--run", tmp_path / "t", "--verify"], "shard-00001.h5 is damaged")
+    shutil.copytree(corpus, tmp_path / "c")
+    (tmp_path / "c" / "index.h5").unlink()
+    flip(tmp_path / "c" / "shard-00002.h5")
+    refused(capsys, ["inspect", "--run", tmp_path / "c", "--verify"], "shard-00002.h5", "damaged")
+
+
+def flip(shard: Path) -> None:
+    """Change one bit of a shard's rows."""
+    whole, at = bytearray(shard.read_bytes()), store.locate(shard)["rows"].offset + 5
+    whole[at] ^= 1
+    shard.write_bytes(whole)
+
+
+def test_commands_that_are_shown_can_be_typed_again(tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "a run"
+    assert run(capsys, *made(place))[0] == 0
+    quoted = f"influence build --config '{place}/config.yaml' --run ANOTHER_RUN"
+    assert run(capsys, "inspect", "--run", place)[1].count(quoted) == 2
+    assert (place / "config.yaml").read_text().startswith(f"# {quoted}")
+    refused(capsys, made(place), quoted)
+
+
+def test_what_stands_in_the_way_is_named(mean: Path, tmp_path: Path, capsys: Any) -> None:
+    score = made(mean, "score", "--query", str(mean))
+    refused(capsys, score, "holds a finished run of influence reduce (index.h5)")
+    refused(capsys, made(tmp_path / "a", "build", "--device", "nowhere"), "the device 'nowhere' cannot be used here")
+    refused(capsys, made(tmp_path / "a", "build", "--model-kwargs", "{a"), "model_kwargs is no JSON or YAML")
+    assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean), "--top-k", "2"))[0] == 0
+    export = ["export", "--run", tmp_path / "s", "--to"]
+    refused(capsys, [*export, tmp_path / "x.npy"], "keeps the best and worst of its scores alone")
+    refused(capsys, [*export, tmp_path, "--format", "npy", "--overwrite"], "is a directory")
+    text = (mean / "config.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text.replace("damping: 0.1", "damping: 1e-3"))
+    assert run(capsys, "reduce", "--config", tmp_path / "c.yaml", "--run", tmp_path / "m")[0] == 0
 
 
 def test_k_too_large_and_nothing_asked(corpus: Path, mean: Path, tmp_path: Path, capsys: Any) -> None:

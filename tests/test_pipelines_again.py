@@ -33,7 +33,9 @@ def scored(run: Path, query: Path, execution: RunConfig = FAST, **changes: Any) 
     score.run(score.ScoreConfig(str(run), model_config(), corpus(), (str(query),), **known))
 
 
-def fitted(run: Path, data: DataConfig, execution: RunConfig = FAST, model: ModelConfig | None = None) -> hessian.Factors:
+def fitted(
+    run: Path, data: DataConfig, execution: RunConfig = FAST, model: ModelConfig | None = None
+) -> hessian.Factors:
     config = hessian.HessianConfig(str(run), model or model_config(), data, "ekfac", execution=execution)
     hessian.run(config)
     return load_factors(run)
@@ -139,4 +141,3 @@ def test_curvature_of_other_weights_is_refused_before_the_pass(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"fitted at other weights \(hash [0-9a-f]{12}…, this model has [0-9a-f]{12}…"):
         build.run(build_config(tmp_path / "rows", transform=inverse))
     assert not (tmp_path / "rows").exists()
-

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,7 @@ def what_is_there(directory: str | Path) -> str:
     planned = about["plan"].get("shards")
     size = sum(path.stat().st_size for path in directory.glob(SHARDS))
     shards = f"{len(list(directory.glob(SHARDS)))}" + ("" if planned is None else f" of {len(planned)}")
-    made = " ".join(about["command"]) or "a call from Python"
+    made = shlex.join(about["command"]) or "a call from Python"
     state = "finished" if (directory / ROOT).exists() else "unfinished"
     return (
         f"{directory} holds a run of kind {about['kind']!r} ({state}; {shards} shards, {size:,} bytes), made by: {made}"

@@ -9,6 +9,7 @@ from typing import Any
 from influence.data import Tokenized
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
+from influence.index.run import RUN, read_run
 from influence.pipelines.configs import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
 from influence.pipelines.prepare import Measured, data_hash
@@ -59,9 +60,10 @@ def run_directory(
         if place.first:
             finished = [directory / name for name in results if (directory / name).exists()]
             if finished and not execution.overwrite:
+                there = read_run(directory)["kind"] if (directory / RUN).exists() else kind
                 raise FileExistsError(
-                    f"{directory} holds a finished run of influence {kind} ({finished[0].name}): pass --overwrite to "
-                    "replace it, or another --run"
+                    f"{directory} holds a finished run of influence {kind_command(there)} ({finished[0].name}): pass "
+                    "--overwrite to replace it, or another --run"
                 )
             plan = {
                 "shards": shard_ranges(shards) if stored is None else [list(ends) for ends in stored],

@@ -65,7 +65,7 @@ def measure(
     Raises:
         ValueError: if an option does not fit, or the curvature is of other weights.
     """
-    device = own_device("cpu" if execution is None else execution.device)
+    device = _usable(own_device("cpu" if execution is None else execution.device))
     factors = None if transform.hessian is None else load_factors(transform.hessian)
     made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
     module = load_model(model, device)
@@ -88,20 +88,32 @@ def measure(
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
 
 
+def _usable(device: str) -> str:
+    """Refuse a device that is not there, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the device {device!r} cannot be used here ({said}): pass --device cpu, or another"
+        ) from error
+    return device
+
+
 def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
     """Load a model.
 
     Raises:
         ValueError: if there is no such model.
     """
-    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs)
+    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs, "peft_init_kwargs")
     with _found(config.model, "model"):
         return models.load(
             config.model,
             task=config.task,
             precision=config.precision,
             revision=config.revision,
-            model_kwargs=mapping_of(config.model_kwargs),
+            model_kwargs=mapping_of(config.model_kwargs, "model_kwargs"),
             adapter=config.adapter,
             peft_init_kwargs=fresh,
             device=device,

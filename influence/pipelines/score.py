@@ -143,7 +143,9 @@ def load_queries(
 def contents(path: str) -> dict[str, Any]:
     """Return what a query run's rows are, and a hash of them: a run that is resumed must meet the same."""
     index = open_index(path)
-    sums = [shard.places[name].sha256 for shard in index.about.shards for name in ("rows", "scale") if name in shard.places]
+    sums = [
+        shard.places[name].sha256 for shard in index.about.shards for name in ("rows", "scale") if name in shard.places
+    ]
     return {"rows": hash_of(sums), **index.fingerprint.json()}
 
 
