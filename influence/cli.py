@@ -231,6 +231,9 @@ def _converse(room: Any, config: Any, say: Callable[[str], None]) -> None:
         if not text:
             continue
         try:
-            say(room.shown(session, room.ask(session, [text])))
+            answers = room.ask(session, [text])
+            if config.record is not None:
+                room.record(config.record, answers)
+            say(room.shown(session, answers))
         except ValueError as error:
             say(f"  {paragraph(error)}")

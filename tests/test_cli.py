@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from influence import store
 from influence.cli import COMMANDS, CONFIGS, main, paragraph
 from influence.index import open_index
 from tests.pipeline_world import DOCUMENTS, world
@@ -133,10 +134,11 @@ def test_query_once_and_as_a_prompt(corpus: Path, tmp_path: Path, capsys: Any, m
     assert len(record.read_text().splitlines()) == 1 + 3 * 4
     typed = iter(["", "babo", "babo lives in", "exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    status, out, _ = run(capsys, *flags[:-2])
+    status, out, _ = run(capsys, *flags)
     assert status == 0
     assert "a loss needs one more to predict" in out
     assert "helps" in out
+    assert len(record.read_text().splitlines()) == 1 + 4 * 4
 
 
 def refused(capsys: Any, flags: list[Any], *parts: str) -> None:
@@ -194,7 +196,9 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     for flags, parts in (
         (["--projection-seed", "1"], ("seed", "0", "1")),
         (["--unit-norm"], ("metric", "inner product", "cosine")),
-        (["--bias"], ("bias",)),
+        (["--bias"], ("the query's bias is False, and the stored rows' is True",)),
+        (["--heads"], ("the query's heads is None, and the stored rows' is",)),
+        (["--projection-target", "global", "--projection-kind", "rademacher"], ("the query's target is 'per_block'",)),
     ):
         refused(capsys, made(tmp_path / "s", "score", "--query", str(mean), *flags), *parts)
     assert not (tmp_path / "s").exists()
@@ -210,6 +214,12 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     status, _, err = run(capsys, *ask, "--model", other, "--force")
     assert status == 0
     assert "influence: note: forced past 1 differences: 'weights'" in err
+
+
+def test_scores_are_no_gradients(mean: Path, tmp_path: Path, capsys: Any) -> None:
+    assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean)))[0] == 0
+    refused(capsys, ["query", "--index", tmp_path / "s", "--text", "babo lives in"], "holds scores, and no gradients")
+    refused(capsys, made(tmp_path / "t", "score", "--query", str(tmp_path / "s")), "holds scores, and no gradients")
 
 
 def test_corrupt_and_missing_shards_are_named(corpus: Path, tmp_path: Path, capsys: Any) -> None:
@@ -251,6 +261,52 @@ def test_no_space(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(capsys, made(tmp_path / "b"), "no space", "100 B free")
+
+
+def test_verify_reads_the_steps_of_a_recipe_and_the_shards_of_an_unfinished_run(
+    corpus: Path, tmp_path: Path, capsys: Any
+) -> None:
+    flags = made(tmp_path / "t", "trackstar", "--query.dataset", str(world() / "questions.jsonl"), "--components", "2")
+    assert run(capsys, *flags)[0] == 0
+    assert "every checksum holds" in run(capsys, "inspect", "--run", tmp_path / "t", "--verify")[1]
+    mixed = run(capsys, "inspect", "--run", tmp_path / "t" / "mixed")[1]
+    assert f"replay: influence mix --config {tmp_path / 't' / 'mixed' / 'config.yaml'} --run" in mixed
+    flip(tmp_path / "t" / "scores" / "shard-00001.h5")
+    refused(capsys, ["inspect", "--run", tmp_path / "t", "--verify"], "shard-00001.h5 is damaged")
+    shutil.copytree(corpus, tmp_path / "c")
+    (tmp_path / "c" / "index.h5").unlink()
+    flip(tmp_path / "c" / "shard-00002.h5")
+    refused(capsys, ["inspect", "--run", tmp_path / "c", "--verify"], "shard-00002.h5", "damaged")
+
+
+def flip(shard: Path) -> None:
+    """Change one bit of a shard's rows."""
+    whole, at = bytearray(shard.read_bytes()), store.locate(shard)["rows"].offset + 5
+    whole[at] ^= 1
+    shard.write_bytes(whole)
+
+
+def test_commands_that_are_shown_can_be_typed_again(tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "a run"
+    assert run(capsys, *made(place))[0] == 0
+    quoted = f"influence build --config '{place}/config.yaml' --run ANOTHER_RUN"
+    assert run(capsys, "inspect", "--run", place)[1].count(quoted) == 2
+    assert (place / "config.yaml").read_text().startswith(f"# {quoted}")
+    refused(capsys, made(place), quoted)
+
+
+def test_what_stands_in_the_way_is_named(mean: Path, tmp_path: Path, capsys: Any) -> None:
+    score = made(mean, "score", "--query", str(mean))
+    refused(capsys, score, "holds a finished run of influence reduce (index.h5)")
+    refused(capsys, made(tmp_path / "a", "build", "--device", "nowhere"), "the device 'nowhere' cannot be used here")
+    refused(capsys, made(tmp_path / "a", "build", "--model-kwargs", "{a"), "model_kwargs is no JSON or YAML")
+    assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean), "--top-k", "2"))[0] == 0
+    export = ["export", "--run", tmp_path / "s", "--to"]
+    refused(capsys, [*export, tmp_path / "x.npy"], "keeps the best and worst of its scores alone")
+    refused(capsys, [*export, tmp_path, "--format", "npy", "--overwrite"], "is a directory")
+    text = (mean / "config.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text.replace("damping: 0.1", "damping: 1e-3"))
+    assert run(capsys, "reduce", "--config", tmp_path / "c.yaml", "--run", tmp_path / "m")[0] == 0
 
 
 def test_k_too_large_and_nothing_asked(corpus: Path, mean: Path, tmp_path: Path, capsys: Any) -> None:

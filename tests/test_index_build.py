@@ -193,7 +193,8 @@ def test_appending_counts_on(tmp_path: Path) -> None:
     tuples = {"x": batch[0], "y": batch[1], "index": torch.arange(4)}
     named = lambda params, batch: loss_fn(params, (batch["x"], batch["y"]))  # noqa: E731
     named.layout = loss_fn.layout  # type: ignore[attr-defined]
-    named.reduction, named.name = loss_fn.reduction, loss_fn.name  # type: ignore[attr-defined]
+    for known in ("reduction", "name", "settings"):
+        setattr(named, known, getattr(loss_fn, known))
     with pytest.raises(ValueError, match=r"a batch holds row 0 of the dataset, and .* has rows up to 3: count on"):
         build(named, params, [tuples], path, dtype="float16", transform=SMALL, append=True, weights=weights_of(path))
     with pytest.raises(ValueError, match=r"Its dim is 3, and this run's is 2"):

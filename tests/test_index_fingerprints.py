@@ -63,6 +63,13 @@ def sketch(*steps: Transform, **how: Any) -> Transform:
     return chain(as_blocks(), *steps, project(how.pop("dim", 4), **how))
 
 
+def fewer(fingerprint: Fingerprint) -> Fingerprint:
+    """Return the fingerprint of rows of all blocks but one."""
+    known = dict(fingerprint.recorded["unprojected"])
+    known.popitem()
+    return replace(fingerprint, recorded={**fingerprint.recorded, "unprojected": known})
+
+
 HEADS = {"b": Heads(3, 4)}
 CASES: dict[str, tuple[Callable[[], Fingerprint], Callable[[], Fingerprint], str]] = {
     # what differs: query, stored, the field that the refusal names
@@ -103,6 +110,11 @@ CASES: dict[str, tuple[Callable[[], Fingerprint], Callable[[], Fingerprint], str
         lambda: made(sketch(kind="sparse", target="global")),
         lambda: made(sketch(kind="sparse")),
         "target",
+    ),
+    "other blocks under one global sketch": (
+        lambda: fewer(made(sketch(kind="sparse", target="global"))),
+        lambda: made(sketch(kind="sparse", target="global")),
+        "blocks",
     ),
     "signs": (lambda: made(sketch(kind="sparse", signs=2)), lambda: made(sketch(kind="sparse")), "signs"),
     "square": (lambda: made(sketch(reshape_to_square=True)), lambda: made(sketch()), "reshape_to_square"),

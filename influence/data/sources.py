@@ -78,8 +78,8 @@ def load(
     return chosen.to_iterable_dataset() if streaming and isinstance(chosen, datasets.Dataset) else chosen
 
 
-def mapping_of(data_kwargs: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return keyword arguments given as a mapping, or as one written in JSON or YAML.
+def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs") -> dict[str, Any]:
+    """Return keyword arguments given as a mapping, or as one written in JSON or YAML; the name is for messages.
 
     Example:
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
@@ -88,13 +88,11 @@ def mapping_of(data_kwargs: str | Mapping[str, Any] | None) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        read = yaml.safe_load(data_kwargs) if isinstance(data_kwargs, str) else data_kwargs
+        read = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"data_kwargs is no JSON or YAML: {' '.join(str(error).split())}; got {data_kwargs!r}"
-        ) from error
+        raise ValueError(f"{name} is no JSON or YAML: {' '.join(str(error).split())}; got {kwargs!r}") from error
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
-        raise ValueError(f'data_kwargs must be a mapping such as {{"delimiter": ","}}; got {data_kwargs!r}')
+        raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {kwargs!r}')
     return dict(read or {})
 
 

@@ -181,6 +181,10 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
             continue
         values = f"the query's {name} is {_shown(mine, theirs)}, and the stored rows' is {_shown(theirs, mine)}"
         yield name, f"{values}: {WHY.get(name, WHY_ELSE)}"
+    whole = [side.recorded.get("unprojected") for side in (query, stored)]
+    if stored.must_match.get("target") == "global" and None not in whole and whole[0] != whole[1]:
+        values = f"the query's blocks is {_shown(*whole)}, and the stored rows' is {_shown(*reversed(whole))}"
+        yield "blocks", f"{values} before one projection of all: {WHY_ELSE}"
     powers = [_powers_of(side) for side in (query, stored)]
     sums = {key: powers[0].get(key, 0.0) + powers[1].get(key, 0.0) for key in {**powers[0], **powers[1]}}
     if any(min(abs(total), abs(total + 1)) > 1e-9 for total in sums.values()) or sum(sums.values()) < -1.5:

@@ -1,6 +1,7 @@
 """What is in an index, as text."""
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 from influence.func.plan import human
@@ -26,9 +27,9 @@ def describe(index: "Index") -> str:
             f"loss: mean {index.loss.double().mean():.4g}, from {index.loss.min():.4g} to {index.loss.max():.4g}; "
             f"{int(index.length.sum()):,} tokens, {int((index.length == 0).sum()):,} empty examples"
         )
-    lines.append(f"made by: {' '.join(about.command) or 'a call from Python'}")
+    lines.append(f"made by: {shlex.join(about.command) or 'a call from Python'}")
     for change in about.appended:
-        lines.append(f"appended from shard {change['first']}: {' '.join(change['command']) or 'a call from Python'}")
+        lines.append(f"appended from shard {change['first']}: {shlex.join(change['command']) or 'a call from Python'}")
     for title, fields in index.fingerprint.json().items():
         lines.append(f"{title.replace('_', ' ')}:")
         lines += [f"  {name}: {_short(value)}" for name, value in fields.items() if name != "blocks"]

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def start(
     overwrite: bool = False,
     resume: bool = True,
     append: bool = False,
+    results: Sequence[str] = (),
 ) -> Run:
     """Take the lock on a run directory, and begin, resume or append.
 
@@ -91,6 +93,7 @@ def start(
         overwrite: delete what is there first: files of ours, no others.
         resume: go on with an unfinished run of the same plan and fingerprint.
         append: add shards to a finished index.
+        results: other files and folders of the run's, which overwriting deletes too.
 
     Returns:
         The run.
@@ -119,7 +122,7 @@ def start(
             "fingerprint": fingerprint.json(),
         }
         if overwrite:
-            _wipe(directory)
+            _wipe(directory, results)
         if not (directory / RUN).exists():
             if append:
                 raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
@@ -223,7 +226,7 @@ def what_is_there(directory: str | Path) -> str:
     planned = about["plan"].get("shards")
     size = sum(path.stat().st_size for path in directory.glob(SHARDS))
     shards = f"{len(list(directory.glob(SHARDS)))}" + ("" if planned is None else f" of {len(planned)}")
-    made = " ".join(about["command"]) or "a call from Python"
+    made = shlex.join(about["command"]) or "a call from Python"
     state = "finished" if (directory / ROOT).exists() else "unfinished"
     return (
         f"{directory} holds a run of kind {about['kind']!r} ({state}; {shards} shards, {size:,} bytes), made by: {made}"
@@ -235,8 +238,14 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], prese
     from influence.index.root import finish
 
     old, new = there["plan"].get("shards", []), about["plan"].get("shards")
-    for first, last in _segments(there)[1:]:
+    for change, (first, last) in zip(there.get("appended", ()), _segments(there)[1:], strict=True):
         if old[first:last] == new and (present is None or present < last):
+            mine, theirs = (each["recorded"].get("data") for each in (about["fingerprint"], change))
+            if mine != theirs:
+                raise ValueError(
+                    f"{directory}: an append was cut off whose data is {_short(theirs)}; append the same again to go "
+                    f"on, got {_short(mine)}"
+                )
             return Run(directory, there, first, last, lock)
     if present is None:
         raise FileExistsError(
@@ -338,10 +347,13 @@ def _check_ours(directory: Path) -> None:
     )
 
 
-def _wipe(directory: Path) -> None:
-    """Delete a run: the root first, so that it never looks finished, and run.json last."""
-    (directory / ROOT).unlink(missing_ok=True)
-    shutil.rmtree(directory / NEIGHBOURS, ignore_errors=True)
+def _wipe(directory: Path, results: Sequence[str] = ()) -> None:
+    """Delete a run: the root and the results first, so that it never looks finished, and run.json last."""
+    for name in (ROOT, NEIGHBOURS, *results):
+        if (directory / name).is_dir():
+            shutil.rmtree(directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)
     for pattern in (SHARDS, PARTIALS, RUN):
         for path in directory.glob(pattern):
             path.unlink()

@@ -3,7 +3,9 @@
 Every field is a flag of the command line under its own name, and a key of the YAML file under its group's.
 """
 
+import contextlib
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,8 +250,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     from beartype.door import is_bearable
 
     value = tuple(value) if isinstance(value, list) else value
-    if isinstance(value, int) and not isinstance(value, bool) and hint is float:
-        value = float(value)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML reads 1e-3, without a point, as a string
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
         raise ValueError(f"field {name} must be {_said(hint)}; got {value!r}")
@@ -295,7 +298,7 @@ def write_config(path: str | Path, config: Any, command: str) -> None:
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
-    head = f"# influence {command} --config {path} --run ANOTHER_RUN\n"
+    head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
     temporary = path.with_suffix(".partial")
     temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
     temporary.replace(path)

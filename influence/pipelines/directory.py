@@ -9,6 +9,7 @@ from typing import Any
 from influence.data import Tokenized
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
+from influence.index.run import RUN, read_run
 from influence.pipelines.configs import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
 from influence.pipelines.prepare import Measured, data_hash
@@ -29,6 +30,7 @@ def run_directory(
     results: Sequence[str] = (),
     stored: Sequence[Sequence[int]] | None = None,
     append: bool = False,
+    scratch: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Begin or resume a run.
 
@@ -44,6 +46,7 @@ def run_directory(
         results: files whose presence means that it is finished, where that is not the index itself.
         stored: begin and end of every shard that is written, where they are not the dataset's.
         append: add to a finished index, whose configuration stays.
+        scratch: other files and folders that the pass keeps there until it is finished.
 
     Yields:
         The directory. The first rank holds its lock until the end.
@@ -57,9 +60,10 @@ def run_directory(
         if place.first:
             finished = [directory / name for name in results if (directory / name).exists()]
             if finished and not execution.overwrite:
+                there = read_run(directory)["kind"] if (directory / RUN).exists() else kind
                 raise FileExistsError(
-                    f"{directory} holds a finished run of influence {kind} ({finished[0].name}): pass --overwrite to "
-                    "replace it, or another --run"
+                    f"{directory} holds a finished run of influence {kind_command(there)} ({finished[0].name}): pass "
+                    "--overwrite to replace it, or another --run"
                 )
             plan = {
                 "shards": shard_ranges(shards) if stored is None else [list(ends) for ends in stored],
@@ -78,10 +82,9 @@ def run_directory(
                 overwrite=execution.overwrite,
                 resume=execution.resume,
                 append=append,
+                results=[*results, *scratch],
             )
             stack.enter_context(run)
-            for file in finished:
-                file.unlink()
             if not append:
                 write_config(directory / "config.yaml", kept, kind_command(kind))
         place.barrier()

@@ -51,7 +51,7 @@ def run(config: ExportConfig, say: Say = quiet) -> Outcome:
         What was written.
 
     Raises:
-        ValueError: if the format is unknown.
+        ValueError: if the format is unknown, or the run keeps no rows.
         FileExistsError: if the file is there.
     """
     path = Path(config.to)
@@ -60,6 +60,10 @@ def run(config: ExportConfig, say: Say = quiet) -> Outcome:
         raise ValueError(f"export writes {', '.join(WRITERS)}; got {config.to!r}: end the file so, or pass --format")
     if path.exists() and not config.overwrite:
         raise FileExistsError(f"{path} exists already: pass --overwrite to replace it, or another --to")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give the file to write by --to")
+    if (Path(config.run) / "best.h5").exists():
+        raise ValueError(f"{config.run} keeps the best and worst of its scores alone: score again without --top-k")
     index = open_index(config.run)
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = list(index.columns.chosen(config.blocks or None).shapes)

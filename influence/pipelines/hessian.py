@@ -26,6 +26,9 @@ from influence.pipelines.planning import first_batch, predict
 from influence.pipelines.prepare import Measured, batches_of, measure, own_shards, read_data
 from influence.pipelines.ranks import Ranks, own_device, ranks
 
+SCRATCH = ("kfac.h5", "eigenvalues")
+"""What is kept between EK-FAC's two passes."""
+
 
 @dataclass(frozen=True)
 class HessianConfig:
@@ -98,7 +101,10 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
             return Outcome(config.run, plan._asdict(), "")
         settings = {"labels": step.about.labels._asdict(), "method": config.method, "max_side": config.max_side}
         device = own_device(config.execution.device)
-        with run_directory("hessian", config, measured, tokens, shards, step, place, settings, ["factors.h5"]) as at:
+        where = run_directory(
+            "hessian", config, measured, tokens, shards, step, place, settings, ["factors.h5"], scratch=SCRATCH
+        )
+        with where as at:
             work = Work(shards, batches, step, device)
             shown = config.execution.progress
             factors = collect(work, {"factors": Summed(sink)}, at, place, what=config.method, shown=shown).get(

@@ -1,14 +1,18 @@
 """Say what a run holds: contents, provenance, sizes, health; whatever kind it is of, finished or not."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from influence import store
 from influence.index import done, open_index
 from influence.index.run import read_run
+from influence.index.shards import KIND, SCHEMA, shard_name
 from influence.pipelines import hessian
 from influence.pipelines.configs import Run, read_config
+from influence.pipelines.directory import kind_command
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import size
 from influence.pipelines.prepare import load_factors
@@ -51,23 +55,25 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
     if (directory / "index.h5").exists():
         text = _index(directory, config.verify, facts)
     elif (directory / "factors.h5").exists():
-        found = hessian.outcome(config.run, load_factors(directory))
-        facts |= {**found.facts, "kind": "hessian", "finished": True}
-        text = f"hessian at {directory}\n{found.text}"
+        factors = load_factors(directory)
+        found = hessian.outcome(config.run, factors)
+        kind = "mix" if "mix" in factors.notes else "hessian"
+        facts |= {**found.facts, "kind": kind, "finished": True}
+        text = f"{kind} at {directory}\n{found.text}"
     elif (directory / "best.h5").exists():
         facts |= {"kind": "scores", "finished": True}
         rows = [[name, *heap.values.shape] for name, heap in read_best(directory).items()]
         text = f"scores at {directory}\n" + table(["heap", "queries", "kept"], rows)
     elif (directory / "run.json").exists():
-        text = _unfinished(directory, facts)
+        text = _unfinished(directory, config.verify, facts)
     else:
         raise FileNotFoundError(f"{directory} holds no run of influence: it has no run.json")
     if config.verify:
         facts["verified"] = True
         text += "\nverified: every checksum holds"
     if (directory / "config.yaml").exists():
-        command = {"index": "build", "scores": "score"}.get(str(facts["kind"]), facts["kind"])
-        text += f"\nreplay: influence {command} --config {directory / 'config.yaml'} --run ANOTHER_RUN"
+        file = shlex.quote(str(directory / "config.yaml"))
+        text += f"\nreplay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
         facts["config"] = read_config(directory / "config.yaml")
     return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")
 
@@ -92,20 +98,24 @@ def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
     return str(index)
 
 
-def _unfinished(directory: Path, facts: dict[str, Any]) -> str:
+def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
     about = read_run(directory)
     steps = sorted(path.parent.name for path in directory.glob("*/run.json"))
     facts |= {"kind": about["kind"], "command": about["command"], "steps": steps}
     if about["plan"].get("steps"):
         states = {name: _finished(directory / name) for name in about["plan"]["steps"]}
         facts |= {"finished": all(states.values()), "steps": states}
+        for name in [name for name, ready in states.items() if verify and ready]:
+            run(InspectConfig(str(directory / name), verify))
         rows = [[name, "finished" if ready else "not finished"] for name, ready in states.items()]
         return f"{about['kind']} at {directory}\n" + table(["step", "state"], rows)
     planned, finished = about["plan"].get("shards", []), sorted(done(directory))
     facts |= {"finished": False, "shards": len(planned), "done": finished}
+    for number in finished if verify else []:
+        store.read(directory / shard_name(number), kind=KIND, schema=SCHEMA)
     return (
         f"{about['kind']} at {directory}: not finished, {len(finished)} of {len(planned)} shards\n"
-        f"made by: {' '.join(about['command'])}\nconfiguration: {json.dumps(about['config'])[:400]}"
+        f"made by: {shlex.join(about['command'])}\nconfiguration: {json.dumps(about['config'])[:400]}"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from influence import data, hessians, models
 from influence.data.sources import mapping_of
 from influence.func.blocks import as_blocks, split_heads
-from influence.func.fingerprint import fingerprint
+from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import LOSSES, ModuleLoss
@@ -24,6 +24,7 @@ from influence.func.project import project
 from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kfac_whiten
 from influence.hessians import Factors
+from influence.index import Index
 from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.ranks import own_device
 from influence.types import ExampleLoss, Params
@@ -60,9 +61,13 @@ def measure(
 
     Returns:
         The values.
+
+    Raises:
+        ValueError: if an option does not fit, or the curvature is of other weights.
     """
-    device = own_device("cpu" if execution is None else execution.device)
-    made = transform_of(transform)  # whatever is wrong with it shows before the model is loaded
+    device = _usable(own_device("cpu" if execution is None else execution.device))
+    factors = None if transform.hessian is None else load_factors(transform.hessian)
+    made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
     module = load_model(model, device)
     targets = transform.targets or models.layer_matrices(module)
     reference = None if loss.reference is None else load_model(ModelConfig(loss.reference, task=model.task), device)
@@ -75,7 +80,24 @@ def measure(
         label_smoothing=loss.label_smoothing,
         reference=reference,
     )
+    if factors is not None and factors.weights != (weights := weights_hash(loss_fn, params)):
+        raise ValueError(
+            f"the factors in {transform.hessian} were fitted at other weights (hash {factors.weights[:12]}…, this "
+            f"model has {weights[:12]}…): fit them on this model, or load the checkpoint they belong to"
+        )
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
+
+
+def _usable(device: str) -> str:
+    """Refuse a device that is not there, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the device {device!r} cannot be used here ({said}): pass --device cpu, or another"
+        ) from error
+    return device
 
 
 def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
@@ -84,14 +106,14 @@ def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
     Raises:
         ValueError: if there is no such model.
     """
-    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs)
+    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs, "peft_init_kwargs")
     with _found(config.model, "model"):
         return models.load(
             config.model,
             task=config.task,
             precision=config.precision,
             revision=config.revision,
-            model_kwargs=mapping_of(config.model_kwargs),
+            model_kwargs=mapping_of(config.model_kwargs, "model_kwargs"),
             adapter=config.adapter,
             peft_init_kwargs=fresh,
             device=device,
@@ -169,10 +191,17 @@ def _importable(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def transform_of(config: TransformConfig) -> Transform:
+def transform_of(config: TransformConfig, factors: Factors | None = None) -> Transform:
     """Return the transform that a configuration describes.
 
     Curvature comes where its factors were fitted: on whole blocks, before the projection, or on projected rows.
+
+    Args:
+        config: the configuration.
+        factors: those of its `hessian`, if they are loaded already.
+
+    Returns:
+        The transform.
 
     Raises:
         ValueError: if the factors belong to other rows, or options exclude one another.
@@ -195,7 +224,7 @@ def transform_of(config: TransformConfig) -> Transform:
                 "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
             )
         return chain(start, sketch, end)
-    factors = load_factors(config.hessian)
+    factors = load_factors(config.hessian) if factors is None else factors
     if factors.under == start.fingerprint:
         return chain(start, *_preconditioned(config, factors, sketch), end)
     if factors.under != chain(start, sketch).fingerprint:
@@ -235,6 +264,16 @@ def load_factors(path: str | Path) -> Factors:
         )
         raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
     return hessians.load(file)
+
+
+def check_gradients(index: Index) -> None:
+    """Refuse a run whose rows are no gradients.
+
+    Raises:
+        ValueError: saying what they are.
+    """
+    if index.about.kind == "scores":
+        raise ValueError(f"{index.path} holds scores, and no gradients: give a run of influence build or reduce")
 
 
 def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:

@@ -24,7 +24,7 @@ from influence.pipelines.configs import (
     from_mapping,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.prepare import Measured, measure, predicted, tokens_of
+from influence.pipelines.prepare import Measured, check_gradients, measure, predicted, tokens_of
 from influence.pipelines.texts import by_part, highlighted, short, texts_of
 from influence.types import Rows
 
@@ -137,9 +137,10 @@ def open_session(config: QueryConfig) -> Session:
         The session.
 
     Raises:
-        ValueError: if the index was not made by a pipeline, or `k` is too large.
+        ValueError: if the index holds scores, or was not made by a pipeline, or `k` is too large.
     """
     index = open_index(config.index)
+    check_gradients(index)
     stored = index.about.config
     if not {"model", "data", "loss", "transform"} <= set(stored):
         raise ValueError(

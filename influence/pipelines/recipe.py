@@ -1,7 +1,6 @@
 """Recipes: steps in directories of their own, each of which is skipped once it is finished."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -58,10 +57,7 @@ def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contex
     """Begin or resume the recipe's own directory, and hold its lock."""
     directory, execution = Path(config.run), config.execution
     if place.first:
-        if execution.overwrite:
-            for name in names:
-                shutil.rmtree(directory / name, ignore_errors=True)
-        elif all(finished(directory / name) for name in names):
+        if not execution.overwrite and all(finished(directory / name) for name in names):
             raise FileExistsError(
                 f"{directory} holds a finished run of influence {kind}: pass --overwrite to replace it, or another "
                 "--run"
@@ -71,7 +67,7 @@ def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contex
         settings.pop("run")
         command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
         plan = {"shards": [], "steps": names, "settings": settings}
-        how = {"overwrite": execution.overwrite, "resume": execution.resume}
+        how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume, "results": names}
         stack.enter_context(start(directory, kind, to_mapping(kept), command, plan, Fingerprint(), **how))
         write_config(directory / "config.yaml", kept, kind)
     place.barrier()

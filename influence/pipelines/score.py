@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.folding import vectors
 from influence.func.losses import widen
 from influence.func.sinks import taking
@@ -32,7 +33,7 @@ from influence.pipelines.configs import (
 from influence.pipelines.directory import fingerprint_for, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import first_batch, predict, shard_ranges
-from influence.pipelines.prepare import batches_of, measure, own_shards, read_data
+from influence.pipelines.prepare import batches_of, check_gradients, measure, own_shards, read_data
 from influence.pipelines.ranks import own_device, ranks
 from influence.pipelines.seen import Seen, plan_step
 from influence.pipelines.topk import best
@@ -126,15 +127,26 @@ def load_queries(
     found, chosen = [], choose(shapes, list(blocks) or None)
     for path in paths:
         index = open_index(path)
+        check_gradients(index)
         if not len(index):
             raise ValueError(f"the query {path} holds no row")
         mine, theirs = index.fingerprint.dim, fingerprint.dim
         if mine is not None and theirs is not None and mine > theirs:
             index = narrowed(index, theirs)
-        rows = matched(index.rows(chosen.names), fingerprint, chosen, index.fingerprint, force=force)
+        common = [name for name in chosen.names if name in index.blocks]
+        rows = matched(index.rows(common or None), fingerprint, chosen, index.fingerprint, force=force)
         chosen.matrix(rows)  # says what does not fit where a difference was forced
         found.append(Queries(path, rows))
     return found
+
+
+def contents(path: str) -> dict[str, Any]:
+    """Return what a query run's rows are, and a hash of them: a run that is resumed must meet the same."""
+    index = open_index(path)
+    sums = [
+        shard.places[name].sha256 for shard in index.about.shards for name in ("rows", "scale") if name in shard.places
+    ]
+    return {"rows": hash_of(sums), **index.fingerprint.json()}
 
 
 def scores_of(rows: Rows, queries: Queries) -> Float[Tensor, "b n q"]:
@@ -230,7 +242,7 @@ def run(config: ScoreConfig, say: Say = quiet) -> Outcome:
         if execution.dry_run:
             return Outcome(config.run, plan._asdict(), "")
         settings = {
-            "queries": [open_index(path).fingerprint.json() for path in config.query],
+            "queries": [contents(path) for path in config.query],
             **{name: getattr(config, name) for name in ("mode", "blocks", "per_block", "top_k")},
         }
         settings["blocks"] = list(config.blocks)
