@@ -216,6 +216,26 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     assert "influence: note: forced past 1 differences: 'weights'" in err
 
 
+def test_a_query_in_another_vocabulary_is_refused(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    other = tmp_path / "other"  # the same weights, and a tokenizer that calls the words by other numbers
+    shutil.copytree(world() / "model", other)
+    said = json.loads((other / "tokenizer.json").read_text())
+    words = [word for word in said["model"]["vocab"] if not word.startswith("<")]
+    numbers = [said["model"]["vocab"][word] for word in words]
+    said["model"]["vocab"] |= dict(zip(words, reversed(numbers), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(said))
+    refused(
+        capsys,
+        ["query", "--index", corpus, "--text", "babo lives in", "--model", other],
+        "the query's vocabulary is '",
+        "and the stored rows' is '",
+    )
+    rows = made(tmp_path / "q", "reduce", "--tokenizer", str(other))
+    assert run(capsys, *rows)[0] == 0
+    refused(capsys, made(tmp_path / "s", "score", "--query", str(tmp_path / "q")), "vocabulary")
+    assert run(capsys, *made(tmp_path / "s", "score", "--query", str(tmp_path / "q"), "--force"))[0] == 0
+
+
 def test_scores_are_no_gradients(mean: Path, tmp_path: Path, capsys: Any) -> None:
     assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean)))[0] == 0
     refused(capsys, ["query", "--index", tmp_path / "s", "--text", "babo lives in"], "holds scores, and no gradients")

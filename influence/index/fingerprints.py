@@ -181,6 +181,10 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
             continue
         values = f"the query's {name} is {_shown(mine, theirs)}, and the stored rows' is {_shown(theirs, mine)}"
         yield name, f"{values}: {WHY.get(name, WHY_ELSE)}"
+    words = [side.recorded.get("vocabulary") for side in (query, stored)]
+    if None not in words and words[0] != words[1]:
+        values = f"the query's vocabulary is {_shown(*words)}, and the stored rows' is {_shown(*reversed(words))}"
+        yield "vocabulary", f"{values}: their tokenizers give one word different numbers. Use the index's tokenizer"
     whole = [side.recorded.get("unprojected") for side in (query, stored)]
     if stored.must_match.get("target") == "global" and None not in whole and whole[0] != whole[1]:
         values = f"the query's blocks is {_shown(*whole)}, and the stored rows' is {_shown(*reversed(whole))}"

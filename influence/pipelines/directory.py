@@ -12,7 +12,7 @@ from influence.index import Fingerprint, fingerprint_of, start
 from influence.index.run import RUN, read_run
 from influence.pipelines.configs import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
-from influence.pipelines.prepare import Measured, data_hash
+from influence.pipelines.prepare import Measured, data_hash, vocabulary_hash
 from influence.pipelines.ranks import Ranks
 from influence.pipelines.seen import Step
 
@@ -100,6 +100,7 @@ def fingerprint_for(config: Any, measured: Measured, tokens: Tokenized, step: St
     """Return the fingerprint of a configuration's rows; data and loss are recorded."""
     recorded = {
         "data": data_hash(tokens),
+        "vocabulary": vocabulary_hash(measured.tokenizer),
         "loss": config.loss.loss,
         "reduction": config.loss.reduction,
         "label_smoothing": config.loss.label_smoothing,

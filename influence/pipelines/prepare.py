@@ -349,6 +349,11 @@ def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data
     )
 
 
+def vocabulary_hash(tokenizer: Any) -> str | None:
+    """Return the hash of which number a tokenizer gives to which token; `None` where there is no tokenizer."""
+    return None if tokenizer is None else fingerprint(tokenizer.get_vocab())
+
+
 def data_hash(tokens: data.Tokenized) -> str:
     """Return the hash of everything a pass sees of its data."""
     return fingerprint({name: getattr(tokens, name) for name in ("ids", "labels", "offsets", "weight")})

@@ -24,7 +24,7 @@ from influence.pipelines.configs import (
     from_mapping,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.prepare import Measured, check_gradients, measure, predicted, tokens_of
+from influence.pipelines.prepare import Measured, check_gradients, measure, predicted, tokens_of, vocabulary_hash
 from influence.pipelines.texts import by_part, highlighted, short, texts_of
 from influence.types import Rows
 
@@ -111,6 +111,7 @@ class Session(NamedTuple):
         data: how the index's examples became tokens.
         task: of the model.
         weights: the hash of the model's weights.
+        recorded: what else a query's fingerprint says: the tokenizer's vocabulary.
         texts: what examples say.
         marked: what they say around a token.
         greeting: what to say first.
@@ -122,6 +123,7 @@ class Session(NamedTuple):
     data: DataConfig
     task: str
     weights: str
+    recorded: dict[str, Any]
     texts: Callable[[Sequence[int]], list[str]]
     marked: Callable[[Sequence[int], Sequence[int]], list[str]]
     greeting: str
@@ -168,7 +170,9 @@ def open_session(config: QueryConfig) -> Session:
     texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
-    return Session(config, Attributor(config.index), measured, own, model.task, weights, texts, marked, greeting)
+    known = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    asked = Attributor(config.index)
+    return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
 def _datasets(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
@@ -226,7 +230,9 @@ def query_rows(session: Session, texts: Sequence[str]) -> tuple[Rows, torch.Tens
     rows_of = per_example_grads_fn(measured.loss_fn, measured.params, batch, transform=measured.transform)
     rows, losses = rows_of.with_losses(measured.params, batch)
     shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
-    made = fingerprint_of(measured.loss_fn, measured.params, measured.transform, shapes, weights=session.weights)
+    made = fingerprint_of(
+        measured.loss_fn, measured.params, measured.transform, shapes, session.weights, session.recorded
+    )
     return rows, losses, made
 
 
