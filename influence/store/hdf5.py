@@ -2,14 +2,14 @@
 
 The layout, for whoever reads it with h5py alone: each tensor is a contiguous dataset under its name, with the attribute
 `sha256` of its little-endian bytes; the file has the attributes `kind`, `schema` (an integer), `about` (JSON) and
-`sha256` of that JSON.
+`sha256` of that JSON. Where dimensions are named, each name is a dimension scale, so netCDF-4 readers know the axes.
 """
 
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: str, schema: int) -> None:
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    about: Any,
+    *,
+    kind: str,
+    schema: int,
+    dims: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Write tensors and facts to a file, atomically: a temporary file, flushed, synced, then renamed.
 
     Args:
@@ -26,6 +34,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
         about: anything JSON can write.
         kind: what the file holds.
         schema: version of its layout.
+        dims: names of the dimensions of some tensors.
     """
     import h5py
 
@@ -38,6 +47,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], about: Any, *, kind: 
                 data = tensor.detach().cpu().contiguous().numpy()
                 dataset = file.create_dataset(key, data=data.astype(data.dtype.newbyteorder("<")))
                 dataset.attrs["sha256"] = hashlib.sha256(data.tobytes()).hexdigest()
+            _name_dimensions(file, dims or {})
             text = json.dumps(about)
             file.attrs.update(kind=kind, schema=schema, about=text, sha256=hashlib.sha256(text.encode()).hexdigest())
             file.flush()
@@ -84,7 +94,7 @@ def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor]
         tensors: dict[str, Tensor] = {}
 
         def take(key: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset):
+            if isinstance(item, h5py.Dataset) and not item.is_scale:
                 data = item[()]
                 if hashlib.sha256(data.tobytes()).hexdigest() != item.attrs["sha256"]:
                     raise ValueError(f"{path} is damaged: the checksum of {key!r} differs")
@@ -92,6 +102,22 @@ def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor]
 
         file.visititems(take)
     return tensors, json.loads(str(facts["about"]))
+
+
+def _name_dimensions(file: Any, dims: Mapping[str, Sequence[str]]) -> None:
+    """Attach a dimension scale to each named axis: the numbers from 0.
+
+    Raises:
+        ValueError: if one name has two lengths.
+    """
+    for key, names in dims.items():
+        dataset = file[key]
+        for axis, (name, length) in enumerate(zip(names, dataset.shape, strict=True)):
+            if name not in file:
+                file.create_dataset(name, data=range(length), dtype="<i8").make_scale(name.rpartition("/")[2])
+            if len(file[name]) != length:
+                raise ValueError(f"the dimension {name!r} has length {len(file[name])}, and {key!r} {length} there")
+            dataset.dims[axis].attach_scale(file[name])
 
 
 def _sync(path: Path) -> None:
