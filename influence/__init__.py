@@ -42,6 +42,7 @@ __all__ = [
     "project",
     "scale_by_adafactor",
     "scale_by_adam",
+    "sgmcmc",
     "similarity",
     "sinks",
     "split_heads",
@@ -49,7 +50,7 @@ __all__ = [
     "unit_norm",
 ]
 
-ROOMS = ("hessians",)
+ROOMS = ("hessians", "sgmcmc")
 """Rooms that are imported when they are first asked for."""
 
 
