@@ -7,11 +7,12 @@ $$p(w) \propto \exp\Bigl(-nβ\,L(w) - \tfrac{γ}{2}\,‖w - w^*‖² - \tfrac{λ
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from influence.func.batches import batch_size, chunks
 from influence.func.losses import widen
@@ -237,8 +238,12 @@ def gradient_at(loss_fn: Loss, params: Params, batches: Iterable[Batch]) -> Para
 
 def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, ""], Params]:
     if target.accumulate == 1 or batch is None:
-        grads, loss = torch.func.grad_and_value(lambda w: mean_loss(target, w, batch))(params)
-        return loss.detach(), grads
+
+        def mean(w: Params) -> tuple[Tensor, Tensor]:
+            loss = mean_loss(target, w, batch)
+            return loss, loss
+
+        return _value_and_gradient(mean, params)
     size = -(-batch_size(batch) // target.accumulate)
     parts = [_summed(target, params, piece) for piece in chunks(batch, size)]
     count = torch.stack([count for (_, count), _ in parts]).sum()
@@ -247,8 +252,27 @@ def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tenso
 
 
 def _summed(target: Target, params: Params, batch: Batch) -> tuple[tuple[Tensor, Tensor], Params]:
-    grads, (total, count) = torch.func.grad_and_value(lambda w: total_loss(target, w, batch), has_aux=True)(params)
-    return (total.detach(), count), grads
+    def total(w: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        summed, count = total_loss(target, w, batch)
+        return summed, (summed, count)
+
+    (summed, count), grads = _value_and_gradient(total, params)
+    return (summed.detach(), count.detach()), grads
+
+
+def _value_and_gradient(function: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Any, Params]:
+    """Return what a function says beside its value, and the value's gradient: by autograd, or under `vmap` by `func`.
+
+    Autograd runs models whose own functions know no transform.
+    """
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(p) for p in params.values()):
+        grads, said = torch.func.grad(function, has_aux=True)(params)
+        return tree_map(torch.Tensor.detach, said), grads
+    with torch.enable_grad():
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        value, said = function(leaves)
+        found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return tree_map(torch.Tensor.detach, said), dict(zip(leaves, found, strict=True))
 
 
 def _entry(value: Hyper, group: int) -> Float[Tensor, ""]:
