@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import agree, collect, curvature, loader, peers, ranks, report, vocabulary
+from benchmarks import agree, coefficients, collect, curvature, loader, peers, ranks, report, sgmcmc, vocabulary
 from benchmarks.models import MODELS
 from benchmarks.report import Check
 
@@ -41,17 +41,25 @@ def main() -> int:
     for name, which, meaning in (
         ("vocabulary", vocabulary, "projected rows at a vocabulary of 128,256: logits whole and in pieces"),
         ("loader", loader, "tokens a second of the loader and of the model on its batches"),
+        ("sgmcmc", sgmcmc, "a sampling step beside its forward and backward, chains together and apart, token BIF"),
+        ("coefficients", coefficients, "LLC of deep linear and reduced-rank nets beside their closed forms"),
     ):
         suite = suites.add_parser(name, help=meaning)
         suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
         suite.add_argument("--threads", type=int, default=1)
         suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
         suite.add_argument("--quick", action="store_true", help="a small batch: whether it runs")
+        suite.add_argument("--check", action="store_true", help="what happens anyway: targets are judged in a full run")
         suite.set_defaults(run=_simple, suite_module=which)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
     of = one.add_subparsers(dest="of", required=True)
-    variants_of = {"collect": collect.VARIANTS, "curvature": curvature.VARIANTS, "vocabulary": vocabulary.VARIANTS}
+    variants_of = {
+        "collect": collect.VARIANTS,
+        "curvature": curvature.VARIANTS,
+        "vocabulary": vocabulary.VARIANTS,
+        "sgmcmc": sgmcmc.MEMORY,
+    }
     for name, variants in variants_of.items():
         suite = of.add_parser(name)
         if name == "collect":
@@ -140,6 +148,8 @@ def _simple(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.of == "collect":
         collect.print_memory(arguments.model, arguments.variant, arguments.threads, arguments.quick)
+    elif arguments.of == "sgmcmc":
+        sgmcmc.print_memory(arguments.variant, arguments.threads, arguments.quick)
     elif arguments.of == "vocabulary":
         vocabulary.print_memory(arguments.variant, arguments.threads, arguments.quick)
     else:

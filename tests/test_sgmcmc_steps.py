@@ -250,13 +250,18 @@ def test_chains_of_different_settings_step_together_as_alone(name: str, dtype: t
     for t in (1, 2, 3):
         noise = sgmcmc.chains.stack([sampler.noise(7, g, t) for g in (0, 1)])
         both, info = torch.vmap(sampler.step, in_dims=(0, None, 0))(both, batch, noise)
+    stacked = sgmcmc.chains.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
+    for t in (1, 2, 3):  # states stacked by hand: only the gradient is vmapped
+        noise = sgmcmc.chains.stack([sampler.noise(7, g, t) for g in (0, 1)])
+        each = batch if t < 3 else sgmcmc.target.PerChain(torch.stack([batch, batch]))
+        stacked, _ = sampler.step(stacked, each, noise)
     exact = dtype == torch.float64
+    rtol, atol = (1e-12, 1e-13) if exact else (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
+    for one, two in zip(torch.utils._pytree.tree_leaves(both), torch.utils._pytree.tree_leaves(stacked), strict=True):
+        torch.testing.assert_close(one, two, rtol=rtol, atol=atol)
     for group in (0, 1):
         for key, p in alone[group].params.items():
             assert p.dtype == (torch.float64 if exact else torch.float32)
-            rtol, atol = (1e-12, 1e-13) if exact else (1e-5, 1e-6)
-            if dtype == torch.bfloat16:
-                rtol, atol = 2e-2, 2e-2
             torch.testing.assert_close(both.params[key][group], p, rtol=rtol, atol=atol)
         torch.testing.assert_close(
             info.loss[group], infos[group].loss, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5

@@ -41,13 +41,17 @@ def attention(
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~causal, float("-inf"))
-    if attn_mask is not None:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores + torch.zeros(hidden.shape, dtype=scores.dtype, device=scores.device).masked_fill(
+            hidden, float("-inf")
+        )
+    if attn_mask is None:  # everyone sees something
+        weights = scores.softmax(-1)
+    else:
         blocked = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if blocked else scores + attn_mask
-    unseeing = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
+        unseeing = (scores == float("-inf")).all(-1, keepdim=True)
+        weights = scores.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)
     return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.sgmcmc import overdamped, rmsprop_sgld
-from influence.sgmcmc.langevin import Leaf, Sampler
+from influence.sgmcmc.langevin import Leaf, Sampler, fit
 from influence.sgmcmc.overdamped import Metric, State
 from influence.sgmcmc.target import Hyper, Target, check_range
 from influence.types import Params
@@ -25,7 +25,7 @@ class Averages(NamedTuple):
     """
 
     first: Params
-    power: Float[Tensor, ""]
+    power: Float[Tensor, "*c"]
     squares: rmsprop_sgld.Squares
 
 
@@ -83,17 +83,16 @@ def build(
         zeros = {name: torch.zeros_like(p) for name, p in params.items()}
         return Averages(zeros, torch.ones_like(squares.power), squares)
 
-    def update(grads: Params, aux: Averages, scalars: dict) -> tuple[Params, Params, Averages]:
-        own = next(iter(scalars.values())).own
+    def update(grads: Params, aux: Averages, own: dict[str, Tensor]) -> tuple[Params, Params, Averages]:
         squares = rmsprop_sgld.follow(aux.squares, grads, own["beta2"])
         power = aux.power * own["beta1"]
 
         def mean(m: Leaf, g: Leaf) -> Leaf:
-            b = own["beta1"].to(m.dtype)
+            b = fit(own["beta1"], m)
             return b * m + (1 - b) * g
 
         means = {name: mean(m, grads[name]) for name, m in aux.first.items()}
-        pulls = {name: m / (1 - power).to(m.dtype) for name, m in means.items()}
+        pulls = {name: m / fit(1 - power, m) for name, m in means.items()}
         return pulls, rmsprop_sgld.scale(squares, own["eps"], True), Averages(means, power, squares)
 
     own = {"beta1": beta1, "beta2": beta2, "eps": eps}

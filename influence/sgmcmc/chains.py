@@ -10,11 +10,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from influence.func.attention import under_vmap
 from influence.sgmcmc.langevin import Info, Sampler
-from influence.sgmcmc.target import Target, position_losses
+from influence.sgmcmc.target import PerChain, Target, position_losses
 from influence.types import Batch, Params
 
-VMAPPED = 1 << 22
-"""Up to so many moving weights chains are stepped together: above, a batched matrix product gains nothing."""
+WORK = 1 << 25
+"""Weights times positions of a batch up to which a CPU steps chains together: above, batched matrix products are slower
+than plain ones, by more than is saved on small operations."""
+MEMORY = 1 << 28
+"""Weights that are stacked at most."""
 
 
 class Replica(NamedTuple):
@@ -49,6 +52,22 @@ def cut(replicas: Sequence[Replica], size: int) -> list[Chunk]:
     return [Chunk(part, slice(i * size, i * size + len(part)), size > 1) for i, part in enumerate(parts)]
 
 
+def size_of(moving: int, batch: Batch, chains: int, on_cpu: bool) -> int:
+    """Return how many chains are stepped together unless one is told: a function of shapes alone.
+
+    Args:
+        moving: weights that move.
+        batch: a batch.
+        chains: how many there are.
+        on_cpu: whether they are on a CPU.
+    """
+    leaves = [x for x in tree_flatten(batch)[0] if isinstance(x, Tensor) and x.ndim]
+    positions = max((x.numel() if not x.is_floating_point() else x.shape[0] for x in leaves), default=1)
+    if on_cpu and moving * positions > WORK:
+        return 1
+    return max(1, min(chains, MEMORY // max(moving, 1)))
+
+
 def stack(trees: Sequence[Any]) -> Any:
     """Return trees of tensors as one with a leading axis."""
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
@@ -80,13 +99,9 @@ def step(sampler: Sampler, chunk: Chunk, state: Any, batches: Sequence[Batch], n
     Returns:
         The state after, and what the step said, with a chain axis.
     """
-    shared = len(batches) == 1
-    if not chunk.stacked:
-        state, info = sampler.step(state, batches[0], noise)
-        return state, tree_map(lambda x: x[None], info)
-    batch = batches[0] if shared else together(batches)
-    with under_vmap():
-        return torch.vmap(sampler.step, in_dims=(0, None if shared else 0, 0))(state, batch, noise)
+    batch = batches[0] if len(batches) == 1 else PerChain(together(batches))
+    state, info = sampler.step(state, batch, noise)
+    return state, info if chunk.stacked else tree_map(lambda x: x[None], info)
 
 
 def together(batches: Sequence[Batch]) -> Batch:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from influence.sgmcmc.noise import generator, masters, normals
@@ -45,7 +45,8 @@ class Sampler(NamedTuple):
     Attributes:
         target: what it draws from.
         init: `(params, noise, group=0) -> state`; a state is a NamedTuple with a field `params`.
-        step: `(state, batch, noise) -> (state, info)`; runs under `vmap`.
+        step: `(state, batch, noise) -> (state, info)`; of one chain, under `vmap`, or of states stacked by hand, which
+            is faster: then only the gradient is vmapped.
         noise: `(key, chain, step) -> noise`: what `init` (at step 0) and `step` take.
     """
 
@@ -79,28 +80,46 @@ def start(target: Target, params: Params, noise: Params, setting: Setting) -> Pa
     return {name: restrict(w + target.init_noise * noise[name], w, setting.mask.get(name)) for name, w in there.items()}
 
 
-def per_dtype(setting: Setting, params: Params) -> dict[torch.dtype, Setting]:
-    """Return the scalars of a setting in each dtype that parameters have, so that no leaf is promoted."""
-    return {
-        dtype: setting._replace(
-            lr=setting.lr.to(dtype),
-            n_beta=setting.n_beta.to(dtype),
-            localization=setting.localization.to(dtype),
-            weight_decay=setting.weight_decay.to(dtype),
-            own={name: x.to(dtype) for name, x in setting.own.items()},
-        )
-        for dtype in {p.dtype for p in params.values()}
-    }
+def fit(x: Tensor, w: Tensor) -> Tensor:
+    """Return a scalar, or one per chain, in a leaf's dtype and with axes of length one where the leaf has its own.
+
+    Without this, a parameter of one number would be promoted to float64 by its step size.
+    """
+    return x.to(w.dtype).reshape(x.shape + (1,) * (w.ndim - x.ndim)) if x.ndim else x.to(w.dtype)
 
 
-def drift(w: Leaf, g: Leaf, anchor: Leaf, s: Setting, prior: tuple[bool, bool] = (True, True)) -> Leaf:
+def fitted(setting: Setting) -> Callable[[Tensor], Setting]:
+    """Return a setting's scalars as they fit each leaf, computed once for leaves of one dtype and rank."""
+    known: dict[tuple[torch.dtype, int], Setting] = {}
+
+    def of(w: Tensor) -> Setting:
+        key = w.dtype, w.ndim
+        if key not in known:
+            known[key] = setting._replace(
+                lr=fit(setting.lr, w),
+                n_beta=fit(setting.n_beta, w),
+                localization=fit(setting.localization, w),
+                weight_decay=fit(setting.weight_decay, w),
+                own={name: fit(x, w) for name, x in setting.own.items()},
+            )
+        return known[key]
+
+    return of
+
+
+def per_chain(x: Tensor, setting: Setting) -> Shaped[Tensor, "*c"]:
+    """Return the sum of a leaf's entries, for each chain by itself where chains are stacked."""
+    return x.reshape(*setting.lr.shape, -1).sum(-1)
+
+
+def drift(w: Leaf, g: Leaf, anchor: Tensor, s: Setting, prior: tuple[bool, bool] = (True, True)) -> Leaf:
     r"""Return the gradient of the target's potential, `nβ g + γ (w - w^*) + λ w`.
 
     Args:
         w: parameter.
         g: gradient of the mean loss.
         anchor: `w^*`.
-        s: scalars in the parameter's dtype.
+        s: scalars that fit the parameter.
         prior: whether localization and weight decay are there at all.
     """
     d = s.n_beta * g
@@ -114,19 +133,19 @@ def has_prior(target: Target) -> tuple[bool, bool]:
     return bool(torch.as_tensor(target.localization).any()), bool(torch.as_tensor(target.weight_decay).any())
 
 
-def langevin(w: Leaf, d: Leaf, noise: Leaf, lr: Float[Tensor, ""], metric: Leaf | None = None) -> Leaf:
+def langevin(w: Leaf, d: Leaf, noise: Leaf, lr: Tensor, metric: Leaf | None = None) -> Leaf:
     r"""Return `w - (ε/2) G d + √(ε G) η`, the Euler-Maruyama step."""
     if metric is None:
         return w - lr / 2 * d + lr.sqrt() * noise
     return w - lr / 2 * (metric * d) + lr.sqrt() * (metric.sqrt() * noise)
 
 
-def restrict(new: Leaf, old: Leaf, mask: Bool[Tensor, "*shape"] | None) -> Leaf:
+def restrict(new: Leaf, old: Leaf, mask: Bool[Tensor, "..."] | None) -> Leaf:
     """Return the new entries where the mask lets them move, and the old bits elsewhere."""
     return new if mask is None else torch.where(mask, new, old)
 
 
-def box(w: Leaf, anchor: Leaf, size: float | None) -> Leaf:
+def box(w: Leaf, anchor: Tensor, size: float | None) -> Leaf:
     """Return a parameter clamped to the anchor ± size; last, after the noise."""
     return w if size is None else torch.clamp(w, anchor - size, anchor + size)
 
@@ -142,6 +161,10 @@ def check_step(lr: Hyper, bounding_box: float | None) -> None:
         check_range("bounding_box", bounding_box, 0, above=True)
 
 
-def moving(params: Params, setting: Setting) -> Int[Tensor, ""] | int:
-    """Return how many entries move."""
-    return sum(setting.mask[name].sum() if name in setting.mask else p.numel() for name, p in params.items())
+def moving(params: Params, setting: Setting) -> Tensor | int:
+    """Return how many entries of a chain move."""
+    chains = setting.lr.numel()
+    return sum(
+        per_chain(setting.mask[name], setting) if name in setting.mask else p.numel() // chains
+        for name, p in params.items()
+    )

@@ -9,9 +9,9 @@ from influence.sgmcmc.langevin import (
     box,
     check_step,
     drift,
+    fitted,
     gaussian_noise,
     has_prior,
-    per_dtype,
     restrict,
     start,
 )
@@ -70,11 +70,11 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None) -> Sampl
         return State(start(target, params, noise, setting), setting, noise)
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = per_dtype(state.setting, state.params)
+        scalars = fitted(state.setting)
         loss, grads = gradient(target, state.params, batch)
 
         def leaf(name: str, w: Leaf) -> Leaf:
-            s, anchor = scalars[w.dtype], target.anchor[name]
+            s, anchor = scalars(w), target.anchor[name]
             d = drift(w, grads[name], anchor, s, prior)
             new = w - s.lr / 2 * d + s.lr.sqrt() / 2 * (state.noise[name] + noise[name])
             return box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)

@@ -12,9 +12,11 @@ from influence.sgmcmc.langevin import (
     Sampler,
     check_step,
     drift,
+    fit,
+    fitted,
     has_prior,
     langevin,
-    per_dtype,
+    per_chain,
     restrict,
     start,
 )
@@ -84,18 +86,18 @@ def build(target: Target, lr: Hyper) -> Sampler:
         return Noise(normals(target.anchor, source), torch.rand((), generator=source, dtype=torch.float64))
 
     def step(state: State, batch: Batch, noise: Noise) -> tuple[State, Info]:
-        scalars, mask = per_dtype(state.setting, state.params), state.setting.mask
+        scalars, mask = fitted(state.setting), state.setting.mask
         here, slope, loss = potential(target, state.params, batch, state.setting, prior)
 
         def leaf(name: str, w: Leaf) -> Leaf:
-            s = scalars[w.dtype]
+            s = scalars(w)
             return restrict(langevin(w, slope[name], noise.normal[name], s.lr), w, mask.get(name))
 
         proposed = {name: leaf(name, w) for name, w in state.params.items()}
         there, back, _ = potential(target, proposed, batch, state.setting, prior)
         log_a = log_acceptance(state.params, slope, here, proposed, back, there, state.setting.lr)
         taken = noise.uniform.to(log_a.device).log() < log_a
-        params = {name: torch.where(taken, proposed[name], w) for name, w in state.params.items()}
+        params = {name: restrict(proposed[name], w, fit(taken, w).bool()) for name, w in state.params.items()}
         return State(params, state.setting), Info(loss, {"acceptance": log_a.exp().clamp(max=1.0)})
 
     return Sampler(target, init, step, noise)
@@ -103,9 +105,9 @@ def build(target: Target, lr: Hyper) -> Sampler:
 
 def potential(
     target: Target, params: Params, batch: Batch, setting: Setting, prior: tuple[bool, bool]
-) -> tuple[Float[Tensor, ""], Params, Float[Tensor, ""]]:
+) -> tuple[Float[Tensor, "*c"], Params, Float[Tensor, "*c"]]:
     r"""Return `U = nβ L + (γ/2)‖w - w^*‖² + (λ/2)‖w‖²` over what moves, in float64, its gradient, and the loss."""
-    scalars, mask = per_dtype(setting, params), setting.mask
+    scalars, mask = fitted(setting), setting.mask
     loss, grads = gradient(target, params, batch)
     total, slope = setting.n_beta * loss.double(), {}
     for name, w in params.items():
@@ -113,8 +115,9 @@ def potential(
         away, size = (w - anchor).double(), w.double()
         if at is not None:
             away, size = away * at, size * at
-        total = total + setting.localization / 2 * away.square().sum() + setting.weight_decay / 2 * size.square().sum()
-        d = drift(w, grads[name], anchor, scalars[w.dtype], prior)
+        total = total + setting.localization / 2 * per_chain(away.square(), setting)
+        total = total + setting.weight_decay / 2 * per_chain(size.square(), setting)
+        d = drift(w, grads[name], anchor, scalars(w), prior)
         slope[name] = d if at is None else d * at
     return total, slope, loss
 
@@ -122,12 +125,12 @@ def potential(
 def log_acceptance(
     here: Params,
     slope_here: Params,
-    potential_here: Float[Tensor, ""],
+    potential_here: Float[Tensor, "*c"],
     there: Params,
     slope_there: Params,
-    potential_there: Float[Tensor, ""],
-    lr: Float[Tensor, ""],
-) -> Float[Tensor, ""]:
+    potential_there: Float[Tensor, "*c"],
+    lr: Float[Tensor, "*c"],
+) -> Float[Tensor, "*c"]:
     r"""Return the logarithm of the acceptance ratio of a proposal, in float64.
 
     $$\log a = U(w) - U(w') - \frac{‖w - w' + \frac{ε}{2} ∇U(w')‖² - ‖w' - w + \frac{ε}{2} ∇U(w)‖²}{2ε}$$
@@ -151,8 +154,12 @@ def log_acceptance(
     """
 
     def squared(a: Params, b: Params, slope: Params) -> Tensor:
-        gaps = ((b[name].double() - a[name].double() + lr.double() / 2 * slope[name].double()) for name in a)
-        return torch.stack([gap.square().sum() for gap in gaps]).sum()
+        def leaf(name: str) -> Tensor:
+            gap = b[name].double() - a[name].double()
+            gap = gap + fit(lr.double() / 2, gap) * slope[name].double()
+            return gap.square().reshape(*lr.shape, -1).sum(-1)
+
+        return torch.stack([leaf(name) for name in a]).sum(0)
 
     there_given_here = squared(here, there, slope_here)
     here_given_there = squared(there, here, slope_there)

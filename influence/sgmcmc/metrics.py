@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.sgmcmc.langevin import fitted, per_chain
 from influence.sgmcmc.target import Setting
 from influence.types import Params
 
@@ -22,9 +23,8 @@ def step_terms(
     noise: Params,
     scales: Mapping[str, Tensor],
     anchor: Params,
-    scalars: Mapping[torch.dtype, Setting],
-    mask: Mapping[str, Tensor],
-) -> dict[str, Float[Tensor, ""]]:
+    setting: Setting,
+) -> dict[str, Float[Tensor, "*c"]]:
     r"""Return norms and inner products of the terms of a step, over all moving entries.
 
     $$‖\tfrac{ε}{2} G nβ g‖,\; ‖\tfrac{ε}{2} nβ g‖,\; ‖\tfrac{ε}{2} G γ(w - w^*)‖,\; ‖\tfrac{ε}{2} G λ w‖,\;
@@ -39,19 +39,19 @@ def step_terms(
         noise: standard normals.
         scales: `G`, where it is not one.
         anchor: `w^*`.
-        scalars: a setting per dtype.
-        mask: which entries move, for parameters that move in part.
+        setting: what the chain, or each of stacked chains, runs with.
 
     Returns:
         The terms, by the names in `NAMES`.
     """
+    scalars = fitted(setting)
     found = {name: torch.zeros((), dtype=torch.float64) for name in NAMES}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
-        found[name] = found[name].to(x.device) + (x.double() * y.double()).sum()
+        found[name] = found[name].to(x.device) + per_chain(x.double() * y.double(), setting)
 
     for name, w in params.items():
-        s, g, at = scalars[w.dtype], scales.get(name), mask.get(name)
+        s, g, at = scalars(w), scales.get(name), setting.mask.get(name)
         half, root = (s.lr / 2, s.lr.sqrt()) if g is None else (s.lr / 2 * g, s.lr.sqrt() * g.sqrt())
         away, plain = w - anchor[name], s.lr / 2 * s.n_beta * grads[name]
         parts = (

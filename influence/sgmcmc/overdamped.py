@@ -11,10 +11,10 @@ from influence.sgmcmc.langevin import (
     box,
     check_step,
     drift,
+    fitted,
     gaussian_noise,
     has_prior,
     langevin,
-    per_dtype,
     restrict,
     start,
 )
@@ -42,12 +42,12 @@ class Metric(NamedTuple):
 
     Attributes:
         init: `params -> aux`.
-        update: `(grads, aux, scalars) -> (numerators, G, aux)`; numerators take the gradients' place in the drift.
-        own: hyper-parameters that it reads from `setting.own`.
+        update: `(grads, aux, own) -> (numerators, G, aux)`; numerators take the gradients' place in the drift.
+        own: its hyper-parameters, which it finds in the setting.
     """
 
     init: Callable[[Params], Any]
-    update: Callable[[Params, Any, Any], tuple[Params, Params, Any]]
+    update: Callable[[Params, Any, dict[str, Tensor]], tuple[Params, Params, Any]]
     own: dict[str, Hyper]
 
 
@@ -63,21 +63,21 @@ def build(target: Target, lr: Hyper, bounding_box: float | None, metric: Metric 
         return State(w, setting, () if metric is None else metric.init(w))
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = per_dtype(state.setting, state.params)
+        scalars = fitted(state.setting)
         loss, grads = gradient(target, state.params, batch)
         if metric is None:
             pulls, scales, aux = grads, dict[str, Tensor](), state.aux
         else:
-            pulls, scales, aux = metric.update(grads, state.aux, scalars)
+            pulls, scales, aux = metric.update(grads, state.aux, state.setting.own)
         moved: Params = {}
         for name, w in state.params.items():
-            s, anchor = scalars[w.dtype], target.anchor[name]
+            s, anchor = scalars(w), target.anchor[name]
             d = drift(w, pulls[name], anchor, s, prior)
             new = langevin(w, d, noise[name], s.lr, scales.get(name))
             moved[name] = box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)
         terms: dict[str, Tensor] = {}
         if metrics:
-            terms = step_terms(state.params, grads, pulls, noise, scales, target.anchor, scalars, state.setting.mask)
+            terms = step_terms(state.params, grads, pulls, noise, scales, target.anchor, state.setting)
         return State(moved, state.setting, aux), Info(loss, terms)
 
     return Sampler(target, init, step, gaussian_noise(target))

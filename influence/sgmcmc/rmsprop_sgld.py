@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.sgmcmc import overdamped
-from influence.sgmcmc.langevin import Leaf, Sampler
+from influence.sgmcmc.langevin import Leaf, Sampler, fit
 from influence.sgmcmc.overdamped import Metric, State
 from influence.sgmcmc.target import Hyper, Target, check_range
 from influence.types import Params
@@ -24,7 +24,7 @@ class Squares(NamedTuple):
     """
 
     second: Params
-    power: Float[Tensor, ""]
+    power: Float[Tensor, "*c"]
 
 
 def build(
@@ -79,8 +79,7 @@ def build(
     def first(params: Params) -> Squares:
         return initial(params, init)
 
-    def update(grads: Params, aux: Squares, scalars: dict) -> tuple[Params, Params, Squares]:
-        own = next(iter(scalars.values())).own
+    def update(grads: Params, aux: Squares, own: dict[str, Tensor]) -> tuple[Params, Params, Squares]:
         aux = follow(aux, grads, own["alpha"])
         return grads, scale(aux, own["eps"], bias_correction), aux
 
@@ -89,26 +88,25 @@ def build(
 
 def initial(params: Params, value: float) -> Squares:
     """Return the running mean before any gradient."""
-    dtype = next(iter(params.values())).dtype
-    return Squares({name: torch.full_like(p, value) for name, p in params.items()}, torch.ones((), dtype=dtype))
+    return Squares({name: torch.full_like(p, value) for name, p in params.items()}, torch.ones((), dtype=torch.float64))
 
 
-def follow(aux: Squares, grads: Params, alpha: Float[Tensor, ""]) -> Squares:
+def follow(aux: Squares, grads: Params, alpha: Float[Tensor, "*c"]) -> Squares:
     """Return `V` after a gradient, `α V + (1 - α) g²`."""
 
     def leaf(v: Leaf, g: Leaf) -> Leaf:
-        a = alpha.to(v.dtype)
+        a = fit(alpha, v)
         return a * v + (1 - a) * g.square()
 
     return Squares({name: leaf(v, grads[name]) for name, v in aux.second.items()}, aux.power * alpha)
 
 
-def scale(aux: Squares, eps: Float[Tensor, ""], bias_correction: bool) -> Params:
+def scale(aux: Squares, eps: Float[Tensor, "*c"], bias_correction: bool) -> Params:
     """Return the metric, `1 / (√V̂ + e)`."""
 
     def leaf(v: Leaf) -> Leaf:
-        v = v / (1 - aux.power).to(v.dtype) if bias_correction else v
-        return 1 / (v.sqrt() + eps.to(v.dtype))
+        v = v / fit(1 - aux.power, v) if bias_correction else v
+        return 1 / (v.sqrt() + fit(eps, v))
 
     return {name: leaf(v) for name, v in aux.second.items()}
 

@@ -295,16 +295,17 @@ def _chunks(
     seed: int,
 ) -> tuple[list[Chunk], list[str]]:
     """Return which chains are stepped together, and why not more."""
+    rows = [torch.arange(batch)] * (1 if shared else 2)
+    batches = [None if source is None else source.fetch(each) for each in rows]
     size = options.chain_chunk
     if size is None:
         moving = sum(p.numel() for p in sampler.target.anchor.values())
-        size = max(1, min(len(replicas), chains.VMAPPED // max(moving, 1)))
+        on_cpu = all(p.device.type == "cpu" for p in sampler.target.anchor.values())
+        size = chains.size_of(moving, batches[0], len(replicas), on_cpu)
     size = min(size, len(replicas))
     if size == 1:
         return chains.cut(replicas, 1), []
     first = chains.cut(replicas[:2], 2)[0]
-    rows = [torch.arange(batch)] * (1 if shared else 2)
-    batches = [None if source is None else source.fetch(each) for each in rows]
     why = chains.refuses_vmap(sampler, first, chains.first_state(sampler, params, first, seed), batches, seed)
     if why is None:
         return chains.cut(replicas, size), []

@@ -12,10 +12,11 @@ from influence.sgmcmc.langevin import (
     Sampler,
     check_step,
     drift,
+    fitted,
     gaussian_noise,
     has_prior,
     moving,
-    per_dtype,
+    per_chain,
     restrict,
     start,
 )
@@ -79,11 +80,11 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, frict
         return State(start(target, params, noise, setting), setting, momenta)
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = per_dtype(state.setting, state.params)
+        scalars = fitted(state.setting)
         loss, grads = gradient(target, state.params, batch)
         moved, momenta = {}, {}
         for name, w in state.params.items():
-            s, anchor = scalars[w.dtype], target.anchor[name]
+            s, anchor = scalars(w), target.anchor[name]
             a = s.own["friction"]
             pull = s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - a) * state.momenta[name] - pull + (2 * a * s.lr).sqrt() * noise[name]
@@ -102,7 +103,7 @@ def first_momenta(noise: Params, setting: Setting) -> Params:
     return {name: restrict(root.to(x.dtype) * x, zero[name], setting.mask.get(name)) for name, x in noise.items()}
 
 
-def bounce(w: Leaf, v: Leaf, anchor: Leaf, size: float | None) -> tuple[Leaf, Leaf]:
+def bounce(w: Leaf, v: Leaf, anchor: Tensor, size: float | None) -> tuple[Leaf, Leaf]:
     """Return a parameter clamped to the anchor ± size, and its momentum turned round where it hit."""
     if size is None:
         return w, v
@@ -110,7 +111,7 @@ def bounce(w: Leaf, v: Leaf, anchor: Leaf, size: float | None) -> tuple[Leaf, Le
     return inside, torch.where(inside == w, v, -v)
 
 
-def mean_square(momenta: Params, setting: Setting) -> Float[Tensor, ""]:
-    """Return the mean square of all momenta that move."""
-    total = torch.stack([v.double().square().sum() for v in momenta.values()]).sum()
+def mean_square(momenta: Params, setting: Setting) -> Float[Tensor, "*c"]:
+    """Return the mean square of a chain's momenta that move."""
+    total = torch.stack([per_chain(v.double().square(), setting) for v in momenta.values()]).sum(0)
     return total / moving(momenta, setting)

@@ -10,9 +10,10 @@ from influence.sgmcmc.langevin import (
     Sampler,
     check_step,
     drift,
+    fit,
+    fitted,
     gaussian_noise,
     has_prior,
-    per_dtype,
     restrict,
     start,
 )
@@ -34,7 +35,7 @@ class State(NamedTuple):
     params: Params
     setting: Setting
     momenta: Params
-    friction: Float[Tensor, ""]
+    friction: Float[Tensor, "*c"]
 
 
 def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, diffusion: Hyper = 0.01) -> Sampler:
@@ -79,11 +80,11 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, diffu
         return State(w, setting, v, setting.own["diffusion"].clone())
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        setting, scalars = state.setting, per_dtype(state.setting, state.params)
+        setting, scalars = state.setting, fitted(state.setting)
         loss, grads = gradient(target, state.params, batch)
         moved, momenta = {}, {}
         for name, w in state.params.items():
-            s, anchor, xi = scalars[w.dtype], target.anchor[name], state.friction.to(w.dtype)
+            s, anchor, xi = scalars(w), target.anchor[name], fit(state.friction, w)
             v = state.momenta[name] - s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - xi) * v + (2 * s.own["diffusion"] * s.lr).sqrt() * noise[name]
             v = restrict(v, v * 0, setting.mask.get(name))

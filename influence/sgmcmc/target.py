@@ -5,7 +5,7 @@ $$p(w) \propto \exp\Bigl(-nβ\,L(w) - \tfrac{γ}{2}\,‖w - w^*‖² - \tfrac{λ
 `L` is the mean loss over labelled positions, so `nβ` means what it means in the literature (Lau et al. 2023).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from influence.func.attention import under_vmap
 from influence.func.batches import batch_size, chunks
 from influence.func.losses import widen
 from influence.func.module_loss import weighted
@@ -30,7 +31,7 @@ Mask: TypeAlias = Mapping[str, Tensor | bool | None]
 
 
 class Setting(NamedTuple):
-    """What one chain runs with. It travels in the state, so that `vmap` maps over it.
+    """What a chain runs with, or stacked chains, with a chain axis. It travels in the state, where `vmap` maps over it.
 
     Attributes:
         lr: step size `ε`.
@@ -47,6 +48,12 @@ class Setting(NamedTuple):
     weight_decay: Float[Tensor, ""]
     own: dict[str, Tensor]
     mask: dict[str, Tensor]
+
+
+class PerChain(NamedTuple):
+    """A batch with a chain axis before the examples': every chain has its own."""
+
+    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ def local_posterior(
         check_range(name, value, 0)
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1; got {accumulate}")
-    partial = _check_mask(anchor, mask)
+    in_part = _check_mask(anchor, mask)
     moving = list(anchor) if mask is None else [name for name in anchor if name in mask]
     return Target(
         loss_fn,
@@ -141,7 +148,7 @@ def local_posterior(
         n_beta,
         localization,
         weight_decay,
-        partial,
+        in_part,
         full_gradient,
         accumulate,
         init_noise,
@@ -186,25 +193,40 @@ def position_losses(loss_fn: Loss, params: Params, batch: Batch) -> tuple[Float[
     return losses, labelled
 
 
-def total_loss(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the sum of a batch's losses over labelled positions, and how many there are."""
-    cast = {name: p.to(target.anchor[name].dtype) for name, p in params.items()}
-    losses, labelled = position_losses(target.loss_fn, {**target.frozen, **cast}, batch)
-    return (losses * labelled).sum(), labelled.sum().to(losses.dtype)
+def total_loss(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, "*c"], Float[Tensor, "*c"]]:
+    """Return the sum of a batch's losses over labelled positions, and how many there are.
+
+    Parameters with a chain axis give one of each per chain, by one `vmap`: of a shared batch, or of a `PerChain` one.
+    """
+
+    def one(moving: Params, data: Batch) -> tuple[Tensor, Tensor]:
+        cast = {name: p.to(target.anchor[name].dtype) for name, p in moving.items()}
+        losses, labelled = position_losses(target.loss_fn, {**target.frozen, **cast}, data)
+        return (losses * labelled).sum(), labelled.sum().to(losses.dtype)
+
+    name = next(iter(params))
+    if params[name].ndim == target.anchor[name].ndim:
+        return one(params, batch)
+    axis, data = (0, batch.batch) if isinstance(batch, PerChain) else (None, batch)
+    with under_vmap():
+        return torch.vmap(one, in_dims=(0, axis))(params, data)
 
 
-def mean_loss(target: Target, params: Params, batch: Batch) -> Float[Tensor, ""]:
-    """Return the mean loss of a batch over labelled positions."""
+def mean_loss(target: Target, params: Params, batch: Batch) -> Float[Tensor, "*c"]:
+    """Return the mean loss of a batch over labelled positions, of each chain where there are several."""
     total, count = total_loss(target, params, batch)
     return total / count
 
 
-def gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, ""], Params]:
+def gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, "*c"], Params]:
     """Return the mean loss of a batch, and its gradient with the control variate where the target has one."""
     loss, grads = _gradient(target, params, batch)
     if target.full_gradient is None:
         return loss, grads
-    _, there = _gradient(target, {name: widen(p) for name, p in target.anchor.items()}, batch)
+    anchor = {name: widen(p) for name, p in target.anchor.items()}
+    if isinstance(batch, PerChain):
+        anchor = {name: p.expand(params[name].shape) for name, p in anchor.items()}
+    _, there = _gradient(target, anchor, batch)
     return loss, {name: g - there[name] + target.full_gradient[name] for name, g in grads.items()}
 
 
@@ -236,7 +258,7 @@ def gradient_at(loss_fn: Loss, params: Params, batches: Iterable[Batch]) -> Para
     return {name: g / counted for name, g in total.items()}
 
 
-def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, ""], Params]:
+def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, "*c"], Params]:
     if target.accumulate == 1 or batch is None:
 
         def mean(w: Params) -> tuple[Tensor, Tensor]:
@@ -244,11 +266,25 @@ def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tenso
             return loss, loss
 
         return _value_and_gradient(mean, params)
-    size = -(-batch_size(batch) // target.accumulate)
-    parts = [_summed(target, params, piece) for piece in chunks(batch, size)]
-    count = torch.stack([count for (_, count), _ in parts]).sum()
-    loss = torch.stack([total for (total, _), _ in parts]).sum() / count
-    return loss, {name: torch.stack([grads[name] for _, grads in parts]).sum(0) / count for name in params}
+    parts = [_summed(target, params, piece) for piece in _pieces(batch, target.accumulate)]
+    count = torch.stack([count for (_, count), _ in parts]).sum(0)
+    loss = torch.stack([total for (total, _), _ in parts]).sum(0) / count
+
+    def mean_of(grads: list[Tensor]) -> Tensor:
+        total = torch.stack(grads).sum(0)
+        return total / count.reshape(count.shape + (1,) * (total.ndim - count.ndim))
+
+    return loss, {name: mean_of([grads[name] for _, grads in parts]) for name in params}
+
+
+def _pieces(batch: Batch, count: int) -> Iterator[Batch]:
+    """Yield a batch in pieces, of examples that may lie behind a chain axis."""
+    if not isinstance(batch, PerChain):
+        yield from chunks(batch, -(-batch_size(batch) // count))
+        return
+    first = tree_map(lambda x: x.transpose(0, 1) if isinstance(x, Tensor) else x, batch.batch)
+    for piece in chunks(first, -(-batch_size(first) // count)):
+        yield PerChain(tree_map(lambda x: x.transpose(0, 1) if isinstance(x, Tensor) else x, piece))
 
 
 def _summed(target: Target, params: Params, batch: Batch) -> tuple[tuple[Tensor, Tensor], Params]:
@@ -261,9 +297,10 @@ def _summed(target: Target, params: Params, batch: Batch) -> tuple[tuple[Tensor,
 
 
 def _value_and_gradient(function: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Any, Params]:
-    """Return what a function says beside its value, and the value's gradient: by autograd, or under `vmap` by `func`.
+    """Return what a function says beside its value (or values of chains), and its gradient.
 
-    Autograd runs models whose own functions know no transform.
+    By autograd, which runs models whose own functions know no transform, and goes backward through a `vmap` of the
+    forward pass at no further cost; by `func` where the whole step is under `vmap`.
     """
     if any(torch._C._functorch.is_functorch_wrapped_tensor(p) for p in params.values()):
         grads, said = torch.func.grad(function, has_aux=True)(params)
@@ -271,7 +308,7 @@ def _value_and_gradient(function: Callable[[Params], tuple[Tensor, Any]], params
     with torch.enable_grad():
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         value, said = function(leaves)
-        found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        found = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
     return tree_map(torch.Tensor.detach, said), dict(zip(leaves, found, strict=True))
 
 
