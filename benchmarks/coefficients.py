@@ -1,8 +1,8 @@
 """LLC of deep linear networks and reduced-rank regressions with planted teachers, against their closed forms.
 
-Shapes, seeds and every setting below were fixed before the first run that counts, one setting per family, tuned on seeds
-1000 and above. `K = ‖W_L … W_1 - T‖² / 2` without data: full batch, so that only the sampler and its settings err. Where
-the teacher's rank is below the narrowest width its unused units are zero on both sides, and the oracle is
+Shapes, seeds and every setting below were fixed before the first run that counts, one setting per family, tuned on
+seeds 1000 and above. `K = ‖W_L … W_1 - T‖² / 2`, without data, so that only the sampler and its settings err.
+Where the teacher's rank is below the narrowest width its unused units are zero on both sides, and the oracle is
 `λ - (m - 1) / log nβ`; where it is full, the minimum is a manifold and the oracle the energy of its Hessian's spectrum.
 """
 

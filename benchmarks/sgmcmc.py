@@ -1,8 +1,8 @@
 """Sampling: a chain-step over its bare forward and backward, four chains together over apart, token BIF over the peer.
 
-The model is a Llama (2 layers, 64 wide, vocabulary 256). *Bare* is the model's own forward and backward of the batch and
-one forward of the observable, by plain PyTorch. The peer's influences are computed on the same traces where devinterp is
-installed, at its best block size.
+The model is a Llama (2 layers, 64 wide, vocabulary 256). *Bare* is the model's own forward and backward of the batch
+and one forward of the observable, by plain PyTorch. The peer's influences are computed on the same traces where
+devinterp is installed, at its best block size.
 """
 
 import time
@@ -137,7 +137,8 @@ def traced(quick: bool) -> Any:
     x = torch.randn(1, d, n, t, generator=source)
     empty = moments.init(1, 1, n * t)
     observed = sgmcmc.Observed(
-        torch.zeros(n, t), torch.ones(n, t, dtype=torch.bool), torch.arange(n), None, "", x.double().mean((2, 3)), empty, None, x
+        torch.zeros(n, t), torch.ones(n, t, dtype=torch.bool), torch.arange(n), None, "", x.mean((2, 3)).double(),
+        empty, None, x
     )  # fmt: skip
     nothing = torch.zeros(1, d, dtype=torch.float64)
     return sgmcmc.Run(nothing, nothing, {}, {"text": observed}, None, (0,), 0, 1, {"n_beta": 1.0})

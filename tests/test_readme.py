@@ -29,3 +29,10 @@ def test_curvature_examples_run_and_a_score_is_largest_for_the_example_itself():
     assert bool((scores.diagonal() > 0).all())
     torch.testing.assert_close(scores, scores.mT, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
     assert {block: rows.shape for block, rows in names["rows"].items()} == {"0": (100, 16, 9), "2": (100, 3, 16)}
+
+
+def test_sampling_examples_run_and_have_the_shapes_they_say():
+    names = run("docs/sampling.md")
+    assert names["run"].loss.shape == (4, 80)
+    assert names["influences"].shape == (10, 10)
+    assert names["found"].value.shape == names["found"].stderr.shape == (10, 1, 3)

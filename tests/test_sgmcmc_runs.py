@@ -315,6 +315,24 @@ def test_a_language_model_under_several_chains() -> None:
     assert float(run.loss[0, 0]) == pytest.approx(float(losses.sum() / labelled.sum()))
 
 
+def test_the_padding_row_of_an_embedding_stays_where_it_is_in_every_chain() -> None:
+    """Torch's rule for vmap keeps `padding_idx` for the first chain's table only: the others' row would move."""
+    table = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Flatten(), nn.Linear(12, 2)).double()
+    loss_fn, params = functionalize(table)
+    data = {"input": torch.tensor([[0, 1, 2], [1, 3, 4]]), "labels": torch.tensor([0, 1])}
+    target = sgmcmc.local_posterior(loss_fn, params, 1.0)
+    stacked = {name: torch.stack([p, p + 0.1]) for name, p in params.items()}
+    shared = sgmcmc.target.gradient(target, stacked, data)
+    own = sgmcmc.target.gradient(
+        target, stacked, sgmcmc.target.PerChain({k: torch.stack([x, x]) for k, x in data.items()})
+    )
+    for c in (0, 1):
+        _, alone = sgmcmc.target.gradient(target, {name: p[c] for name, p in stacked.items()}, data)
+        assert float(alone["0.weight"][1].abs().max()) == 0
+        for _, grads in (shared, own):
+            torch.testing.assert_close({name: g[c] for name, g in grads.items()}, alone, rtol=1e-12, atol=1e-14)
+
+
 def test_files_name_their_dimensions_and_xarray_reads_them(tmp_path: Path) -> None:
     loss_fn, params, data = classifier()
     run = sgmcmc.sample(loss_fn, params, data, {"all": data}, **SETTINGS)

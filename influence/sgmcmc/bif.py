@@ -118,7 +118,7 @@ def estimate(
     left = draws(run, rows, level, statistic, pooling, averaged, row_range)
     same = others == rows and row_range == column_range
     right = left if same else draws(run, others, level, statistic, pooling, averaged, column_range)
-    value = product(left, right) * (sign * scale)
+    value = product(left, right, sign * scale)
     if averaged or level == "sequence":
         value = value[:, :, 0, 0]
     if statistic == "correlation" and not averaged and same:
@@ -166,10 +166,9 @@ def draws(
     return Draws(z, freedom, who[of], effective if effective == effective else float(x.shape[0] * x.shape[1]))
 
 
-def product(left: Draws, right: Draws) -> Float[Tensor, "n m t u"]:
-    """Return all products of rows and columns, one matrix product; a view with the positions last."""
-    flat = left.z.flatten(0, 1) @ right.z.flatten(0, 1).T
-    flat /= left.freedom
+def product(left: Draws, right: Draws, scale: float = 1.0) -> Float[Tensor, "n m t u"]:
+    """Return all products of rows and columns times a scale: one matrix product, viewed with the positions last."""
+    flat = (left.z.flatten(0, 1) * (scale / left.freedom)) @ right.z.flatten(0, 1).T
     return flat.view(*left.z.shape[:2], *right.z.shape[:2]).permute(0, 2, 1, 3)
 
 
