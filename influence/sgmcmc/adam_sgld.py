@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.sgmcmc import overdamped, rmsprop_sgld
-from influence.sgmcmc.langevin import Leaf, Sampler, fit
+from influence.sgmcmc.langevin import Sampler, fit
 from influence.sgmcmc.overdamped import Metric, State
 from influence.sgmcmc.target import Hyper, Target, check_range
 from influence.types import Params
@@ -86,12 +86,10 @@ def build(
     def update(grads: Params, aux: Averages, own: dict[str, Tensor]) -> tuple[Params, Params, Averages]:
         squares = rmsprop_sgld.follow(aux.squares, grads, own["beta2"])
         power = aux.power * own["beta1"]
-
-        def mean(m: Leaf, g: Leaf) -> Leaf:
+        means: Params = {}
+        for name, m in aux.first.items():
             b = fit(own["beta1"], m)
-            return b * m + (1 - b) * g
-
-        means = {name: mean(m, grads[name]) for name, m in aux.first.items()}
+            means[name] = b * m + (1 - b) * grads[name]
         pulls = {name: m / fit(1 - power, m) for name, m in means.items()}
         return pulls, rmsprop_sgld.scale(squares, own["eps"], True), Averages(means, power, squares)
 

@@ -1,6 +1,7 @@
 """Chains as an axis: states stacked, stepped by one `vmap`, in chunks or one by one, with the same result for each."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -125,16 +126,16 @@ def together(batches: Sequence[Batch]) -> Batch:
 
 def losses_along(target: Target, chunk: Chunk, params: Params, batch: Batch) -> Float[Tensor, "c n t"]:
     """Return the losses of every position of a batch, for each chain of a chunk."""
-
-    def one(moving: Params) -> Tensor:
-        cast = {name: p.to(target.anchor[name].dtype) for name, p in moving.items()}
-        return position_losses(target.loss_fn, {**target.frozen, **cast}, batch)[0]
-
     if not chunk.stacked:
         with torch.no_grad():
-            return one(params)[None]
+            return _losses(target, params, batch)[None]
     with torch.no_grad(), under_vmap():
-        return torch.vmap(one)(params)
+        return torch.vmap(partial(_losses, target), in_dims=(0, None))(params, batch)
+
+
+def _losses(target: Target, params: Params, batch: Batch) -> Float[Tensor, "n t"]:
+    cast = {name: p.to(target.anchor[name].dtype) for name, p in params.items()}
+    return position_losses(target.loss_fn, {**target.frozen, **cast}, batch)[0]
 
 
 def refuses_vmap(sampler: Sampler, chunk: Chunk, state: Any, batches: Sequence[Batch], seed: int) -> str | None:

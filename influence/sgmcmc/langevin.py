@@ -88,23 +88,19 @@ def fit(x: Tensor, w: Tensor) -> Tensor:
     return x.to(w.dtype).reshape(x.shape + (1,) * (w.ndim - x.ndim)) if x.ndim else x.to(w.dtype)
 
 
-def fitted(setting: Setting) -> Callable[[Tensor], Setting]:
-    """Return a setting's scalars as they fit each leaf, computed once for leaves of one dtype and rank."""
-    known: dict[tuple[torch.dtype, int], Setting] = {}
-
-    def of(w: Tensor) -> Setting:
-        key = w.dtype, w.ndim
-        if key not in known:
-            known[key] = setting._replace(
-                lr=fit(setting.lr, w),
-                n_beta=fit(setting.n_beta, w),
-                localization=fit(setting.localization, w),
-                weight_decay=fit(setting.weight_decay, w),
-                own={name: fit(x, w) for name, x in setting.own.items()},
-            )
-        return known[key]
-
-    return of
+def fitted(setting: Setting, params: Params) -> dict[tuple[torch.dtype, int], Setting]:
+    """Return a setting's scalars as they fit leaves, by dtype and rank."""
+    like = {(p.dtype, p.ndim): p for p in params.values()}
+    return {
+        key: setting._replace(
+            lr=fit(setting.lr, w),
+            n_beta=fit(setting.n_beta, w),
+            localization=fit(setting.localization, w),
+            weight_decay=fit(setting.weight_decay, w),
+            own={name: fit(x, w) for name, x in setting.own.items()},
+        )
+        for key, w in like.items()
+    }
 
 
 def per_chain(x: Tensor, setting: Setting) -> Shaped[Tensor, "*c"]:

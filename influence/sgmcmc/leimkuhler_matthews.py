@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from influence.sgmcmc.langevin import (
     Info,
-    Leaf,
     Sampler,
     box,
     check_step,
@@ -70,16 +69,14 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None) -> Sampl
         return State(start(target, params, noise, setting), setting, noise)
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = fitted(state.setting)
+        scalars = fitted(state.setting, state.params)
         loss, grads = gradient(target, state.params, batch)
-
-        def leaf(name: str, w: Leaf) -> Leaf:
-            s, anchor = scalars(w), target.anchor[name]
+        moved: Params = {}
+        for name, w in state.params.items():
+            s, anchor = scalars[w.dtype, w.ndim], target.anchor[name]
             d = drift(w, grads[name], anchor, s, prior)
             new = w - s.lr / 2 * d + s.lr.sqrt() / 2 * (state.noise[name] + noise[name])
-            return box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)
-
-        moved = {name: leaf(name, w) for name, w in state.params.items()}
+            moved[name] = box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)
         return State(moved, state.setting, noise), Info(loss, {})
 
     return Sampler(target, init, step, gaussian_noise(target))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from influence.sgmcmc.langevin import (
     Info,
-    Leaf,
     Sampler,
     check_step,
     drift,
@@ -86,14 +85,12 @@ def build(target: Target, lr: Hyper) -> Sampler:
         return Noise(normals(target.anchor, source), torch.rand((), generator=source, dtype=torch.float64))
 
     def step(state: State, batch: Batch, noise: Noise) -> tuple[State, Info]:
-        scalars, mask = fitted(state.setting), state.setting.mask
+        scalars, mask = fitted(state.setting, state.params), state.setting.mask
         here, slope, loss = potential(target, state.params, batch, state.setting, prior)
-
-        def leaf(name: str, w: Leaf) -> Leaf:
-            s = scalars(w)
-            return restrict(langevin(w, slope[name], noise.normal[name], s.lr), w, mask.get(name))
-
-        proposed = {name: leaf(name, w) for name, w in state.params.items()}
+        proposed: Params = {}
+        for name, w in state.params.items():
+            new = langevin(w, slope[name], noise.normal[name], scalars[w.dtype, w.ndim].lr)
+            proposed[name] = restrict(new, w, mask.get(name))
         there, back, _ = potential(target, proposed, batch, state.setting, prior)
         log_a = log_acceptance(state.params, slope, here, proposed, back, there, state.setting.lr)
         taken = noise.uniform.to(log_a.device).log() < log_a
@@ -107,7 +104,7 @@ def potential(
     target: Target, params: Params, batch: Batch, setting: Setting, prior: tuple[bool, bool]
 ) -> tuple[Float[Tensor, "*c"], Params, Float[Tensor, "*c"]]:
     r"""Return `U = nβ L + (γ/2)‖w - w^*‖² + (λ/2)‖w‖²` over what moves, in float64, its gradient, and the loss."""
-    scalars, mask = fitted(setting), setting.mask
+    scalars, mask = fitted(setting, params), setting.mask
     loss, grads = gradient(target, params, batch)
     total, slope = setting.n_beta * loss.double(), {}
     for name, w in params.items():
@@ -117,7 +114,7 @@ def potential(
             away, size = away * at, size * at
         total = total + setting.localization / 2 * per_chain(away.square(), setting)
         total = total + setting.weight_decay / 2 * per_chain(size.square(), setting)
-        d = drift(w, grads[name], anchor, scalars(w), prior)
+        d = drift(w, grads[name], anchor, scalars[w.dtype, w.ndim], prior)
         slope[name] = d if at is None else d * at
     return total, slope, loss
 
@@ -152,16 +149,17 @@ def log_acceptance(
         >>> round(float(log_acceptance(at(0.0, 0.0), at(0.0, 0.0), zero, step, step, torch.tensor(16.25), lr).exp()), 6)
         0.666144
     """
-
-    def squared(a: Params, b: Params, slope: Params) -> Tensor:
-        def leaf(name: str) -> Tensor:
-            gap = b[name].double() - a[name].double()
-            gap = gap + fit(lr.double() / 2, gap) * slope[name].double()
-            return gap.square().reshape(*lr.shape, -1).sum(-1)
-
-        return torch.stack([leaf(name) for name in a]).sum(0)
-
-    there_given_here = squared(here, there, slope_here)
-    here_given_there = squared(there, here, slope_there)
+    there_given_here = _squared(here, there, slope_here, lr)
+    here_given_there = _squared(there, here, slope_there, lr)
     change = potential_here.double() - potential_there.double()
     return change + (there_given_here - here_given_there) / (2 * lr.double())
+
+
+def _squared(a: Params, b: Params, slope: Params, lr: Float[Tensor, "*c"]) -> Float[Tensor, "*c"]:
+    """Return `‖b - a + (ε/2) slope‖²`, of each chain."""
+    total = torch.zeros_like(lr, dtype=torch.float64)
+    for name in a:
+        gap = b[name].double() - a[name].double()
+        gap = gap + fit(lr.double() / 2, gap) * slope[name].double()
+        total = total + gap.square().reshape(*lr.shape, -1).sum(-1)
+    return total

@@ -44,14 +44,14 @@ def step_terms(
     Returns:
         The terms, by the names in `NAMES`.
     """
-    scalars = fitted(setting)
+    scalars = fitted(setting, params)
     found = {name: torch.zeros((), dtype=torch.float64) for name in NAMES}
 
     def add(name: str, x: Tensor, y: Tensor) -> None:
         found[name] = found[name].to(x.device) + per_chain(x.double() * y.double(), setting)
 
     for name, w in params.items():
-        s, g, at = scalars(w), scales.get(name), setting.mask.get(name)
+        s, g, at = scalars[w.dtype, w.ndim], scales.get(name), setting.mask.get(name)
         half, root = (s.lr / 2, s.lr.sqrt()) if g is None else (s.lr / 2 * g, s.lr.sqrt() * g.sqrt())
         away, plain = w - anchor[name], s.lr / 2 * s.n_beta * grads[name]
         parts = (

@@ -2,18 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from influence.sgmcmc import moments
 from influence.sgmcmc.chains import Chunk, Replica, losses_along
 from influence.sgmcmc.moments import Moments
 from influence.sgmcmc.order import Data, check_size, sample_rows, source_of
 from influence.sgmcmc.run import Observed
-from influence.sgmcmc.target import Target
+from influence.sgmcmc.target import Target, position_losses
 from influence.types import Batch, Params
 
 KEEPS = ("auto", "sequences", "tokens", "moments")
@@ -97,21 +98,16 @@ def _evaluate(
     target: Target, chunk: Chunk, params: Params, batches: Sequence[Batch], with_labels: bool = False
 ) -> tuple[Float[Tensor, "c n t"], Bool[Tensor, "n t"] | None]:
     """Return the losses of all batches one after the other, and which are labelled; shorter ones padded with none."""
-    from influence.sgmcmc.target import position_losses
-
     found = [losses_along(target, chunk, params, batch).cpu() for batch in batches]
     width = max(losses.shape[2] for losses in found)
 
-    def padded(x: Any) -> Any:
-        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
-
-    losses = torch.cat([padded(x) for x in found], 1)
+    losses = torch.cat([pad(x, (0, width - x.shape[-1])) for x in found], 1)
     if not with_labels:
         return losses, None
     with torch.no_grad():
         whole = {**target.frozen, **target.anchor}
-        labels = [padded(position_losses(target.loss_fn, whole, batch)[1].cpu()) for batch in batches]
-    return losses, torch.cat(labels)
+        labels = [position_losses(target.loss_fn, whole, batch)[1].cpu() for batch in batches]
+    return losses, torch.cat([pad(x, (0, width - x.shape[-1])) for x in labels])
 
 
 def folded(states: dict[str, Moments], drawn: Mapping[str, Drawn], at: slice, alive: Bool[Tensor, " c"]) -> None:

@@ -63,7 +63,7 @@ def build(target: Target, lr: Hyper, bounding_box: float | None, metric: Metric 
         return State(w, setting, () if metric is None else metric.init(w))
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = fitted(state.setting)
+        scalars = fitted(state.setting, state.params)
         loss, grads = gradient(target, state.params, batch)
         if metric is None:
             pulls, scales, aux = grads, dict[str, Tensor](), state.aux
@@ -71,7 +71,7 @@ def build(target: Target, lr: Hyper, bounding_box: float | None, metric: Metric 
             pulls, scales, aux = metric.update(grads, state.aux, state.setting.own)
         moved: Params = {}
         for name, w in state.params.items():
-            s, anchor = scalars(w), target.anchor[name]
+            s, anchor = scalars[w.dtype, w.ndim], target.anchor[name]
             d = drift(w, pulls[name], anchor, s, prior)
             new = langevin(w, d, noise[name], s.lr, scales.get(name))
             moved[name] = box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.sgmcmc import overdamped
-from influence.sgmcmc.langevin import Leaf, Sampler, fit
+from influence.sgmcmc.langevin import Sampler, fit
 from influence.sgmcmc.overdamped import Metric, State
 from influence.sgmcmc.target import Hyper, Target, check_range
 from influence.types import Params
@@ -93,22 +93,17 @@ def initial(params: Params, value: float) -> Squares:
 
 def follow(aux: Squares, grads: Params, alpha: Float[Tensor, "*c"]) -> Squares:
     """Return `V` after a gradient, `α V + (1 - α) g²`."""
-
-    def leaf(v: Leaf, g: Leaf) -> Leaf:
+    second: Params = {}
+    for name, v in aux.second.items():
         a = fit(alpha, v)
-        return a * v + (1 - a) * g.square()
-
-    return Squares({name: leaf(v, grads[name]) for name, v in aux.second.items()}, aux.power * alpha)
+        second[name] = a * v + (1 - a) * grads[name].square()
+    return Squares(second, aux.power * alpha)
 
 
 def scale(aux: Squares, eps: Float[Tensor, "*c"], bias_correction: bool) -> Params:
     """Return the metric, `1 / (√V̂ + e)`."""
-
-    def leaf(v: Leaf) -> Leaf:
-        v = v / fit(1 - aux.power, v) if bias_correction else v
-        return 1 / (v.sqrt() + fit(eps, v))
-
-    return {name: leaf(v) for name, v in aux.second.items()}
+    left = 1 - aux.power if bias_correction else torch.ones_like(aux.power)
+    return {name: 1 / ((v / fit(left, v)).sqrt() + fit(eps, v)) for name, v in aux.second.items()}
 
 
 def _check(alpha: Hyper, eps: Hyper, init: float, bias_correction: bool) -> None:

@@ -80,11 +80,11 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, frict
         return State(start(target, params, noise, setting), setting, momenta)
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        scalars = fitted(state.setting)
+        scalars = fitted(state.setting, state.params)
         loss, grads = gradient(target, state.params, batch)
         moved, momenta = {}, {}
         for name, w in state.params.items():
-            s, anchor = scalars(w), target.anchor[name]
+            s, anchor = scalars[w.dtype, w.ndim], target.anchor[name]
             a = s.own["friction"]
             pull = s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - a) * state.momenta[name] - pull + (2 * a * s.lr).sqrt() * noise[name]

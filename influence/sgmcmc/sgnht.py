@@ -80,11 +80,11 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, diffu
         return State(w, setting, v, setting.own["diffusion"].clone())
 
     def step(state: State, batch: Batch, noise: Params) -> tuple[State, Info]:
-        setting, scalars = state.setting, fitted(state.setting)
+        setting, scalars = state.setting, fitted(state.setting, state.params)
         loss, grads = gradient(target, state.params, batch)
         moved, momenta = {}, {}
         for name, w in state.params.items():
-            s, anchor, xi = scalars(w), target.anchor[name], fit(state.friction, w)
+            s, anchor, xi = scalars[w.dtype, w.ndim], target.anchor[name], fit(state.friction, w)
             v = state.momenta[name] - s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - xi) * v + (2 * s.own["diffusion"] * s.lr).sqrt() * noise[name]
             v = restrict(v, v * 0, setting.mask.get(name))

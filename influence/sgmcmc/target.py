@@ -7,6 +7,7 @@ $$p(w) \propto \exp\Bigl(-nβ\,L(w) - \tfrac{γ}{2}\,‖w - w^*‖² - \tfrac{λ
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -198,18 +199,18 @@ def total_loss(target: Target, params: Params, batch: Batch) -> tuple[Float[Tens
 
     Parameters with a chain axis give one of each per chain, by one `vmap`: of a shared batch, or of a `PerChain` one.
     """
-
-    def one(moving: Params, data: Batch) -> tuple[Tensor, Tensor]:
-        cast = {name: p.to(target.anchor[name].dtype) for name, p in moving.items()}
-        losses, labelled = position_losses(target.loss_fn, {**target.frozen, **cast}, data)
-        return (losses * labelled).sum(), labelled.sum().to(losses.dtype)
-
     name = next(iter(params))
     if params[name].ndim == target.anchor[name].ndim:
-        return one(params, batch)
+        return _total_of_one(target, params, batch)
     axis, data = (0, batch.batch) if isinstance(batch, PerChain) else (None, batch)
     with under_vmap():
-        return torch.vmap(one, in_dims=(0, axis))(params, data)
+        return torch.vmap(partial(_total_of_one, target), in_dims=(0, axis))(params, data)
+
+
+def _total_of_one(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    cast = {name: p.to(target.anchor[name].dtype) for name, p in params.items()}
+    losses, labelled = position_losses(target.loss_fn, {**target.frozen, **cast}, batch)
+    return (losses * labelled).sum(), labelled.sum().to(losses.dtype)
 
 
 def mean_loss(target: Target, params: Params, batch: Batch) -> Float[Tensor, "*c"]:
@@ -260,12 +261,7 @@ def gradient_at(loss_fn: Loss, params: Params, batches: Iterable[Batch]) -> Para
 
 def _gradient(target: Target, params: Params, batch: Batch) -> tuple[Float[Tensor, "*c"], Params]:
     if target.accumulate == 1 or batch is None:
-
-        def mean(w: Params) -> tuple[Tensor, Tensor]:
-            loss = mean_loss(target, w, batch)
-            return loss, loss
-
-        return _value_and_gradient(mean, params)
+        return _value_and_gradient(lambda w: (mean_loss(target, w, batch),) * 2, params)
     parts = [_summed(target, params, piece) for piece in _pieces(batch, target.accumulate)]
     count = torch.stack([count for (_, count), _ in parts]).sum(0)
     loss = torch.stack([total for (total, _), _ in parts]).sum(0) / count
@@ -288,12 +284,13 @@ def _pieces(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def _summed(target: Target, params: Params, batch: Batch) -> tuple[tuple[Tensor, Tensor], Params]:
-    def total(w: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        summed, count = total_loss(target, w, batch)
-        return summed, (summed, count)
-
-    (summed, count), grads = _value_and_gradient(total, params)
+    (summed, count), grads = _value_and_gradient(partial(_total_twice, target, batch), params)
     return (summed.detach(), count.detach()), grads
+
+
+def _total_twice(target: Target, batch: Batch, params: Params) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    summed, count = total_loss(target, params, batch)
+    return summed, (summed, count)
 
 
 def _value_and_gradient(function: Callable[[Params], tuple[Tensor, Any]], params: Params) -> tuple[Any, Params]:
