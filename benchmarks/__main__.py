@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks import (
     agree,
     building,
+    coefficients,
     collect,
     curvature,
     loader,
@@ -15,6 +16,7 @@ from benchmarks import (
     ranks,
     report,
     search,
+    sgmcmc,
     training,
     vocabulary,
 )
@@ -54,6 +56,8 @@ def main() -> int:
         ("vocabulary", vocabulary, "projected rows at a vocabulary of 128,256: logits whole and in pieces"),
         ("loader", loader, "tokens a second of the loader and of the model on its batches"),
         ("training", training, "what collecting adds to a Trainer's step"),
+        ("sgmcmc", sgmcmc, "a sampling step beside its forward and backward, chains together and apart, token BIF"),
+        ("coefficients", coefficients, "LLC of deep linear and reduced-rank nets beside their closed forms"),
     ):
         suite = suites.add_parser(name, help=meaning)
         suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
@@ -79,7 +83,12 @@ def main() -> int:
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
     of = one.add_subparsers(dest="of", required=True)
-    variants_of = {"collect": collect.VARIANTS, "curvature": curvature.VARIANTS, "vocabulary": vocabulary.VARIANTS}
+    variants_of = {
+        "collect": collect.VARIANTS,
+        "curvature": curvature.VARIANTS,
+        "vocabulary": vocabulary.VARIANTS,
+        "sgmcmc": sgmcmc.MEMORY,
+    }
     for name, variants in variants_of.items():
         suite = of.add_parser(name)
         if name == "collect":
@@ -183,6 +192,8 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if arguments.of == "collect":
         collect.print_memory(arguments.model, arguments.variant, arguments.threads, arguments.quick)
+    elif arguments.of == "sgmcmc":
+        sgmcmc.print_memory(arguments.variant, arguments.threads, arguments.quick)
     elif arguments.of == "vocabulary":
         vocabulary.print_memory(arguments.variant, arguments.threads, arguments.quick)
     else:

@@ -47,6 +47,7 @@ __all__ = [
     "project",
     "scale_by_adafactor",
     "scale_by_adam",
+    "sgmcmc",
     "similarity",
     "sinks",
     "split_heads",
@@ -55,7 +56,7 @@ __all__ = [
     "unit_norm",
 ]
 
-ROOMS = ("hessians", "index", "train")
+ROOMS = ("hessians", "index", "sgmcmc", "train")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

@@ -216,6 +216,9 @@ def _falcon(config: Any, count: int) -> tuple[str, int]:
     return ("concatenated", 1) if config.multi_query else ("interleaved", count)
 
 
+KEY_BIAS_CANCELS = ("gpt2", "bloom", "opt", "bert", "roberta", "vit")
+"""Families without rotary positions: a key bias adds the same to all of a query's scores, and softmax cancels it."""
+
 MASK_READERS = ("bloom", "falcon", "opt", "t5")
 """Families which read more than visibility from a padding mask (positions, ALiBi): they get it as it came."""
 

@@ -71,3 +71,10 @@ def test_the_command_line_of_the_readme_runs(tmp_path: Path, monkeypatch: Any, c
         assert program == "influence"
         assert main(flags) == 0, (line, capsys.readouterr().err)
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"corpus", "scores.parquet", "again"}
+
+
+def test_sampling_examples_run_and_have_the_shapes_they_say():
+    names = run("docs/sampling.md")
+    assert names["run"].loss.shape == (4, 80)
+    assert names["influences"].shape == (10, 10)
+    assert names["found"].value.shape == names["found"].stderr.shape == (10, 1, 3)

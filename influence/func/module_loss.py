@@ -34,6 +34,9 @@ class ModuleLoss:
             of its quantised layers.
         encoder_decoder: whether two streams of positions meet in it.
         likelihood: what labels the model would give, where the loss says so; otherwise `None`.
+        positional: whether `positions` can tell the loss of every position.
+        family: the model's family, as its config says.
+        unembedding: name of the weight that its logits are made with, where the model says.
     """
 
     likelihood: Likelihood | None
@@ -57,6 +60,9 @@ class ModuleLoss:
         self.name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
         known = {"cross_entropy": categorical, "squared_error": gaussian}
         self.likelihood = known[loss]() if isinstance(loss, str) and loss in known else None
+        self.positional = isinstance(loss, str)
+        self.family: str | None = getattr(getattr(model.skeleton, "config", None), "model_type", None)
+        self.unembedding = _head_name(model.skeleton)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -238,3 +244,10 @@ def weighted(losses: Float[Tensor, "*t n"], batch: Batch) -> Float[Tensor, "*t n
     """Return losses times the batch's weights, if it has any."""
     weight = batch.get("weight") if isinstance(batch, Mapping) else None
     return losses if weight is None else losses * weight.to(losses)
+
+
+def _head_name(skeleton: Any) -> str | None:
+    """Return the name of a model's output embedding, as its parameters are named: a tied one's first name."""
+    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return next((name for name, p in skeleton.named_parameters() if p is weight), None)

@@ -3,7 +3,7 @@
 The layout, for whoever reads it with h5py alone: each tensor is a contiguous dataset under its name, 64-byte aligned in
 the file, with the attribute `sha256` of its little-endian bytes; bfloat16, which HDF5 does not have, is uint16 with the
 attribute `dtype="bfloat16"`. The file has the attributes `kind`, `schema` (an integer), `about` (JSON) and `sha256` of
-that JSON.
+that JSON. Where dimensions are named, each name is a dimension scale, so netCDF-4 readers know the axes.
 """
 
 import hashlib
@@ -46,7 +46,13 @@ class Place(NamedTuple):
 
 
 def write(
-    path: str | Path, tensors: Mapping[str, Tensor | Sequence[Tensor]], about: Any, *, kind: str, schema: int
+    path: str | Path,
+    tensors: Mapping[str, Tensor | Sequence[Tensor]],
+    about: Any,
+    *,
+    kind: str,
+    schema: int,
+    dims: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write tensors and facts to a file, atomically: a temporary file, flushed, synced, then renamed.
 
@@ -59,6 +65,7 @@ def write(
         about: anything JSON can write.
         kind: what the file holds.
         schema: version of its layout.
+        dims: names of the dimensions of some tensors.
 
     Raises:
         OSError: if the disk is full, naming the file, the bytes it needs and those that are free.
@@ -94,6 +101,7 @@ def write(
         with h5py.File(name, "r+") as file:
             for key, digest in digests.items():
                 file[key].attrs["sha256"] = digest.result()
+            _name_dimensions(file, dims or {})
 
 
 def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor], Any]:
@@ -117,7 +125,7 @@ def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
 
     def take(key: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
+        if isinstance(item, h5py.Dataset) and not item.is_scale:
             data = numpy.asarray(item[()])
             if sha256(data) != item.attrs["sha256"]:
                 raise ValueError(f"{path} is damaged: the checksum of {key!r} differs")
@@ -174,6 +182,8 @@ def locate(path: str | Path) -> dict[str, Place]:
     places = {}
     with h5py.File(path, "r") as file:
         for key, dataset in file.items():
+            if dataset.is_scale:
+                continue
             dtype = str(dataset.attrs.get("dtype", dataset.dtype.name))
             offset = dataset.id.get_offset() or 0
             places[key] = Place(int(offset), tuple(dataset.shape), dtype, str(dataset.attrs["sha256"]))
@@ -193,6 +203,22 @@ def sha256(*arrays: Any) -> str:
     for array in arrays:
         digest.update(array.reshape(-1).view("u1"))
     return digest.hexdigest()
+
+
+def _name_dimensions(file: Any, dims: Mapping[str, Sequence[str]]) -> None:
+    """Attach a dimension scale to each named axis: the numbers from 0.
+
+    Raises:
+        ValueError: if one name has two lengths.
+    """
+    for key, names in dims.items():
+        dataset = file[key]
+        for axis, (name, length) in enumerate(zip(names, dataset.shape, strict=True)):
+            if name not in file:
+                file.create_dataset(name, data=range(length), dtype="<i8").make_scale(name.rpartition("/")[2])
+            if len(file[name]) != length:
+                raise ValueError(f"the dimension {name!r} has length {len(file[name])}, and {key!r} {length} there")
+            dataset.dims[axis].attach_scale(file[name])
 
 
 def _early() -> Any:

@@ -1,0 +1,246 @@
+"""Runs on disk: checkpoints while they go, one file when they are done.
+
+A folder holds `segment-00000.h5`, … (the traces of some steps, immutable), `state.h5` (the chains and the moments after
+the last of them, replaced at once), and at the end `run.h5` alone. Whatever is killed when, the rest is a function of
+`state.h5`, so the run goes on as if nothing had happened.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from influence import store
+from influence.sgmcmc.drive import Progress, Record
+from influence.sgmcmc.moments import Moments
+from influence.sgmcmc.plan import Plan
+from influence.sgmcmc.run import Observed, Run
+
+RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
+TOLERANCE = 1e-3
+"""How far the loss at the anchor may lie from what it was, relatively: the rounding of another machine."""
+
+
+def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) -> Progress | dict[str, Run]:
+    """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete.
+
+    Raises:
+        ValueError: if the folder's run is another one.
+    """
+    if (folder / "run.h5").is_file():
+        tensors, about = store.read(folder / "run.h5", kind=RUN, schema=SCHEMA)
+        _refuse_other(folder, plan, about["plan"], tensors["probe"])
+        return {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
+    if not (folder / "state.h5").is_file():
+        return progress
+    tensors, about = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)
+    _refuse_other(folder, plan, about["plan"], tensors["probe"])
+    for name in about["segments"]:
+        part, said = store.read(folder / name, kind=SEGMENT, schema=SCHEMA)
+        for key, values in part.items():
+            if key not in record.arrays:
+                record.arrays[key] = torch.full_like(record.arrays["loss"], float("nan"))
+                record.axes[key] = ("chain", "step")
+            begin, end = said["steps"] if record.axes[key][1] == "step" else said["draws"]
+            record.arrays[key][:, begin:end] = values
+    for name in record.moments:
+        record.moments[name] = _moments(tensors, f"moments/{name}/")
+    leaves, spec = tree_flatten(progress.states)
+    return Progress(
+        about["step"],
+        tree_unflatten(
+            [tensors[f"leaf/{i}"].reshape(leaf.shape).to(leaf.device) for i, leaf in enumerate(leaves)], spec
+        ),
+        tensors["alive"],
+    )
+
+
+def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
+    """Write the traces since a step, then the state that follows them."""
+    number = len(sorted(folder.glob("segment-*.h5"))) if begin else 0
+    known: list[str] = []
+    if begin:
+        known = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)[1]["segments"]
+        number = len(known)
+    steps = (begin, progress.step)
+    draws = tuple(max(0, (t - plan.burn_in) // plan.between) for t in steps)
+    spans = {"step": slice(*steps), "draw": slice(*draws)}
+    part = {key: x[:, spans[record.axes[key][1]]] for key, x in record.arrays.items()}
+    name = f"segment-{number:05d}.h5"
+    part = {key: x for key, x in part.items() if x.numel()}
+    store.write(folder / name, part, {"steps": steps, "draws": draws}, kind=SEGMENT, schema=SCHEMA)
+    leaves = tree_flatten(progress.states)[0]
+    tensors = {f"leaf/{i}": leaf.reshape(-1) for i, leaf in enumerate(leaves)}
+    for key, moments in record.moments.items():
+        tensors |= {f"moments/{key}/{field}": x for field, x in moments._asdict().items()}
+    tensors |= {"alive": progress.alive, "probe": probe(plan)}
+    about = {"step": progress.step, "segments": [*known, name], "plan": dict(plan.facts)}
+    store.write(folder / "state.h5", tensors, about, kind=STATE, schema=SCHEMA)
+
+
+def close_folder(folder: Path, plan: Plan, runs: Mapping[str, Run]) -> None:
+    """Write the complete runs as one file, and remove what led to it."""
+    tensors, about = {"probe": probe(plan)}, {}
+    dims: dict[str, tuple[str, ...]] = {}
+    for g, (name, run) in enumerate(runs.items()):
+        own, axes, about[name] = pack(run, f"{g}/")
+        tensors |= own
+        dims |= axes
+    said = {"runs": about, "plan": dict(plan.facts)}
+    store.write(folder / "run.h5", tensors, said, kind=RUN, schema=SCHEMA, dims=dims)
+    for path in [folder / "state.h5", *folder.glob("segment-*.h5")]:
+        path.unlink(missing_ok=True)
+
+
+def probe(plan: Plan) -> Tensor:
+    """Return what the loss function says at the anchor: a cache of another one is known by it."""
+    rows = None if plan.source is None else torch.arange(plan.batch)
+    batch = None if plan.source is None or rows is None else plan.source.fetch(rows)
+    found = [plan.baseline(rows, batch), *(float((w.anchor.double() * w.labelled).sum()) for w in plan.watched)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _refuse_other(folder: Path, plan: Plan, facts: Mapping[str, Any], then: Tensor) -> None:
+    for name, now in plan.facts.items():
+        was = facts.get(name)
+        if _plain(now) != _plain(was):
+            raise ValueError(
+                f"{folder} holds a run of another {name}: it has {was!r}, this one {now!r}. Delete the folder, or pass "
+                "another output_path"
+            )
+    now = probe(plan)
+    if then.shape != now.shape or not torch.allclose(then, now, rtol=TOLERANCE, atol=1e-9):
+        raise ValueError(
+            f"{folder} holds a run of another loss_fn: at the anchor it gave {then.tolist()}, this one {now.tolist()}. "
+            "Delete the folder, or pass another output_path"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def save(run: Run, path: str | Path) -> None:
+    """Write one run to one file."""
+    tensors, dims, about = pack(run, "")
+    store.write(path, tensors, about, kind=RUN, schema=SCHEMA, dims=dims)
+
+
+def load(path: str | Path) -> Run | dict[str, Run]:
+    """Read a run that `Run.save` wrote, or the runs of a folder."""
+    path = Path(path)
+    if path.is_dir():
+        tensors, about = store.read(path / "run.h5", kind=RUN, schema=SCHEMA)
+        runs = {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
+        return runs[""] if list(runs) == [""] else runs
+    tensors, about = store.read(path, kind=RUN, schema=SCHEMA)
+    return _run(tensors, about, "")
+
+
+def pack(run: Run, prefix: str) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]], dict[str, Any]]:
+    """Return a run as tensors, the names of their dimensions, and facts."""
+    c, s = "chain", "step"
+    named: dict[str, tuple[Tensor, tuple[str, ...]]] = {
+        "sampling_loss": (run.loss, (c, s)),
+        "baseline_loss": (run.baseline, (c, s)),
+        **{f"metrics_{name}": (x, (c, s)) for name, x in run.terms.items()},
+    }
+    for name, o in run.observables.items():
+        n, t, d = f"batch_{name}", f"token_pos_{name}", "draw"
+        named |= {
+            f"anchor_loss_{name}": (o.anchor, (n, t)),
+            f"labelled_{name}": (o.labelled.to(torch.uint8), (n, t)),
+            f"index_{name}": (o.index, (n,)),
+            f"shifted_mean_{name}": (o.mean, (c, d)),
+            **_named_moments(o.moments, f"moments_{name}", "observable", f"position_{name}"),
+        }
+        if o.ids is not None:
+            named[f"input_ids_{name}"] = (o.ids, (n, f"token_{name}"))
+        if o.sequences is not None:
+            named[f"shifted_sequence_loss_{name}"] = (o.sequences, (c, d, n))
+        if o.tokens is not None:
+            named[f"shifted_loss_{name}"] = (o.tokens, (c, d, n, t))
+    if run.pairs is not None:
+        named |= _named_moments(run.pairs, "pairs", "example", "example_2")
+    about = {
+        "observables": {name: o.identity for name, o in run.observables.items()},
+        "terms": list(run.terms),
+        "chains": list(run.chains),
+        "burn_in": run.burn_in,
+        "between": run.between,
+        "facts": dict(run.facts),
+    }
+    tensors = {prefix + name: x for name, (x, _) in named.items()}
+    return tensors, {prefix + name: tuple(prefix + axis for axis in axes) for name, (_, axes) in named.items()}, about
+
+
+def _named_moments(moments: Moments, name: str, p: str, q: str) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    axes = {"draws": (), "x": (p,), "xx": (p,), "y": (q,), "yy": (q,), "xy": (p, q)}
+    return {f"{name}_{field}": (x, ("chain", *axes[field])) for field, x in moments._asdict().items()}
+
+
+def _run(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> Run:
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+    def moments(name: str) -> Moments:
+        return Moments(*(own[f"{name}_{field}"] for field in Moments._fields))
+
+    observables = {
+        name: Observed(
+            own[f"anchor_loss_{name}"],
+            own[f"labelled_{name}"].bool(),
+            own[f"index_{name}"],
+            own.get(f"input_ids_{name}"),
+            identity,
+            own[f"shifted_mean_{name}"],
+            moments(f"moments_{name}"),
+            own.get(f"shifted_sequence_loss_{name}"),
+            own.get(f"shifted_loss_{name}"),
+        )
+        for name, identity in about["observables"].items()
+    }
+    return Run(
+        own["sampling_loss"],
+        own["baseline_loss"],
+        {name: own[f"metrics_{name}"] for name in about["terms"]},
+        observables,
+        moments("pairs") if "pairs_draws" in own else None,
+        tuple(about["chains"]),
+        about["burn_in"],
+        about["between"],
+        about["facts"],
+    )
+
+
+def _moments(tensors: Mapping[str, Tensor], prefix: str) -> Moments:
+    return Moments(*(tensors[prefix + field] for field in Moments._fields))
+
+
+def to_xarray(run: Run) -> Any:
+    """Return a run as an xarray Dataset with devinterp's names; `loss_{observable}` is not shifted there."""
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError("to_xarray needs the extra: pip install 'influence[xarray]'") from error
+    variables: dict[str, Any] = {
+        "sampling_loss": (("chain", "step"), run.loss.numpy()),
+        "init_loss": (("chain", "step"), run.baseline.numpy()),
+        **{f"metrics_{name}": (("chain", "step"), x.numpy()) for name, x in run.terms.items()},
+    }
+    for name, o in run.observables.items():
+        n, t = f"batch_{name}", f"token_pos_{name}"
+        if o.tokens is not None:
+            variables[f"loss_{name}"] = (("chain", "draw", n, t), (o.tokens + o.anchor).numpy())
+        elif o.sequences is not None:
+            counts = o.labelled.sum(1).clamp_min(1)
+            start = (o.anchor * o.labelled).sum(1) / counts
+            variables[f"loss_{name}"] = (("chain", "draw", n), (o.sequences + start).numpy())
+        if o.ids is not None:
+            variables[f"input_ids_{name}"] = ((n, f"token_{name}"), o.ids.numpy())
+    facts = {name: str(value) for name, value in run.facts.items()}
+    return xarray.Dataset(variables, {"chain": list(run.chains)}, facts)

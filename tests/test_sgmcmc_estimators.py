@@ -1,0 +1,330 @@
+"""BIF and susceptibilities against closed forms, streaming against two passes, and the laws of both."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from influence import sgmcmc
+from influence.sgmcmc import bif, diagnostics, llc, moments, susceptibility, theory
+
+F64 = torch.float64
+X = torch.tensor([[1, 0], [1, 1], [0, 2]], dtype=F64)
+Y = torch.tensor([1, 0, 2], dtype=F64)
+ANCHOR = torch.tensor([1 / 9, 7 / 9], dtype=F64)
+N_BETA, GAMMA, LR = 6.0, 0.5, 0.05
+DATA = {"x": X, "y": Y}
+
+
+def squared(w: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    return (batch["x"] @ w["w"] - batch["y"]).square() / 2
+
+
+@functools.cache
+def regression() -> dict[str, sgmcmc.Run]:
+    return sgmcmc.sample_restrictions(
+        squared,
+        {"w": ANCHOR},
+        DATA,
+        {"all": DATA},
+        lr=LR,
+        n_beta=N_BETA,
+        localization=GAMMA,
+        restrictions={"full": None, "first": {"w": torch.tensor([True, False])}},
+        batch_size=None,
+        num_chains=60,
+        num_draws=400,
+        num_burnin_steps=40,
+        keep="sequences",
+        seed=2,
+        progress=False,
+    )
+
+
+def law() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients, Hessians, SGLD's covariances of the full and of the restricted chain, and the exact posterior's."""
+    gradients, hessians = (X @ ANCHOR - Y)[:, None] * X, X[:, :, None] * X[:, None, :]
+    P = N_BETA * hessians.mean(0) + GAMMA * torch.eye(2, dtype=F64)
+    full = torch.linalg.inv(P - LR * P @ P / 4)
+    first = torch.linalg.inv(P[:1, :1] - LR * P[:1, :1] ** 2 / 4)
+    return gradients, hessians, full, first, torch.linalg.inv(P)
+
+
+def test_closed_forms_have_their_published_values() -> None:
+    g, A, full, first, exact = law()
+    for sigma, expected, energy in (
+        (exact, [[0.2213, -0.1360, -0.0323], [-0.1360, 0.2333, -0.0390], [-0.0323, -0.0390, 0.1688]], 0.9133),
+        (full, [[0.2351, -0.1440, -0.0320], [-0.1440, 0.2634, -0.0468], [-0.0320, -0.0468, 0.2058]], 1.0126),
+    ):
+        found = theory.gaussian_covariance(g, A, sigma)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=F64), rtol=0, atol=6e-5)
+        assert float(N_BETA * torch.trace(A.mean(0) @ sigma) / 2) == pytest.approx(energy, abs=6e-5)
+    moving = torch.tensor([True, False])
+    found = theory.gaussian_susceptibility(g, A, full, first, moving)
+    expected = torch.tensor(
+        [
+            [-0.0061605, -0.0061605, 0.0123211],
+            [-0.0062784, -0.0052297, 0.0115080],
+            [-0.0124389, -0.0113902, 0.0238291],
+        ],
+        dtype=F64,
+    )
+    torch.testing.assert_close(torch.stack(list(found)), expected, rtol=0, atol=6e-8)
+
+
+def test_influences_of_a_regression_are_their_closed_form() -> None:
+    g, A, full, _, _ = law()
+    exact = theory.gaussian_covariance(g, A, full)
+    run = regression()["full"]
+    for pooling in ("within", "stacked"):
+        found = bif.estimate(run, statistic="covariance", pooling=pooling, stderr=True)
+        assert float(((found.influences - exact).abs() / found.stderr).max()) < 4
+        assert float((found.stderr / exact.diagonal().mean()).max()) < 0.06
+    correlation = bif.estimate(run, stderr=True)
+    deviation = exact.diagonal().sqrt()
+    errors = correlation.stderr + 1e-6
+    assert float(((correlation.influences - exact / deviation[:, None] / deviation).abs() / errors).max()) < 4
+    assert torch.equal(correlation.influences.diagonal(), torch.ones(3))
+    assert float(correlation.influences.abs().max()) <= 1
+    assert correlation.rows == [("all", 0), ("all", 1), ("all", 2)]
+
+
+def test_susceptibilities_of_a_regression_are_their_closed_form() -> None:
+    g, A, full, first, _ = law()
+    found = susceptibility.estimate(regression(), "all")["all"]
+    assert found.restrictions == ["full", "first"]
+    everything = torch.ones(2, dtype=torch.bool)
+    for r, (sigma, moving) in enumerate(((full, everything), (first, torch.tensor([True, False])))):
+        exact = theory.gaussian_susceptibility(g, A, full, sigma, moving)
+        z = (found.value[:, 0, r] - exact.total) / found.stderr[:, 0, r]
+        assert float(z.abs().max()) < 4, (r, z)
+    assert float(found.stderr[:, 0, 1].max()) < 0.15 * 0.0238
+    torch.testing.assert_close(found.value[:, 0, 0], found.covariance[:, 0, 0])  # of the full run the shift is zero
+    torch.testing.assert_close(found.value.sum(0), torch.zeros(1, 2, dtype=F64), rtol=0, atol=1e-12)
+
+
+def test_llc_of_a_regression_is_its_closed_form_and_paired_with_its_baseline() -> None:
+    found = llc.estimate(regression()["full"])
+    assert abs(found.mean - 1.0126) < 4 * found.stderr < 0.1
+    assert "no fault" in found.verdict
+
+
+def traces() -> Tensor:
+    source = torch.Generator().manual_seed(0)
+    common = torch.randn(3, 40, 1, 1, generator=source)
+    return common + torch.randn(3, 40, 5, 4, generator=source) + torch.arange(3.0)[:, None, None, None]
+
+
+def run_of(tokens: Tensor, labelled: Tensor | None = None, other: Tensor | None = None) -> sgmcmc.Run:
+    """A run with given shifted losses of positions."""
+
+    def observed(x: Tensor, all_means: Tensor) -> sgmcmc.Observed:
+        c, _, n, t = x.shape
+        mask = torch.ones(n, t, dtype=torch.bool) if labelled is None else labelled
+        x = x * mask
+        counts = mask.sum(1)
+        state = moments.update(moments.init(c, all_means.shape[2], n * t), all_means, x.flatten(2))
+        sequences = x.sum(3) / counts
+        return sgmcmc.Observed(
+            torch.arange(n * t).reshape(n, t) / 10.0,
+            mask,
+            torch.arange(n),
+            None,
+            "",
+            x.double().sum((2, 3)) / counts.sum(),
+            state,
+            sequences,
+            x,
+        )
+
+    both = {"one": tokens, **({} if other is None else {"two": other})}
+    weight = torch.ones(tokens.shape[2:], dtype=torch.bool) if labelled is None else labelled
+    means = torch.stack([(x * weight).double().sum((2, 3)) / weight.sum() for x in both.values()], 2)
+    nothing = torch.zeros(tokens.shape[:2], dtype=F64)
+    facts = {"n_beta": 2.0}
+    return sgmcmc.Run(
+        nothing, nothing, {}, {name: observed(x, means) for name, x in both.items()}, None, (0, 1, 2), 0, 1, facts
+    )
+
+
+def test_streaming_moments_are_those_of_two_passes() -> None:
+    """Any block size, any order of merges, any split of the draws: numpy's covariances to 1e-12."""
+    source = torch.Generator().manual_seed(1)
+    x, y = 1e3 + torch.randn(2, 60, 3, generator=source, dtype=F64), torch.randn(2, 60, 4, generator=source, dtype=F64)
+    y = y + x[:, :, :1]
+    whole = moments.update(moments.init(2, 3, 4), x, y)
+    for size in (1, 7, 60):
+        state = moments.init(2, 3, 4)
+        for begin in range(0, 60, size):
+            state = moments.update(state, x[:, begin : begin + size], y[:, begin : begin + size])
+        torch.testing.assert_close(tuple(state), tuple(whole), rtol=1e-12, atol=1e-9)
+    a, b, c = (
+        moments.update(moments.init(2, 3, 4), x[:, part], y[:, part])
+        for part in (slice(0, 10), slice(10, 25), slice(25, 60))
+    )
+    for merged in (
+        moments.merge(moments.merge(a, b), c),
+        moments.merge(a, moments.merge(b, c)),
+        moments.merge(c, moments.merge(b, a)),
+    ):
+        torch.testing.assert_close(tuple(merged), tuple(whole), rtol=1e-12, atol=1e-9)
+    flat = np.concatenate([x.flatten(0, 1).numpy(), y.flatten(0, 1).numpy()], 1)
+    expected = torch.from_numpy(np.cov(flat.T)[:3, 3:])
+    torch.testing.assert_close(moments.covariance(whole, "stacked"), expected, rtol=1e-10, atol=1e-12)
+    each = [torch.from_numpy(np.cov(np.concatenate([x[c], y[c]], 1).T)[:3, 3:]) for c in range(2)]
+    torch.testing.assert_close(moments.covariance(whole), torch.stack(each).mean(0), rtol=1e-10, atol=1e-12)
+    means = torch.stack([x.mean(1), x.mean(1)])[0] - x.mean((0, 1))
+    between = 60 * means.T @ (y.mean(1) - y.mean((0, 1)))  # within + between = stacked
+    pieces = (59 * 2 * moments.covariance(whole) + between) / 119
+    torch.testing.assert_close(moments.covariance(whole, "stacked"), pieces, rtol=1e-10, atol=1e-10)
+
+
+def test_a_dead_chain_leaves_no_trace_in_the_moments() -> None:
+    x = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    state = moments.update(moments.init(2, 2, 2), x[:, :3], x[:, :3])
+    poisoned = x[:, 3:].clone()
+    poisoned[1] = float("nan")
+    after = moments.update(state, poisoned, poisoned, torch.tensor([True, False]))
+    assert after.draws.tolist() == [5, 3]
+    assert all(torch.equal(new[1], old[1]) for new, old in zip(after, state, strict=True))
+    alone = moments.update(moments.init(1, 2, 2), x[:1], x[:1])
+    torch.testing.assert_close(tuple(each[:1] for each in after), tuple(alone))
+
+
+@pytest.mark.parametrize("pooling", ["within", "stacked", "mean"])
+@pytest.mark.parametrize("statistic", ["correlation", "covariance"])
+def test_token_influences_are_those_of_numpy(pooling: str, statistic: str) -> None:
+    x = traces()
+    run = run_of(x)
+    flat = {
+        "within": (x - x.mean(1, keepdim=True)).flatten(0, 1),
+        "stacked": x.flatten(0, 1),
+        "mean": x.mean(0),
+    }[pooling].flatten(1)
+    function = np.corrcoef if statistic == "correlation" else np.cov
+    expected = torch.from_numpy(function(flat.double().numpy().T)).reshape(5, 4, 5, 4).permute(0, 2, 1, 3)
+    if pooling == "within" and statistic == "covariance":
+        expected = expected * 119 / 117  # three means were taken away
+    found = bif.estimate(run, level="token", statistic=statistic, pooling=pooling).influences
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    block = bif.estimate(
+        run, level="token", statistic=statistic, pooling=pooling, row_range=slice(1, 3), column_range=slice(4, 5)
+    )
+    torch.testing.assert_close(block.influences, found[1:3, 4:5])
+    averaged = bif.estimate(run, level="token", average=True, statistic=statistic, pooling=pooling).influences
+    torch.testing.assert_close(averaged, found.mean((2, 3)), rtol=1e-4, atol=1e-6)
+    if statistic == "covariance":  # the mean over the block is the covariance of the means
+        sequence = bif.estimate(run, statistic=statistic, pooling=pooling).influences
+        torch.testing.assert_close(averaged, sequence, rtol=1e-4, atol=1e-6)
+
+
+def test_influences_between_observables_top_k_signs_and_unlabelled_positions() -> None:
+    x = traces()
+    labelled = torch.ones(5, 4, dtype=torch.bool)
+    labelled[0, 2:] = False
+    run = run_of(x, labelled, other=x.flip(1))
+    cross = bif.estimate(run, "one", "two")
+    joint = bif.estimate(run)
+    torch.testing.assert_close(cross.influences, joint.influences[:5, 5:], rtol=1e-4, atol=1e-6)
+    assert cross.columns[0] == ("two", 0)
+    paper = bif.estimate(run, "one", "two", statistic="covariance", sign=-1, scale=run.n_beta).influences
+    raw = bif.estimate(run, "one", "two", statistic="covariance").influences
+    torch.testing.assert_close(paper, -2 * raw)
+    z = bif.draws(run, None)
+    values, who = bif.top_k(bif.draws(run, "one"), z, 3, block=4)
+    expected, at = joint.influences[:5].topk(3, 1)
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(who, at)
+    tokens = bif.estimate(run, "one", level="token").influences
+    assert bool((tokens[0, :, 2:] == 0).all())
+    averaged = bif.estimate(run, "one", level="token", average=True).influences
+    torch.testing.assert_close(averaged[0, 1], tokens[0, 1, :2].mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_susceptibility_is_the_raw_moment_formula() -> None:
+    """Cov_C(φ, D) + E_C φ (E_C D - E_F D), from the published raw form, with another baseline too."""
+    full, part = run_of(traces()), run_of(traces().flip(2) * 0.7 + 0.1)
+    runs = {"full": full, "part": part}
+    for init_loss in (None, 0.3):
+        found = susceptibility.estimate(runs, "one", init_loss=init_loss)["one"]
+        loss = {
+            name: (run.observables["one"].tokens + run.observables["one"].anchor).double().flatten(0, 1)
+            for name, run in runs.items()
+        }
+        start = full.observables["one"].anchor_mean if init_loss is None else init_loss
+        for r, name in enumerate(runs):
+            A, phi = loss[name].mean((1, 2)), loss[name].mean((1, 2)) - start
+            l_b, A_f, l_f = loss[name], loss["full"].mean(), loss["full"].mean(0)
+            raw = (phi * A).mean() - (phi[:, None, None] * l_b).mean(0) - phi.mean() * (A_f - l_f)
+            torch.testing.assert_close(found.value[..., r], raw, rtol=1e-5, atol=1e-6)  # of float32 losses
+    assert susceptibility.estimate(runs, "one", sign=-1, scale=2.0)["one"].value.equal(
+        -2 * susceptibility.estimate(runs, "one")["one"].value
+    )
+
+
+def test_effective_sample_size_of_an_autoregression_is_its_closed_form() -> None:
+    source = torch.Generator().manual_seed(0)
+    for rho in (0.0, 0.6, 0.9):
+        x, found = torch.randn(4, generator=source, dtype=F64), []
+        for _ in range(8000):
+            x = rho * x + (1 - rho**2) ** 0.5 * torch.randn(4, generator=source, dtype=F64)
+            found.append(x)
+        trace = torch.stack(found, 1)
+        exact = 32_000 * (1 - rho) / (1 + rho)
+        assert diagnostics.ess(trace) == pytest.approx(exact, rel=0.15)
+        assert diagnostics.rhat(trace) < 1.02
+        assert abs(diagnostics.drift(trace)) < 4
+    apart = trace + 5 * torch.arange(4.0)[:, None]
+    assert diagnostics.rhat(apart) > 2
+    assert diagnostics.ess(apart) < 20
+    assert diagnostics.drift(trace + torch.linspace(0, 2, 8000)) > 8
+
+
+def test_verdicts_say_what_is_wrong_with_the_number_behind_it() -> None:
+    source = torch.Generator().manual_seed(0)
+
+    def of(excess: Tensor, **terms: Tensor) -> str:
+        run = sgmcmc.Run(excess, torch.zeros_like(excess), terms, {}, None, (0, 1), 0, 1, {"n_beta": 10.0})
+        return llc.estimate(run).verdict
+
+    noise = torch.randn(2, 500, generator=source, dtype=F64)
+    assert of(noise + 5) == "no fault found"
+    assert "not at a minimum: LLC -5" in of(noise - 0.5 * 1 + 0.0 * noise)[:40].replace("-4.9", "-5").replace(
+        "-5.0", "-5"
+    )
+    assert "not mixed: R-hat" in of(noise + torch.tensor([[5.0], [50.0]]))
+    assert "not settled: the second half lies +" in of(noise + 5 + torch.linspace(0, 3, 500))
+    assert "too hot: acceptance 0.50" in of(noise + 5, acceptance=torch.full((2, 500), 0.5, dtype=F64))
+
+
+def test_wbic_is_at_its_temperature_only() -> None:
+    loss = torch.full((2, 10), 0.5, dtype=F64)
+    at = {"n_beta": sgmcmc.default_n_beta(100)}
+    run = sgmcmc.Run(loss, loss, {}, {}, None, (0, 1), 0, 1, at)
+    assert llc.wbic(run, 100)[0] == 50
+    with pytest.raises(ValueError, match="n / log n"):
+        llc.wbic(run, 50)
+
+
+def test_what_cannot_be_estimated_is_refused() -> None:
+    run = run_of(traces())
+    bare: Any = sgmcmc.sample(
+        squared, {"w": ANCHOR}, DATA, {"all": DATA}, lr=LR, n_beta=1.0, batch_size=3, num_draws=1, progress=False
+    )
+    for call, words in (
+        (lambda: llc.estimate(bare), "at least two steps"),
+        (lambda: bif.estimate(bare), "at least two draws"),
+        (lambda: bif.estimate(bare, level="token"), "keep='tokens'"),
+        (lambda: bif.estimate(run, average=True), "level='token'"),
+        (lambda: bif.estimate(run, statistic="cosine"), "correlation, covariance"),
+        (lambda: susceptibility.estimate({"l0": run}, "one"), "needs 'full'"),
+        (lambda: susceptibility.estimate({"full": run, "l0": bare}, "one"), r"observed \['all'\]"),
+        (lambda: llc.estimate(run, "mean"), "paired, steps, draws"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with pytest.raises(KeyError, match="it has one"):
+        bif.estimate(run, "three")
