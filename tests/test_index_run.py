@@ -232,7 +232,7 @@ def test_a_damaged_run_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run.json is damaged"):
         begin(tmp_path)
     (tmp_path / "run.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match=r"schema 99, this version reads 1"):
+    with pytest.raises(ValueError, match=r"schema 99, this version reads 2"):
         begin(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from influence.index import (
 )
 from influence.index.encoding import DTYPES, Encoded, decode
 from influence.index.root import About, Shard, write_root
+from influence.store.checksums import sha256
 
 COLUMNS = Columns({"a": (3, 4), "b": (5,)})
 PRINT = Fingerprint({"weights": "abc"}, {"curvature": [], "scaling": None}, {"data": "none"})
@@ -389,13 +392,24 @@ def test_store_writes_the_same_bytes_twice_and_names_what_is_damaged(tmp_path: P
     assert facts == {"lr": 1}
     assert all(torch.equal(found[key], tensors[key]) and found[key].dtype == tensors[key].dtype for key in tensors)
     place = store.locate(tmp_path / "a")["x"]
-    assert place.sha256 == hashlib.sha256(tensors["x"].numpy().tobytes()).hexdigest()
+    whole = hashlib.sha256(tensors["x"].numpy().tobytes())
+    assert place.sha256 == hashlib.sha256(whole.digest()).hexdigest()
     flip(tmp_path / "a", place.offset)
     with pytest.raises(ValueError, match="checksum of 'x' differs"):
         store.read(tmp_path / "a", kind="thing", schema=3)
     (tmp_path / "b").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="b is damaged"):
         store.read(tmp_path / "b", kind="thing", schema=3)
+
+
+@pytest.mark.parametrize("megabytes", [0, 4, 11.5])
+def test_a_checksum_does_not_depend_on_the_pieces(megabytes: float) -> None:
+    data = np.random.default_rng(0).bytes(int(megabytes * 2**20))
+    digests = [hashlib.sha256(data[i : i + 2**22]).digest() for i in range(0, len(data), 2**22)]
+    expected = hashlib.sha256(b"".join(digests)).hexdigest()
+    cuts = [0, 5, 2**20, 2**22, 2**22 + 1, len(data)]
+    assert sha256([data]) == expected
+    assert sha256([data[a:b] for a, b in itertools.pairwise(cuts)]) == expected
 
 
 def test_printing_says_all_of_it(tmp_path: Path) -> None:

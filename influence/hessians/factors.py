@@ -22,7 +22,7 @@ from influence.func.transform import Transform, unblock
 from influence.hessians.labels import Labels
 from influence.types import LossFn, Params, Rows
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.index.fingerprints import Fingerprint, differences
 from influence.index.lock import LOCK, Lock
 
-SCHEMA = 1
+SCHEMA = 2
 RUN, ROOT = "run.json", "index.h5"
 SHARDS, PARTIALS, TEMPORARY = "shard-*.h5", "partial-*.h5", ".*.partial"
 NEIGHBOURS = "faiss"

@@ -20,7 +20,7 @@ from influence.index.encoding import Encoded, Unstorable, check_dtype, encode
 from influence.index.run import stamp
 from influence.types import Rows
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "shard"
 
 

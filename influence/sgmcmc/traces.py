@@ -19,7 +19,7 @@ from influence.sgmcmc.moments import Moments
 from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.run import Observed, Run
 
-RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
+RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 2
 TOLERANCE = 1e-3
 """How far the loss at the anchor may lie from what it was, relatively: the rounding of another machine."""
 

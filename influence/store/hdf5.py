@@ -1,9 +1,10 @@
 """One HDF5 file of tensors and facts: written whole or not at all, and read only if every checksum holds.
 
 The layout, for whoever reads it with h5py alone: each tensor is a contiguous dataset under its name, 64-byte aligned in
-the file, with the attribute `sha256` of its little-endian bytes; bfloat16, which HDF5 does not have, is uint16 with the
-attribute `dtype="bfloat16"`. The file has the attributes `kind`, `schema` (an integer), `about` (JSON) and `sha256` of
-that JSON. Where dimensions are named, each name is a dimension scale, so netCDF-4 readers know the axes.
+the file, with the attribute `sha256` of its little-endian bytes, or rather of the digests of every 4 MiB of them
+(`checksums`); bfloat16, which HDF5 does not have, is uint16 with the attribute `dtype="bfloat16"`. The file has the
+attributes `kind`, `schema` (an integer), `about` (JSON) and `sha256` of that JSON. Where dimensions are named, each
+name is a dimension scale, so netCDF-4 readers know the axes.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from influence.store.checksums import sha256
 from influence.store.replacing import replacing
 
 ALIGNMENT = 64
@@ -91,7 +93,7 @@ def write(
                     dataset.attrs["dtype"] = "bfloat16"
                 offsets[key] = dataset.id.get_offset()
         with ThreadPoolExecutor(1) as pool, open(name, "r+b", buffering=0) as raw:
-            digests = {key: pool.submit(sha256, *each) for key, each in arrays.items()}
+            digests = {key: pool.submit(sha256, map(octets, each)) for key, each in arrays.items()}
             for key, each in arrays.items():
                 if offsets[key] is not None and each[0].ndim:
                     raw.seek(offsets[key])
@@ -127,7 +129,7 @@ def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor]
     def take(key: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and not item.is_scale:
             data = numpy.asarray(item[()])
-            if sha256(data) != item.attrs["sha256"]:
+            if sha256([octets(data)]) != item.attrs["sha256"]:
                 raise ValueError(f"{path} is damaged: the checksum of {key!r} differs")
             tensor = torch.from_numpy(data)
             tensors[key] = tensor.view(torch.bfloat16) if item.attrs.get("dtype") == "bfloat16" else tensor
@@ -197,12 +199,9 @@ def little_endian(tensor: Tensor) -> Any:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def sha256(*arrays: Any) -> str:
-    """Return the checksum of the bytes of arrays, one after the other."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.reshape(-1).view("u1"))
-    return digest.hexdigest()
+def octets(array: Any) -> Any:
+    """Return the bytes of a contiguous array, without a copy."""
+    return array.reshape(-1).view("u1")
 
 
 def _name_dimensions(file: Any, dims: Mapping[str, Sequence[str]]) -> None:
@@ -232,6 +231,6 @@ def _early() -> Any:
 
 
 def _write_all(raw: Any, array: Any) -> None:
-    left = memoryview(array.reshape(-1).view("u1"))
+    left = memoryview(octets(array))
     while left:
         left = left[raw.write(left) :]

@@ -1,6 +1,5 @@
 """Datasets as memory maps: tensors whose bytes stay in the file until they are read."""
 
-import hashlib
 import mmap
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from influence.store.checksums import sha256
 from influence.store.hdf5 import Place
 
 
@@ -30,4 +30,4 @@ def mapped(buffer: Any, place: Place) -> Shaped[Tensor, "..."]:
 
 def checksum(buffer: Any, place: Place) -> str:
     """Return the checksum of a dataset's bytes as they are in the file now."""
-    return hashlib.sha256(memoryview(buffer)[place.offset : place.offset + place.bytes]).hexdigest()
+    return sha256([memoryview(buffer)[place.offset : place.offset + place.bytes]])

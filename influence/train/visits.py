@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence import store
 
-KIND, SCHEMA = "visits", 1
+KIND, SCHEMA = "visits", 2
 
 
 class Visits(NamedTuple):
