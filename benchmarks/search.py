@@ -93,15 +93,18 @@ def cut(maps: Sequence[np.ndarray], at_once: int) -> Iterator[Tensor]:
 
 
 def blocked_product(maps: Sequence[np.ndarray], queries: Tensor, at_once: int) -> Callable[[], None]:
-    """The bare product: every block is converted and multiplied, and the result forgotten."""
-    buffer = torch.empty(at_once, queries.shape[1])
+    """The bare product: every block is converted and multiplied, the faster way round, and the result forgotten."""
+    from influence.index.scan import MANY
+
+    buffer, q = torch.empty(at_once, queries.shape[1]), len(queries)
     blocks = list(cut(maps, at_once))
+    out = torch.empty(q, at_once) if q < MANY else torch.empty(at_once, q).mT
 
     def step() -> None:
         for block in blocks:
             rows = buffer[: len(block)]
             rows.copy_(block)
-            torch.mm(queries, rows.mT)
+            torch.mm(queries, rows.mT, out=out[:, : len(block)])
 
     return step
 

@@ -120,7 +120,7 @@ def test_sums_by_document_and_squared_norms(dtype: str) -> None:
 
 
 def decoded_pieces(pieces: list[Piece]) -> list[tuple[Tensor, Tensor | None]]:
-    found = scan.decoded(pieces, all_columns(), torch.float64, torch.device("cpu"))
+    found = scan.all_decoded(pieces, all_columns(), torch.float64, torch.device("cpu"))
     return [(rows.clone(), scale) for rows, scale in found]
 
 
@@ -170,9 +170,9 @@ def test_a_row_that_is_not_finite_is_named() -> None:
 def test_nothing_is_copied_when_rows_are_wide_and_whole() -> None:
     rows = rows_of(20)
     (piece,) = stored(rows, "float64", 20)
-    ((seen, _),) = scan.decoded([piece], all_columns(), torch.float64, torch.device("cpu"))
+    ((seen, _),) = scan.all_decoded([piece], all_columns(), torch.float64, torch.device("cpu"))
     assert seen.data_ptr() == piece.values.data_ptr()
-    ((seen, _),) = scan.decoded([piece], choose(SHAPES, ["b", "c"]), torch.float64, torch.device("cpu"))
+    ((seen, _),) = scan.all_decoded([piece], choose(SHAPES, ["b", "c"]), torch.float64, torch.device("cpu"))
     assert seen.data_ptr() == piece.values[:, 12:].data_ptr()
 
 

@@ -1,5 +1,6 @@
 """The running top k of scores that come in pieces: exact, in any split, with ties broken by row."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 CELL = 256
 """Scores of which the largest alone is looked at, unless it would enter."""
+GROWTH = 8
+"""By how much more is looked at at a time while the top fills."""
 
 
 class Top(NamedTuple):
@@ -49,8 +52,13 @@ def update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
         >>> update(start(torch.zeros(1), 2), torch.tensor([[1.0, 3.0, 3.0]]), begin=10).indices
         tensor([[11, 12]])
     """
-    whole = scores.shape[1] // CELL * CELL
-    for left, right in ((0, whole), (whole, scores.shape[1])):
+    size = scores.shape[1]
+    whole = size // CELL * CELL
+    edges = [0, whole, size]
+    if bool((top.indices[:, -1:] < 0).any()):  # a few first, so that the rest is looked at by cells
+        some = -(-top.values.shape[1] // CELL) * CELL
+        edges[1:1] = [edge for i in range(21) if (edge := some * GROWTH**i) < whole]
+    for left, right in pairwise(edges):
         if left < right:
             top = _update(top, scores[:, left:right], begin + left)
     return top
@@ -59,8 +67,11 @@ def update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
 def _update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
     """Take in scores that fill their cells, or one cell."""
     k, least = top.values.shape[1], top.values[:, -1:]
-    cells = scores.unflatten(1, (-1, min(CELL, scores.shape[1])))
-    largest = cells.amax(2)
+    cell_size = min(CELL, scores.shape[1])
+    cells = scores.unflatten(1, (-1, cell_size))
+    # a reduction whose result lies across its input is slow: it follows the layout of the scores
+    side_by_side = scores.stride(0) == 1
+    largest = scores.mT.unflatten(0, (-1, cell_size)).amax(1).mT if side_by_side else cells.amax(2)
     query, cell = (~(largest <= least)).nonzero().unbind(1)  # NaN is among them
     if not len(query):
         return top
@@ -87,7 +98,7 @@ def _update(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
 
 def _among_all(top: Top, scores: Float[Tensor, "q r"], begin: int) -> Top:
     """Take in scores of which many would enter, as at the beginning."""
-    found = first_largest(scores, top.values.shape[1])
+    found = first_largest(scores.contiguous(), top.values.shape[1])
     return _joined(top, found._replace(indices=found.indices + begin))
 
 

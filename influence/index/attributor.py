@@ -200,7 +200,7 @@ class Attributor:
             return scan.squared_norms(self._pieces(), chosen, self._dtype)
         whole, found = choose(self.index.blocks), [torch.zeros(0, dtype=self._dtype)]
         made = self._known
-        for rows, scale in scan.decoded(self._pieces(), whole, self._dtype, torch.device("cpu")):
+        for rows, scale in scan.all_decoded(self._pieces(), whole, self._dtype, torch.device("cpu")):
             plain = whole.rows(rows if scale is None else rows * scale)
             other = inverse.apply(plain if made is None else CollectedRows(plain, made, Layout()), Layout())
             found.append((chosen.matrix(plain) * chosen.matrix(other)).sum(1))
@@ -329,7 +329,7 @@ class Attributor:
         return documents, groups
 
     def _pieces(self, queries: int = 1) -> Iterable[Piece]:
-        return self.index.pieces(scan.rows_at_once(self.index.dim, queries))
+        return self.index.pieces(scan.rows_a_piece(queries))
 
     def _asked(
         self,

@@ -24,7 +24,7 @@ from influence.func.plan import human
 from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
 from influence.index.run import NEIGHBOURS
-from influence.index.scan import Piece, decoded
+from influence.index.scan import Piece, all_decoded
 
 SCHEMA = 1
 PER_LIST = 256
@@ -188,7 +188,7 @@ def _made(stored: Stored, config: FaissConfig) -> Iterator[tuple[int, Any]]:
 
 def _matrices(stored: Stored, at_once: int) -> Iterator[Float[Tensor, "r d"]]:
     """Yield all rows in float32."""
-    for rows, scale in decoded(stored.pieces(at_once), stored.chosen, torch.float32, torch.device("cpu")):
+    for rows, scale in all_decoded(stored.pieces(at_once), stored.chosen, torch.float32, torch.device("cpu")):
         yield (rows if scale is None else rows * scale).contiguous()
 
 

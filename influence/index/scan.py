@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func import top
@@ -22,7 +22,9 @@ BUFFER = 1 << 20
 """Entries decoded at a time: 4 MB of float32, or half of it where products, not Python, are what takes time."""
 FEW = 8
 """Queries from which on they are."""
-GATHERED, WIDEST = 1 << 20, 1 << 16
+MANY = 16
+"""Queries from which on a product is faster with their scores side by side in memory."""
+GATHERED, WIDEST = 1 << 21, 1 << 18
 """Scores looked at at a time, in all and of one query."""
 
 
@@ -54,8 +56,13 @@ class Scored(NamedTuple):
 
 
 def rows_at_once(dim: int, queries: int = 1) -> int:
-    """Return how many rows of a width a piece should have: few enough to stay in the cache once decoded."""
+    """Return how many rows of a width are decoded at a time: few enough to stay in the cache."""
     return min(max((BUFFER if queries < FEW else BUFFER // 2) // dim, 16), 8192)
+
+
+def rows_a_piece(queries: int = 1) -> int:
+    """Return how many rows a piece should have: as many as have their scores looked at together."""
+    return max(1, min(GATHERED // max(queries, 1), WIDEST))
 
 
 def scan(
@@ -124,7 +131,7 @@ def block_scores(
         `{block: [q, n]}`.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in columns.names}
-    for rows, scale in decoded(pieces, columns, queries.dtype, queries.device):
+    for rows, scale in all_decoded(pieces, columns, queries.dtype, queries.device):
         for name, where in columns.inside.items():
             part = queries[:, where] @ rows[:, where].mT
             found[name].append(part if scale is None else part * scale.mT)
@@ -168,7 +175,7 @@ def squared_norms(pieces: Iterable[Piece], columns: Chosen, dtype: torch.dtype) 
         The squared norms.
     """
     found = []
-    for rows, scale in decoded(pieces, columns, dtype, torch.device("cpu")):
+    for rows, scale in all_decoded(pieces, columns, dtype, torch.device("cpu")):
         squares = rows.square().sum(1)
         found.append(squares if scale is None else squares * scale[:, 0].square())
     return torch.cat(found) if found else torch.zeros(0, dtype=dtype)
@@ -188,29 +195,31 @@ def products(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Ch
         The scores.
     """
     q = queries.shape[0]
+    buffer = buffer_for(columns, queries.dtype, queries.device, q)
     gathered, begin, filled = queries.new_empty(q, 0), 0, 0
-    for rows, scale in decoded(pieces, columns, queries.dtype, queries.device):
-        r = rows.shape[0]
+    for piece in pieces:
+        r = piece.values.shape[0]
         if filled + r > gathered.shape[1]:
             if filled:
                 yield Scored(begin, gathered[:, :filled])
                 begin, filled = begin + filled, 0
             if r > gathered.shape[1]:
-                gathered = queries.new_empty(q, max(r, min(GATHERED // max(q, 1), WIDEST)))
-        part, product = gathered[:, filled : filled + r], queries @ rows.mT  # a product into part itself is slower
-        if scale is None:
-            part.copy_(product)
-        else:
-            torch.mul(product, scale.mT, out=part)
+                width = max(r, rows_a_piece(q))
+                gathered = queries.new_empty(q, width) if q < MANY else queries.new_empty(width, q).mT
+        part, scale = gathered[:, filled : filled + r], scale_of_rows(piece)
+        for rows, out in zip(decoded(piece, columns, buffer), part.split(len(buffer), 1), strict=True):
+            torch.mm(queries, rows.mT, out=out)
+        if scale is not None:
+            part.mul_(scale.to(part.device, part.dtype).mT)
         filled += r
     if filled:
         yield Scored(begin, gathered[:, :filled])
 
 
-def decoded(
+def all_decoded(
     pieces: Iterable[Piece], columns: Chosen, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[Shaped[Tensor, "r d"], Tensor | None]]:
-    """Yield the chosen columns of every piece, and what remains to be multiplied: one scale per row, or nothing.
+) -> Iterator[tuple[Float[Tensor, "r d"], Tensor | None]]:
+    """Yield the chosen columns of all rows, some at a time, and what remains to be multiplied: one scale per row.
 
     What is yielded is overwritten by the next.
 
@@ -221,27 +230,51 @@ def decoded(
         device: where to.
 
     Yields:
-        Rows and scales `[r, 1]`.
+        Rows, and their scales `[r, 1]` if there are any left.
     """
-    buffer = torch.empty(0, columns.dim, dtype=dtype, device=device)
+    buffer = buffer_for(columns, dtype, device)
     for piece in pieces:
-        values, scale = piece.values, piece.scale
-        values = values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
-        r = values.shape[0]
-        if values.dtype == dtype and scale is None and len(columns.spans) == 1 and values.device == device:
-            yield values[:, columns.spans[0]], None
-            continue
-        if buffer.shape[0] < r:
-            buffer = torch.empty(r, columns.dim, dtype=dtype, device=device)
-        rows, at = buffer[:r], 0
+        scale, at = scale_of_rows(piece), 0
+        for rows in decoded(piece, columns, buffer):
+            r = rows.shape[0]
+            yield rows, None if scale is None else scale[at : at + r].to(device, dtype)
+            at += r
+
+
+def decoded(piece: Piece, columns: Chosen, buffer: Float[Tensor, "r d"]) -> Iterator[Float[Tensor, "r d"]]:
+    """Yield the chosen columns of a piece, as many rows at a time as a buffer has; `scale_of_rows` is left to multiply.
+
+    Rows that are stored in the buffer's dtype are views; others are overwritten by the next.
+    """
+    values, scale = piece.values, piece.scale
+    values = values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+    size, spans = len(buffer), columns.spans
+    as_it_is = values.dtype == buffer.dtype and scale is None and values.device == buffer.device
+    if as_it_is and len(spans) == 1:
+        yield from values[:, spans[0]].split(size)
+        return
+    several = scale is not None and scale.shape[1] > 1
+    for number, stored in enumerate(values.split(size)):
+        rows = buffer[: len(stored)] if len(stored) < size else buffer
         if columns.dim == values.shape[1]:
-            rows.copy_(values)
-        for span in columns.spans if columns.dim < values.shape[1] else ():
-            rows[:, at : at + span.stop - span.start] = values[:, span]
-            at += span.stop - span.start
-        scale = None if scale is None else scale.to(device, dtype)
-        if scale is not None and scale.shape[1] > 1:
-            for where, number in zip(columns.inside.values(), columns.numbers, strict=True):
-                rows[:, where] *= scale[:, number : number + 1]
-            scale = None
-        yield rows, scale
+            rows.copy_(stored)
+        else:
+            at = 0
+            for span in spans:
+                rows[:, at : at + span.stop - span.start] = stored[:, span]
+                at += span.stop - span.start
+        if several:
+            here = scale[number * size : number * size + len(stored)].to(buffer.device, buffer.dtype)
+            for where, block in zip(columns.inside.values(), columns.numbers, strict=True):
+                rows[:, where] *= here[:, block : block + 1]
+        yield rows
+
+
+def scale_of_rows(piece: Piece) -> Tensor | None:
+    """Return the scale `[r, 1]` that `decoded` leaves to be multiplied."""
+    return None if piece.scale is None or piece.scale.shape[1] > 1 else piece.scale
+
+
+def buffer_for(columns: Chosen, dtype: torch.dtype, device: torch.device, queries: int = 1) -> Float[Tensor, "r d"]:
+    """Return room for rows to be decoded in, few enough to stay in the cache."""
+    return torch.empty(rows_at_once(columns.dim, queries), columns.dim, dtype=dtype, device=device)
