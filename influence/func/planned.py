@@ -13,8 +13,8 @@ class Planned:
     """A step that was planned on a first batch: call it with parameters and a batch.
 
     A batch which takes the model along another path than the planned one (a mask where there was none) gets a plan of
-    its own, once. The batched engine's check against a plain backward is repeated on the 2nd, 4th, 8th … batch and
-    batch shape, and on every batch until one showed something.
+    its own, once. The batched engine's check against a plain backward is repeated whenever the batches, or the batch
+    shapes, are twice as many as at the last check, and on every batch until one showed something.
 
     Attributes:
         plans: what is executed, in the order in which they were needed: a plan, and its step.
@@ -31,6 +31,7 @@ class Planned:
         self._loss_fn, self._make = loss_fn, make
         self.plans = [make(params, batch)]
         self._calls, self._shapes, self._checked = 0, {example_shapes(batch)}, self.plan.guard is not None
+        self._at_check = (1, 1)
 
     @property
     def plan(self) -> Plan:
@@ -43,15 +44,15 @@ class Planned:
             self.plans = [self._make(params, batch)]
             self._checked = self.plan.guard is not None
         self._calls += 1
-        shape = example_shapes(batch)
-        fresh = shape not in self._shapes
-        self._shapes.add(shape)
-        due = not self._checked or power_of_two(self._calls) or (fresh and power_of_two(len(self._shapes)))
+        self._shapes.add(example_shapes(batch))
+        calls, shapes = self._at_check
+        due = not self._checked or self._calls >= 2 * calls or len(self._shapes) >= 2 * shapes
         for plan, step in self.plans:
             try:
                 value = step(params, batch)
                 if plan.batched is not None and self._calls > 1 and due:
                     self._checked |= self._recheck(plan, params, batch)
+                    self._at_check = (self._calls, len(self._shapes))
                 return value
             except AnotherPath:
                 continue
@@ -65,7 +66,7 @@ class Planned:
             raise EngineError(
                 f"the plan of the first batch is wrong for this one: Σ c·row = ∇ Σ c·ℓ fails at {where!r}, relative "
                 f"error {error:.2g}. The model takes another path that does not show; rows since the last check (it is "
-                "repeated on the 2nd, 4th, 8th … batch and shape) may be wrong. Use engine='vmap' or 'loop'"
+                "repeated whenever batches or shapes have doubled) may be wrong. Use engine='vmap' or 'loop'"
             )
         return error is not None
 
@@ -73,8 +74,3 @@ class Planned:
 def example_shapes(batch: Batch) -> tuple[tuple[int, ...], ...]:
     """Return the shape of one example in every tensor of a batch."""
     return tuple(tuple(leaf.shape[1:]) for leaf in split_leaves(batch)[0])
-
-
-def power_of_two(number: int) -> bool:
-    """Whether a count is 1, 2, 4, 8 and so on."""
-    return number & (number - 1) == 0
