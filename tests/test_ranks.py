@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from influence.index import open_index
-from influence.pipelines import build, hessian, reduce, score
+from influence.pipelines import build, ends, hessian, reduce, score
 from influence.pipelines.configs import LossConfig, TransformConfig
 from influence.pipelines.prepare import load_factors
 from influence.pipelines.ranks import launched
@@ -105,7 +105,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     for name in ("reduce", "mean"):
         a, b = (open_index(place / name).matrix() for place in (one, two))
         assert float((a - b).norm() / a.norm()) <= 1e-12
-    heaps = [score.read_best(place / "heap") for place in (one, two)]
+    heaps = [ends.read_best(place / "heap") for place in (one, two)]
     for name, heap in heaps[0].items():
         assert torch.equal(heap.indices, heaps[1][name].indices)
         assert torch.equal(heap.values, heaps[1][name].values)

@@ -100,6 +100,7 @@ def start(
 
     Raises:
         FileExistsError: if something is there; saying what, and what to do.
+        NotADirectoryError: if a file is there.
         FileNotFoundError: if there is nothing to append to.
         ValueError: if it has another kind, plan or fingerprint; naming the field and both values.
         BlockingIOError: if another writer is at it.
@@ -107,6 +108,8 @@ def start(
     directory = Path(directory)
     if append and overwrite:
         raise ValueError("append=True adds to what is there, and overwrite=True deletes it: choose one")
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, and a run is a directory: write to another place")
     directory.mkdir(parents=True, exist_ok=True)
     _check_ours(directory)
     lock = Lock(directory)

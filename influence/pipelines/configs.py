@@ -20,6 +20,18 @@ Stored: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "int8"]
 Inversion: TypeAlias = Literal["damped", "absolute", "tikhonov", "pseudoinverse", "factored"]
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Refuse numbers that are too small; `None` is none.
+
+    Raises:
+        ValueError: naming the flag and the value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value is not tyro.MISSING and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model, and how it is loaded.
@@ -89,6 +101,10 @@ class DataConfig:
     advantage_column: str | None = None
     skip_nan_rewards: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "max_examples", "max_length", "max_tokens", "chunk_length")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -149,6 +165,11 @@ class TransformConfig:
     missing: Literal["error", "identity"] = "error"
     unit_norm: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that are too small."""
+        at_least(self, 0, "projection_dim", "damping")
+        at_least(self, 1, "projection_signs")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -181,6 +202,10 @@ class RunConfig:
     resume: bool = True
     progress: bool | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "token_budget", "max_rows", "shard_size")
 
 
 Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]

@@ -13,10 +13,10 @@ from influence.index.shards import KIND, SCHEMA, shard_name
 from influence.pipelines import hessian
 from influence.pipelines.configs import Run, read_config
 from influence.pipelines.directory import kind_command
+from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import size
 from influence.pipelines.prepare import load_factors
-from influence.pipelines.score import read_best
 
 
 @dataclass(frozen=True)

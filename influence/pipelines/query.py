@@ -24,7 +24,8 @@ from influence.pipelines.configs import (
     from_mapping,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.prepare import Measured, check_gradients, measure, predicted, tokens_of, vocabulary_hash
+from influence.pipelines.prepare import Measured, check_gradients, measure, predicted
+from influence.pipelines.reading import tokens_of, vocabulary_hash
 from influence.pipelines.texts import by_part, highlighted, short, texts_of
 from influence.types import Rows
 
