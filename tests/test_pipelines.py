@@ -14,8 +14,9 @@ from influence.index import build as build_index
 from influence.index import open_index
 from influence.pipelines import build, ekfac, ends, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
 from influence.pipelines.collect import Summed
-from influence.pipelines.configs import DataConfig, LossConfig, TransformConfig, from_mapping, read_config, to_mapping
+from influence.pipelines.configs import DataConfig, LossConfig, TransformConfig
 from influence.pipelines.loading import load_model
+from influence.pipelines.plain import from_mapping, read_config, to_mapping
 from influence.pipelines.prepare import load_factors, transform_of
 from influence.pipelines.seen import of_rows
 from tests.pipeline_world import (

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from influence.func.top import Top
 from influence.index import Index, open_index
-from influence.pipelines.configs import read_config
 from influence.pipelines.outcome import Outcome, table
+from influence.pipelines.plain import read_config
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
 

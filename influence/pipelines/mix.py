@@ -6,8 +6,9 @@ from pathlib import Path
 from influence import hessians
 from influence.index import Fingerprint, start
 from influence.pipelines import hessian
-from influence.pipelines.configs import Run, at_least, to_mapping, write_config
+from influence.pipelines.configs import Run, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.prepare import load_factors
 from influence.pipelines.ranks import among_ranks, ranks
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from influence.index import Fingerprint, start
-from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig, to_mapping, write_config
+from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
 from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
+from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.ranks import Ranks, ranks
 
