@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -9,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from influence.data.sources import BUILDERS
 
 SECONDS = 3.0
 """How long the Hub may take to answer a knock."""
@@ -25,7 +28,11 @@ def looked_up(name: str) -> Iterator[None]:
     """
     import huggingface_hub.constants
 
-    if _is_here(name) or huggingface_hub.constants.HF_HUB_OFFLINE or reachable(huggingface_hub.constants.ENDPOINT):
+    if (
+        not _may_be_there(name)
+        or huggingface_hub.constants.HF_HUB_OFFLINE
+        or reachable(huggingface_hub.constants.ENDPOINT)
+    ):
         yield
         return
     warnings.warn(f"the Hub cannot be reached: {name!r} is looked for among what was downloaded before", stacklevel=3)
@@ -33,9 +40,11 @@ def looked_up(name: str) -> Iterator[None]:
         yield
 
 
-def _is_here(name: str) -> bool:
+def _may_be_there(name: str) -> bool:
     place = Path(name).expanduser()
-    return place.exists() and not (place / "adapter_config.json").exists()  # an adapter's base may be on the Hub
+    if place.exists():
+        return (place / "adapter_config.json").exists()  # an adapter's base may be on the Hub
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and place.suffix.lower() not in BUILDERS
 
 
 @functools.cache
