@@ -190,7 +190,8 @@ def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> s
     """
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(_message(error).split()) or "no message"
-    text = as_flags(text, names or {})
+    if type(error).__name__ != "FieldError":  # which speaks of a file of settings
+        text = as_flags(text, names or {})
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
         text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
     return text

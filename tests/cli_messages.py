@@ -2,19 +2,21 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from influence import store
 from influence.cli import main
-from influence.index.lock import Lock
+from influence.index.lock import HELD, Lock
 from notebooks.make_corpus import make
 
 DOCUMENTS = 25
@@ -178,7 +180,7 @@ MISTAKES = [
     Mistake("no such FAISS index", ask("--faiss.index-factory", "Flut"), ("--faiss.index-factory Flut",)),
     Mistake("too few rows for FAISS", ask("--faiss.index-factory", "IVF99,Flat"), ("cannot learn 'IVF99,Flat'",)),
     Mistake("no folder to record in", ask("--record", "nowhere/out.csv"), ("there is no folder nowhere", "--record")),
-    Mistake("a configuration that says more", bad_yaml, ("unknown field data.colour",)),
+    Mistake("a configuration that says more", bad_yaml, ("unknown field data.colour", "data_kwargs")),
 ]
 
 
@@ -204,7 +206,7 @@ def conditions(mistake: Mistake, folder: Path) -> Iterator[bool]:
 
 
 def print_all(*more: str) -> None:
-    """Type every mistake in a process of its own and print what it says, and its exit status."""
+    """Type every mistake in a process of its own, and print what it says on standard error, and its exit status."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with contextlib.redirect_stdout(None):
@@ -215,14 +217,32 @@ def print_all(*more: str) -> None:
                     print(f"* {mistake.name}: this user may not mount a small disk")
                     continue
                 flags = [str(flag) for flag in mistake.typed(folder)]
-                typed = [sys.executable, "-m", "influence", *flags, *more]
-                how: dict[str, Any] = {"cwd": folder, "env": environment(), "capture_output": True, "text": True}
-                ran = subprocess.run(typed, check=False, **how)  # in the folder, so that messages name short paths
-            shown = shlex.join(flags).replace(f"{folder}/", "")
-            print(f"* {mistake.name}: influence {shown}\n    exit {ran.returncode}", end="")
-            lines = [line for line in ran.stderr.replace(f"{folder}/", "").splitlines() if line.strip()]
-            print("".join(f"\n    {line}" for line in lines), flush=True)
+                status, said = told([*flags, *more], folder)
+            print(f"* {mistake.name}: influence {shlex.join(flags).replace(f'{folder}/', '')}\n    exit {status}")
+            lines = [line for line in said.replace(f"{folder}/", "").splitlines() if line.strip()]
+            print("\n".join(f"    {line}" for line in lines), flush=True)
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "COLUMNS": "120"}
+def told(flags: list[str], folder: Path) -> tuple[int, str]:
+    """Run a command in a process that is forked, in a folder so that messages name short paths."""
+    file = folder / "said"
+    process = multiprocessing.get_context("fork").Process(target=_tell, args=(flags, folder, file))
+    process.start()
+    process.join()
+    return process.exitcode or 0, file.read_text()
+
+
+def _tell(flags: list[str], folder: Path, file: Path) -> None:
+    HELD.clear()  # the lock is the other process's, which the kernel knows
+    os.environ |= {"COLUMNS": "120"}
+    os.chdir(folder)
+    with open(file, "w") as said:
+        os.dup2(said.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        status = main(flags)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)

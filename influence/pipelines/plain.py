@@ -13,6 +13,10 @@ import tyro
 C = TypeVar("C")
 
 
+class FieldError(ValueError):
+    """A file of settings has what it cannot have; fields have the names that they have in files."""
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """Return a configuration as JSON can write it."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -40,11 +44,11 @@ def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", par
         ValueError: naming the unknown field, the missing one, or the one that holds something else.
     """
     if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
+        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = [name for name in mapping if name not in fields]
     if unknown:
-        raise ValueError(
+        raise FieldError(
             f"unknown field {where}{unknown[0]}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
         )
     hints = get_type_hints(kind)
@@ -56,7 +60,7 @@ def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", par
             if required and dataclasses.is_dataclass(hint):
                 values[name] = from_mapping(hint, {}, inside, partial)  # type: ignore[arg-type]
             elif required and not partial:
-                raise ValueError(f"field {where}{name} is missing, and it has no default")
+                raise FieldError(f"field {where}{name} is missing, and it has no default")
             elif required:
                 values[name] = tyro.MISSING
         elif dataclasses.is_dataclass(hint):
@@ -76,7 +80,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             value = float(value)  # YAML reads 1e-3, without a point, as a string
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
-        raise ValueError(f"field {name} must be {_said(hint)}; got {value!r}")
+        raise FieldError(f"field {name} must be {_said(hint)}; got {value!r}")
     return value
 
 
