@@ -1,5 +1,9 @@
-"""Every kind of bad input and what the library answers: `python -m tests.messages` prints the table."""
+"""Every kind of bad input and what the library answers: `python -m tests.messages` prints the table.
 
+`python -m tests.messages cli` prints what the command line says to its mistakes (tests/cli_messages.py).
+"""
+
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -371,7 +375,11 @@ def message_of(case: Bad) -> str:
     return "(nothing was said)"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "cli" in sys.argv[1:]:
+    from tests.cli_messages import print_all
+
+    print_all(*sys.argv[2:])
+elif __name__ == "__main__":
     warnings.simplefilter("ignore")
     for case in CASES:
         print(f"* {case.name}:\n    {message_of(case)}")

@@ -7,6 +7,7 @@ all of them.
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -201,7 +202,7 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
         empty = faiss.index_factory(dim, config.index_factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
-            f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {error}"
+            f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {_said(error)}"
         ) from error
     cells = faiss.try_extract_index_ivf(empty)
     learned = max(PER_LIST * (1 if cells is None else cells.nlist), PER_LIST * PER_LIST)
@@ -212,10 +213,15 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
             empty.train(_sample(stored, count, config.batch_size).numpy())
         except RuntimeError as error:
             raise ValueError(
-                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or "
-                "codes, or 'Flat'"
+                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({_said(error)}): choose fewer cells "
+                "or codes, or 'Flat'"
             ) from error
     return empty
+
+
+def _said(error: RuntimeError) -> str:
+    """Return what FAISS says, without the place in its source."""
+    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: '.*?' failed: )?", "", str(error))
 
 
 def _sample(stored: Stored, count: int, at_once: int) -> Float[Tensor, "r d"]:

@@ -11,12 +11,13 @@ from influence.index import done, open_index
 from influence.index.run import read_run
 from influence.index.shards import KIND, SCHEMA, shard_name
 from influence.pipelines import hessian
-from influence.pipelines.configs import Run, read_config
+from influence.pipelines.configs import Run
 from influence.pipelines.directory import kind_command
+from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.plain import read_config
 from influence.pipelines.planning import size
 from influence.pipelines.prepare import load_factors
-from influence.pipelines.score import read_best
 
 
 @dataclass(frozen=True)

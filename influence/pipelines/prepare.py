@@ -1,4 +1,4 @@
-"""From a configuration to values: the model as a pure function, the data as tokens, the transform."""
+"""From a configuration to values: the model as a pure function, the transform, the batches."""
 
 import contextlib
 import importlib
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from influence import data, hessians, models
-from influence.data.sources import mapping_of
 from influence.func.blocks import as_blocks, split_heads
-from influence.func.fingerprint import fingerprint, weights_hash
+from influence.func.fingerprint import weights_hash
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import LOSSES, ModuleLoss
@@ -25,7 +24,8 @@ from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kfac_whiten
 from influence.hessians import Factors
 from influence.index import Index
-from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.configs import LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.loading import load_model, load_tokenizer, usable
 from influence.pipelines.ranks import own_device
 from influence.types import ExampleLoss, Params
 
@@ -65,7 +65,7 @@ def measure(
     Raises:
         ValueError: if an option does not fit, or the curvature is of other weights.
     """
-    device = _usable(own_device("cpu" if execution is None else execution.device))
+    device = usable(own_device("cpu" if execution is None else execution.device))
     factors = None if transform.hessian is None else load_factors(transform.hessian)
     made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
     module = load_model(model, device)
@@ -86,65 +86,6 @@ def measure(
             f"model has {weights[:12]}…): fit them on this model, or load the checkpoint they belong to"
         )
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
-
-
-def _usable(device: str) -> str:
-    """Refuse a device that is not there, before anything is loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the device {device!r} cannot be used here ({said}): pass --device cpu, or another"
-        ) from error
-    return device
-
-
-def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
-    """Load a model.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs, "peft_init_kwargs")
-    with _found(config.model, "model"):
-        return models.load(
-            config.model,
-            task=config.task,
-            precision=config.precision,
-            revision=config.revision,
-            model_kwargs=mapping_of(config.model_kwargs, "model_kwargs"),
-            adapter=config.adapter,
-            peft_init_kwargs=fresh,
-            device=device,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """Load a model's tokenizer; `None` where it has none and none is named."""
-    from transformers import AutoTokenizer
-
-    path = config.tokenizer or config.model
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if config.tokenizer is None and Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
-        return None
-    with _found(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-
-
-@contextlib.contextmanager
-def _found(path: str, what: str) -> Iterator[None]:
-    """Say in a line that there is no such thing, where transformers needs a page."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or Path(path).is_dir():
-            raise
-        raise ValueError(
-            f"no {what} {path!r}: it is no folder here, and the Hub has none that can be reached "
-            f"({str(error).splitlines()[0]}). Give a folder which save_pretrained wrote, or the id of a Hub model"
-        ) from error
 
 
 def _with_biases(module: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -274,89 +215,6 @@ def check_gradients(index: Index) -> None:
     """
     if index.about.kind == "scores":
         raise ValueError(f"{index.path} holds scores, and no gradients: give a run of influence build or reduce")
-
-
-def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:
-    """Return a dataset's tokens.
-
-    Raises:
-        ValueError: if no document has a token to predict: every gradient would be zero.
-    """
-    tokens = tokens_of(config, load_rows(config), measured.tokenizer, measured.config)
-    seen = tokens.counts
-    if tokens.document is None and seen.empty + seen.single + seen.unlabelled == len(tokens):
-        raise ValueError(
-            f"none of the {len(tokens):,} documents of {config.dataset} has a token to predict, so every gradient is "
-            f"zero ({tokens.report()}): a conversation needs turns of the role assistant, a text two tokens"
-        )
-    return tokens
-
-
-def load_rows(config: DataConfig) -> Any:
-    """Return a dataset's rows.
-
-    Raises:
-        ValueError: if there is no such dataset.
-    """
-    with _read(config.dataset):
-        rows = data.load(config.dataset, split=config.split, subset=config.subset, data_kwargs=config.data_kwargs)
-    return rows if config.max_examples is None else rows.select(range(min(config.max_examples, len(rows))))
-
-
-@contextlib.contextmanager
-def _read(dataset: str) -> Iterator[None]:
-    """Say in a line what datasets could not read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"the dataset {dataset!r} cannot be read: {said}") from error
-
-
-def text_format(config: DataConfig) -> data.TextFormat:
-    """Return which columns hold the text."""
-    return data.TextFormat(
-        config.prompt_column, config.completion_column, config.conversation_column, config.template, config.end_of_turn
-    )
-
-
-def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data.Tokenized:
-    """Return the tokens of rows.
-
-    Args:
-        config: how they become tokens.
-        rows: what `load_rows` returns.
-        tokenizer: the tokenizer.
-        model: transformers' config of the model, which knows its longest document.
-
-    Returns:
-        The tokens.
-    """
-    limit = config.max_length if config.max_length is not None else data.context_length(tokenizer, model)
-    return data.tokenize(
-        rows,
-        tokenizer,
-        text_format(config),
-        max_length=None if config.chunk_length is not None else limit,
-        truncation=config.truncation,
-        chunk_length=config.chunk_length,
-        max_tokens=config.max_tokens,
-        reward_column=config.reward_column,
-        advantage_column=config.advantage_column,
-        skip_nan_rewards=config.skip_nan_rewards,
-    )
-
-
-def vocabulary_hash(tokenizer: Any) -> str | None:
-    """Return the hash of which number a tokenizer gives to which token; `None` where there is no tokenizer."""
-    return None if tokenizer is None else fingerprint(tokenizer.get_vocab())
-
-
-def data_hash(tokens: data.Tokenized) -> str:
-    """Return the hash of everything a pass sees of its data."""
-    return fingerprint({name: getattr(tokens, name) for name in ("ids", "labels", "offsets", "weight")})
 
 
 def batches_of(execution: RunConfig) -> Callable[[data.Tokenized], Iterator[dict[str, Tensor]]]:
