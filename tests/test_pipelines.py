@@ -15,8 +15,9 @@ from influence.index import open_index
 from influence.pipelines import build, ekfac, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
 from influence.pipelines.collect import Summed
 from influence.pipelines.configs import DataConfig, LossConfig, TransformConfig, from_mapping, read_config, to_mapping
-from influence.pipelines.prepare import load_factors, load_model, transform_of
+from influence.pipelines.prepare import load_model
 from influence.pipelines.seen import of_rows
+from influence.pipelines.views import load_factors, transform_of
 from tests.pipeline_world import (
     DOCUMENTS,
     FAST,

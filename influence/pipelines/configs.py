@@ -110,7 +110,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What is wanted of each gradient, in this order: blocks, heads, curvature, projection, unit norm.
+    """What is wanted of each gradient, in this order: blocks, heads, optimizer, curvature, projection, unit norm.
 
     Attributes:
         targets: globs over parameter names to attribute to; default the matrices of the repeated layers.
@@ -123,6 +123,8 @@ class TransformConfig:
         projection_target: project block by block, or all blocks together.
         projection_seed: another seed draws other matrices.
         projection_signs: non-zeros per column of a sparse sketch.
+        optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
+        optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
         hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
         power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
         whiten: project what is whitened: eigen keeps the strongest eigenvectors, kfac sketches at random; power -0.5.
@@ -141,6 +143,8 @@ class TransformConfig:
     projection_target: Literal["per_block", "global"] = "per_block"
     projection_seed: int = 0
     projection_signs: int = 1
+    optimizer: str | None = None
+    optimizer_view: Literal["scale", "update"] = "scale"
     hessian: str | None = None
     power: float = -0.5
     whiten: Literal["eigen", "kfac"] | None = None
@@ -250,12 +254,21 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     from beartype.door import is_bearable
 
     value = tuple(value) if isinstance(value, list) else value
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-3, without a point, as a string
+    if hint is float:
+        value = _number(value)
+    elif get_origin(hint) is tuple and get_args(hint)[0] is float and isinstance(value, tuple):
+        value = tuple(map(_number, value))
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
         raise ValueError(f"field {name} must be {_said(hint)}; got {value!r}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Return what can only mean a float as one: YAML reads 1e-3, without a point, as a string."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 

@@ -15,8 +15,8 @@ from influence.pipelines.configs import Run, read_config
 from influence.pipelines.directory import kind_command
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.planning import size
-from influence.pipelines.prepare import load_factors
 from influence.pipelines.score import read_best
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)

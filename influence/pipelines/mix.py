@@ -7,7 +7,7 @@ from influence import hessians
 from influence.pipelines import hessian
 from influence.pipelines.configs import Run, write_config
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.prepare import load_factors
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)
