@@ -18,10 +18,11 @@ from influence.cli import main
 from influence.func.layout import bare_layout
 from influence.index import open_index
 from influence.models import layer_matrices
-from influence.pipelines import build, inspect, less, query, reduce, score, tracin
+from influence.pipelines import build, inspect, less, query, reduce, score, tracin, trackstar
 from influence.pipelines.checkpoints import learning_rates
 from influence.pipelines.configs import ModelConfig, TransformConfig, from_mapping
-from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, questions, world
+from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, power_of, questions, world
+from tests.pipeline_world import sketched as by_block
 
 WHOLE = TransformConfig(projection_dim=0)
 Grads = dict[str, Tensor]
@@ -410,6 +411,23 @@ def test_a_query_of_scaled_rows(tmp_path: Path, whole: Any) -> None:
         for hit in answer["best"]:
             found[hit["example"]] = hit["score"]
         close(found, scores[:, 0], 1e-9)
+
+
+def test_trackstar_of_scaled_gradients(tmp_path: Path, whole: Any) -> None:
+    """As the paper has it: the optimizer's scale on both sides, curvature of what was scaled and projected."""
+    checkpoints, seen = whole
+    model = ModelConfig(checkpoints[1], tokenizer=model_config().model)
+    view = TransformConfig(projection_dim=3, optimizer=checkpoints[1])
+    config = trackstar.TrackstarConfig(str(tmp_path / "t"), model, corpus(), questions(), mix=False, transform=view)
+    trackstar.run(replace(config, execution=FAST))
+    sides = []
+    for name in ("corpus.jsonl", "questions.jsonl"):
+        rows = gradients(base(), seen.weights[1], name)
+        scaled = {n.removesuffix(".weight"): g / denominator(seen.moments[1], n) for n, g in rows.items()}
+        sides.append({n: g.flatten(1) for n, g in by_block(scaled, 3).items()})
+    roots = {n: power_of(g.mT @ g / len(g), -0.5, 0.1) for n, g in sides[0].items()}
+    g, q = (unit(torch.cat([rows[n] @ root for n, root in roots.items()], 1)) for rows in sides)
+    close(scores_of(tmp_path / "t"), g @ q.mT, 1e-8)
 
 
 def test_an_optimizer_that_does_not_fit(tmp_path: Path, whole: Any, lora: Any) -> None:

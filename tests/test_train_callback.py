@@ -30,6 +30,7 @@ from influence.train import (
     read_order,
     sum_epochs,
 )
+from influence.train.sharing import Shared, count_of
 from tests.cases import hf
 
 GPT2 = {"vocab_size": 40, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
@@ -318,6 +319,41 @@ def test_a_dataset_of_transformers_kind_and_adapters_by_default(tmp_path: Path) 
     assert list(index.blocks) == [f"{block}{side}.default" for side in ("A", "B")]
     assert index.index.tolist() == list(range(10))
     assert index.matrix().abs().sum(1).min() > 0
+
+
+def test_items_made_by_a_transform_keep_their_numbers(tmp_path: Path) -> None:
+    """As images are: a column that is added is not in what the transform returns."""
+    items = [{key: value.tolist() for key, value in item.items()} for item in dataset()]
+
+    def made(rows: dict[str, list[list[int]]]) -> dict[str, list[Tensor]]:
+        return {key: [torch.tensor(value) for value in rows[key]] for key in ("input_ids", "labels")}
+
+    data = datasets.Dataset.from_list(items).with_transform(made)
+    callback = GradientCollectorCallback(tmp_path / "rows", TRANSFORM, targets=TARGETS, dtype="float64")
+    trainer, snapshots = trainer_of(tmp_path, callback, data=data, num_train_epochs=1)
+    trainer.train()
+    compare(tmp_path / "rows", snapshots, 1e-10)
+
+
+def test_a_scale_has_the_optimizers_own_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was 1e-8 whatever the optimizer's; with tied weights besides."""
+    monkeypatch.setitem(OPTIMIZERS, "AdamW", lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.9), eps=1e-2))
+    monkeypatch.setitem(globals(), "TARGETS", ["*wte.weight", "*c_fc.*"])
+    callback = GradientCollectorCallback(
+        tmp_path / "rows", TRANSFORM, targets=TARGETS, scale="optimizer", dtype="float64"
+    )
+    trainer, snapshots = trainer_of(tmp_path, callback, num_train_epochs=1)
+    trainer.train()
+    compare(tmp_path / "rows", snapshots, 1e-10, lambda moments: scale_by_adam(moments, eps=1e-2))
+
+
+def test_the_count_is_the_nearest_of_those_that_are_near() -> None:
+    """Labels and what they predict differ by less than the tolerance where documents are long: the rows were off."""
+    losses = torch.full((8,), 2047 * 3.0)
+    shared = Shared({}, torch.zeros(()), losses.sum() / 16376, losses, torch.full((8,), 2047))
+    assert count_of(shared, [16384.0, 16376.0, 8.0, 1.0]) == 16376.0
+    with pytest.raises(ValueError, match="their sum over none of 16384, 8"):
+        count_of(shared._replace(loss=losses.sum() / 16000), [16384.0, 8.0])
 
 
 class Classifier(nn.Module):

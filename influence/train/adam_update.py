@@ -30,8 +30,14 @@ def adam_update(state: OptimizerState) -> Transform:
         The transform; it follows `as_blocks()` and comes before any projection.
 
     Raises:
-        ValueError: if the optimizer keeps no first moment; when bound, if a parameter has no moments.
+        ValueError: if the optimizer keeps no first moment, or is an amsgrad; when bound, if a parameter has no moments.
     """
+    doing = [name for name, settings in state.settings.items() if settings.get("amsgrad")]
+    if doing:
+        raise ValueError(
+            f"adam_update: {', '.join(doing[:3])} is trained with amsgrad, whose update needs the largest moment and "
+            "the running one: use scale_by_optimizer, or train without amsgrad"
+        )
     first, second = state.first(), {name: unfactor(v) for name, v in state.moments().second.items()}
     settings = {
         "first": first,

@@ -199,6 +199,11 @@ class Collector:
 
     def _examples(self, inputs: Mapping[str, Any]) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
         """Return which examples a micro-batch holds, and the batch."""
+        if INDEX not in inputs:
+            raise ValueError(
+                f"a micro-batch holds {', '.join(map(str, inputs))} and no {INDEX!r}, so it does not say which examples"
+                " it is of: train on the dataset and with the collator that the Trainer had when it was prepared"
+            )
         index, batch = inputs[INDEX], sharing.as_batch(inputs)
         sizes = {key: tuple(x.shape) for key, x in batch.items() if x.ndim == 0 or x.shape[0] != len(index)}
         if sizes:

@@ -165,9 +165,9 @@ def count_of(shared: Shared, counts: Sequence[float]) -> float:
     """
     loss, total = float(shared.loss), float(shared.losses.double().sum())
     limit = TOLERANCE.get(shared.loss.dtype, 2e-2)
-    for count in counts:
-        if abs(loss * count - total) <= limit * max(abs(total), 1e-6):
-            return count
+    nearest = min(counts, key=lambda count: abs(loss * count - total))  # of long documents two counts are near
+    if abs(loss * nearest - total) <= limit * max(abs(total), 1e-6):
+        return nearest
     listed = ", ".join(f"{count:g}" for count in dict.fromkeys(counts))
     raise ValueError(
         f"share=True: the Trainer's loss is {loss:.6g}, and the examples' losses sum to {total:.6g}: their sum over "
