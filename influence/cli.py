@@ -22,6 +22,8 @@ COMMANDS = {
     "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
+    "tracin": "recipe: gradient products over checkpoints, times learning rates (TracIn)",
+    "less": "recipe: Adam's updates against a task's gradients, over a warm-up (LESS)",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }

@@ -366,11 +366,14 @@ def in_inference_mode() -> Any:
         return per_example_grads(ell, W, X)
 
 
+ERRORS = (ValueError, RuntimeError, OSError)
+
+
 def message_of(case: Bad) -> str:
     """Return what the library says to a mistake."""
     try:
         case.call()
-    except ValueError as error:
+    except ERRORS as error:
         return str(error)
     return "(nothing was said)"
 
@@ -380,6 +383,8 @@ if __name__ == "__main__" and "cli" in sys.argv[1:]:
 
     print_all(*sys.argv[2:])
 elif __name__ == "__main__":
+    from tests import messages_training
+
     warnings.simplefilter("ignore")
-    for case in CASES:
+    for case in [*CASES, *messages_training.CASES]:
         print(f"* {case.name}:\n    {message_of(case)}")

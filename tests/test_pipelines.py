@@ -17,8 +17,8 @@ from influence.pipelines.collect import Summed
 from influence.pipelines.configs import DataConfig, LossConfig, TransformConfig
 from influence.pipelines.loading import load_model
 from influence.pipelines.plain import from_mapping, read_config, to_mapping
-from influence.pipelines.prepare import load_factors, transform_of
 from influence.pipelines.seen import of_rows
+from influence.pipelines.views import load_factors, transform_of
 from tests.pipeline_world import (
     DOCUMENTS,
     FAST,

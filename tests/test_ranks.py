@@ -16,8 +16,8 @@ from torch import Tensor
 from influence.index import open_index
 from influence.pipelines import build, collect, ends, hessian, reduce, score
 from influence.pipelines.configs import LossConfig, TransformConfig
-from influence.pipelines.prepare import load_factors
 from influence.pipelines.ranks import launched
+from influence.pipelines.views import load_factors
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, model_config, questions, world
 
 ROOT = Path(__file__).parent.parent

@@ -108,6 +108,10 @@ def test_adam_update_is_the_step_that_adam_takes_next() -> None:
         torch.testing.assert_close(rows[layer][0], expected.detach(), rtol=2e-4, atol=2e-5)
     with pytest.raises(ValueError, match=r"adam_update\(.*cannot follow project"):
         chain(as_blocks(), project(2), adam_update(state))
+    amsgrad = adam(model.parameters(), amsgrad=True)
+    amsgrad.step()
+    with pytest.raises(ValueError, match=r"adam_update: 0.weight, 0.bias, 2.weight is trained with amsgrad"):
+        adam_update(read_optimizer(model, amsgrad))
     few = read_optimizer(model, optimizer, "2.*")
     with pytest.raises(ValueError, match=r"adam_update: no moments of 0.bias, 0.weight: read them too"):
         per_example_grads(loss_fn, params, one, transform=chain(as_blocks(), adam_update(few)))

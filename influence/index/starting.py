@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -206,14 +206,22 @@ def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -
         )
     last = _segments(there)[0][1]
     planned = {**there["plan"], "shards": there["plan"].get("shards", [])[:last]}
-    for key in sorted({*about["plan"], *planned}):
-        mine, theirs = about["plan"].get(key), planned.get(key)
-        if mine != theirs:
-            raise ValueError(
-                f"{what_is_there(directory)}. Its plan has {key} = {_short(theirs)}, and this run's has "
-                f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
-            )
+    for name, mine, theirs in _differing(about["plan"], planned):
+        raise ValueError(
+            f"{what_is_there(directory)}. Its plan has {name} = {_short(theirs)}, and this run's has "
+            f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
+        )
     return last
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two nestings differ, and both values."""
+    for key in sorted({*one, *other}):
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            yield from _differing(mine, theirs, f"{where}{key}.")
+        elif mine != theirs:
+            yield f"{where}{key}", mine, theirs
 
 
 def _check_ours(directory: Path) -> None:

@@ -122,7 +122,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What is wanted of each gradient, in this order: blocks, heads, curvature, projection, unit norm.
+    """What is wanted of each gradient, in this order: blocks, heads, optimizer, curvature, projection, unit norm.
 
     Attributes:
         targets: globs over parameter names to attribute to; default the matrices of the repeated layers.
@@ -135,6 +135,8 @@ class TransformConfig:
         projection_target: project block by block, or all blocks together.
         projection_seed: another seed draws other matrices.
         projection_signs: non-zeros per column of a sparse sketch.
+        optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
+        optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
         hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
         power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
         whiten: project what is whitened: eigen keeps the strongest eigenvectors, kfac sketches at random; power -0.5.
@@ -153,6 +155,8 @@ class TransformConfig:
     projection_target: Literal["per_block", "global"] = "per_block"
     projection_seed: int = 0
     projection_signs: int = 1
+    optimizer: str | None = None
+    optimizer_view: Literal["scale", "update"] = "scale"
     hessian: str | None = None
     power: float = -0.5
     whiten: Literal["eigen", "kfac"] | None = None

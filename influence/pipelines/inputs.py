@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("model", "tokenizer", "adapter", "reference", "dataset", "template", "checkpoints")
+SOURCES = ("model", "tokenizer", "adapter", "reference", "dataset", "template", "checkpoints", "optimizer")
 """Fields that may name a file or a folder."""
 
 

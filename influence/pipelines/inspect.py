@@ -17,7 +17,7 @@ from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.plain import read_config
 from influence.pipelines.planning import size
-from influence.pipelines.prepare import load_factors
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)

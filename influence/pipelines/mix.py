@@ -9,8 +9,8 @@ from influence.pipelines import hessian
 from influence.pipelines.configs import Run, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.plain import to_mapping, write_config
-from influence.pipelines.prepare import load_factors
 from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)

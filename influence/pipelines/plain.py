@@ -75,12 +75,21 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     from beartype.door import is_bearable
 
     value = tuple(value) if isinstance(value, list) else value
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-3, without a point, as a string
+    if hint is float:
+        value = _number(value)
+    elif get_origin(hint) is tuple and get_args(hint)[0] is float and isinstance(value, tuple):
+        value = tuple(map(_number, value))
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
         raise FieldError(f"field {name} must be {_said(hint)}; got {value!r}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Return what can only mean a float as one: YAML reads 1e-3, without a point, as a string."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 

@@ -5,28 +5,22 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from influence import data, hessians, models
-from influence.func.blocks import as_blocks, split_heads
+from influence import data, models
 from influence.func.fingerprint import weights_hash
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import LOSSES, ModuleLoss
-from influence.func.normalize import unit_norm
-from influence.func.precondition import precondition
-from influence.func.project import project
-from influence.func.transform import Transform, chain
-from influence.func.whiten import eigen_whiten, kfac_whiten
-from influence.hessians import Factors
+from influence.func.transform import Transform
 from influence.index import Index
 from influence.pipelines.configs import LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.loading import load_model, load_tokenizer, usable
 from influence.pipelines.ranks import own_device
+from influence.pipelines.views import load_factors, optimizer_step, transform_of
 from influence.types import ExampleLoss, Params
 
 
@@ -67,7 +61,13 @@ def measure(
     """
     device = usable(own_device("cpu" if execution is None else execution.device))
     factors = None if transform.hessian is None else load_factors(transform.hessian)
-    made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
+    made = Transform()
+    if transform.optimizer is None:
+        made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
+    else:
+        from influence.train.checkpoints import find_state
+
+        find_state(transform.optimizer)
     module = load_model(model, device)
     targets = transform.targets or models.layer_matrices(module)
     reference = None if loss.reference is None else load_model(ModelConfig(loss.reference, task=model.task), device)
@@ -80,6 +80,8 @@ def measure(
         label_smoothing=loss.label_smoothing,
         reference=reference,
     )
+    if transform.optimizer is not None:
+        made = transform_of(transform, factors, optimizer_step(transform, module, params))
     if factors is not None and factors.weights != (weights := weights_hash(loss_fn, params)):
         raise ValueError(
             f"the factors in {transform.hessian} were fitted at other weights (hash {factors.weights[:12]}…, this "
@@ -130,81 +132,6 @@ def _importable(folder: str) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(folder)
-
-
-def transform_of(config: TransformConfig, factors: Factors | None = None) -> Transform:
-    """Return the transform that a configuration describes.
-
-    Curvature comes where its factors were fitted: on whole blocks, before the projection, or on projected rows.
-
-    Args:
-        config: the configuration.
-        factors: those of its `hessian`, if they are loaded already.
-
-    Returns:
-        The transform.
-
-    Raises:
-        ValueError: if the factors belong to other rows, or options exclude one another.
-    """
-    blocks = as_blocks(config.bias)
-    start = chain(blocks, split_heads()) if config.heads else blocks
-    sketch = Transform()
-    if config.projection_dim:
-        sketch = project(
-            config.projection_dim,
-            config.projection_seed,
-            config.projection_kind,
-            config.projection_target,
-            signs=config.projection_signs,
-        )
-    end = unit_norm() if config.unit_norm else Transform()
-    if config.hessian is None:
-        if config.whiten:
-            raise ValueError(
-                "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
-            )
-        return chain(start, sketch, end)
-    factors = load_factors(config.hessian) if factors is None else factors
-    if factors.under == start.fingerprint:
-        return chain(start, *_preconditioned(config, factors, sketch), end)
-    if factors.under != chain(start, sketch).fingerprint:
-        raise ValueError(
-            f"the factors in {config.hessian} were fitted under {factors.description}; here rows are made by "
-            f"{chain(start, sketch)}. Pass the same bias, heads and projection options, or fit them under these"
-        )
-    if config.whiten:
-        raise ValueError(
-            "whiten chooses the projection by the curvature of whole blocks; these factors are of projected"
-        )
-    root = precondition(factors, config.power, config.damping, config.inversion, config.missing)
-    return chain(start, sketch, root, end)
-
-
-def _preconditioned(config: TransformConfig, factors: Factors, sketch: Transform) -> tuple[Transform, ...]:
-    """Return curvature and projection of whole blocks, one inside the other where that is asked for."""
-    dim = config.projection_dim or None
-    if config.whiten == "eigen":
-        return (eigen_whiten(factors, dim, config.damping, config.inversion, config.power, config.missing),)
-    if config.whiten == "kfac":
-        kind = config.projection_kind or "rademacher"
-        return (kfac_whiten(factors, config.damping, dim, config.projection_seed, kind, config.missing),)
-    return (precondition(factors, config.power, config.damping, config.inversion, config.missing), sketch)
-
-
-def load_factors(path: str | Path) -> Factors:
-    """Return the factors of a run of `hessian` or `mix`, or of a file.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    file = Path(path) / "factors.h5" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        state = (
-            "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
-        )
-        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
-    return hessians.load(file)
 
 
 def check_gradients(index: Index) -> None:

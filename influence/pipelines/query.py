@@ -39,7 +39,7 @@ class QueryConfig:
     influence query --index runs/corpus --text "where does babo live ?"
 
     Without --text and --file it is a prompt: type a text, or exit. The index's own model, tokenizer, loss and transform
-    are used, whatever they were.
+    are used, whatever they were; but a text is no step of training, so of Adam's updates it sees the plain gradient.
 
     Attributes:
         index: the run directory of build.
@@ -150,6 +150,8 @@ def open_session(config: QueryConfig) -> Session:
             )
         curvature = {name: getattr(config, name) for name in ("hessian", "power", "damping", "inversion")}
         view = replace(view, **curvature)
+    if view.optimizer_view == "update":
+        view = replace(view, optimizer=None, optimizer_view="scale")
     loss = from_mapping(LossConfig, stored["loss"], "loss.")
     measured = measure(model, loss, view, RunConfig(device=config.device))
     begins, parts = _datasets(index, own)

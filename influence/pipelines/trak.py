@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from influence.index import Collected, Columns, Index, done, finish, open_index, shard_sink, start
+from influence.index import Columns, Index, open_index
 from influence.pipelines import build, ends, hessian, score
+from influence.pipelines.checkpoints import model_at
 from influence.pipelines.configs import (
     Data,
     DataConfig,
@@ -29,6 +30,8 @@ from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.ranks import among_ranks, ranks
 from influence.pipelines.reading import load_rows
 from influence.pipelines.recipe import planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.sums import over_checkpoints, write_scores
+from influence.types import Rows
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class TrakConfig:
         model: the model; its tokenizer serves every checkpoint.
         data: the corpus.
         query: the queries.
-        checkpoints: folders or Hub ids of the same architecture to average over; default the model alone.
+        checkpoints: folders or Hub ids of the same architecture, or adapters on the model, to average over; default the
+            model alone.
         loss: TRAK's output function.
         transform: the projection and the damping.
         execution: every pass.
@@ -75,10 +79,9 @@ def run(config: TrakConfig, say: Say = quiet) -> Outcome:
     plain = replace(config.transform, hessian=None, whiten=None, unit_norm=False)
     steps: dict[str, Callable[[RunConfig], Outcome]] = {}
     checkpoints = config.checkpoints or (config.model.model,)
-    tokenizer = config.model.tokenizer or config.model.model
 
     def add(number: int, path: str) -> str:
-        model = replace(config.model, model=path, tokenizer=tokenizer)
+        model = model_at(config.model, path) if config.checkpoints else config.model
         names = [f"checkpoint{number}-{what}" for what in ("hessian", "query", "scores")]
         curvature, query, scores = (str(at / name) for name in names)
         inverse = replace(plain, hessian=curvature, power=-1.0)
@@ -113,22 +116,15 @@ def average(parts: list[str], to: str) -> Outcome:
     with ranks() as place:
         if place.first:
             indexes = [open_index(part) for part in parts]
-            first = indexes[0]
-            about = first.about
             for part, index in zip(parts[1:], indexes[1:], strict=True):
-                _check_alike(parts[0], first, part, index)
-            plan = {**about.plan, "parts": [index.fingerprint.digest for index in indexes]}
-            with start(to, "scores", about.config, about.command, plan, first.fingerprint):
-                ready = done(to)
-                for number, (begin, end) in enumerate(about.plan["shards"]):
-                    if number in ready:
-                        continue
-                    matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
-                    columns = Columns(first.blocks)
-                    value = Collected(columns.split(matrix), first.loss[begin:end], first.length[begin:end])
-                    sink = shard_sink(to, number, (begin, end), columns, first.dtype)
-                    sink.finalize(sink.update(sink.init(), first.index[begin:end], value))
-                finish(to)
+                _check_alike(parts[0], indexes[0], part, index)
+
+            def mean(begin: int, end: int) -> Rows:
+                matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
+                return Columns(indexes[0].blocks).split(matrix)
+
+            plan = {"parts": [index.fingerprint.digest for index in indexes]}
+            write_scores(to, indexes[0], mean, plan, over_checkpoints(indexes))
         place.barrier()
     return ends.outcome_of(to)
 
