@@ -160,6 +160,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
     directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
     if not _is_whole(directory, key):
         _write(directory, key, stored, config)
+        _forget(directory, key)
     paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
     return Neighbours(tuple(_read(path, config) for path in paths), _begins(stored.number, config.num_shards))
 
@@ -282,6 +283,15 @@ def _write(directory: Path, key: Mapping[str, Any], stored: Stored, config: Fais
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forget(directory: Path, key: Mapping[str, Any]) -> None:
+    """Remove what was kept of the same index before rows were appended: nothing will ask for it again."""
+    for about in directory.parent.glob("*/about.json"):
+        kept = json.loads(about.read_text())["key"]
+        same = {**kept, "rows": {**kept["rows"], "shards": key["rows"]["shards"]}}
+        if about.parent != directory and same == json.loads(json.dumps(key)):
+            shutil.rmtree(about.parent)
 
 
 def _is_whole(directory: Path, key: Mapping[str, Any]) -> bool:

@@ -18,12 +18,17 @@ def contents(config: Any) -> dict[str, str]:
     reading of everything.
 
     Args:
-        config: a dataclass of this package.
+        config: a dataclass of this package, with a `run`, whose own files do not count.
 
     Returns:
         Hashes, by what the configuration says.
     """
-    return {name: _hash(paths) for name in dict.fromkeys(_named(config)) if (paths := _paths(name))}
+    own = Path(config.run).absolute()  # which may lie in a folder that it reads
+
+    def read(name: str) -> list[Path]:
+        return [path for path in _paths(name) if own not in path.absolute().parents]
+
+    return {name: _hash(paths) for name in dict.fromkeys(_named(config)) if (paths := read(name))}
 
 
 def _named(config: Any) -> Iterator[str]:

@@ -38,12 +38,11 @@ def run_steps(
         ValueError: if a file or a model that its finished steps read is another now, naming it.
     """
     directory, execution = Path(config.run), config.execution
-    read = contents(config)
     with ranks() as place, contextlib.ExitStack() as stack:
         if place.first:
             say(f"plan: {kind} → {directory}: " + " → ".join(steps))
         if not execution.dry_run:
-            _begin(kind, config, list(steps), read, place, stack)
+            _begin(kind, config, list(steps), place, stack)
         outcomes: dict[str, Any] = {}
         inner = replace(execution, overwrite=False, resume=True)
         for number, (name, work) in enumerate(steps.items()):
@@ -90,9 +89,7 @@ def fewer(data: DataConfig, count: int | None) -> DataConfig:
     return replace(data, max_examples=min(limits, default=None))
 
 
-def _begin(
-    kind: str, config: Any, names: list[str], read: Mapping[str, str], place: Ranks, stack: contextlib.ExitStack
-) -> None:
+def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contextlib.ExitStack) -> None:
     """Begin or resume the recipe's own directory, and hold its lock."""
     directory, execution = Path(config.run), config.execution
     if place.first:
@@ -106,7 +103,7 @@ def _begin(
         settings.pop("run")
         command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
         plan = {"shards": [], "steps": names, "settings": settings}
-        plan |= {f"contents of {name}": found for name, found in read.items()}
+        plan |= {f"contents of {name}": found for name, found in contents(config).items()}
         how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume, "results": names}
         stack.enter_context(start(directory, kind, to_mapping(kept), command, plan, Fingerprint(), **how))
         write_config(directory / "config.yaml", kept, kind)
