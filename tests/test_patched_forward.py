@@ -31,12 +31,22 @@ def patched(model: nn.Module, style: str) -> nn.Module:
     elif style == "decorated":
         inner = before.__func__
         model.forward = types.MethodType(lambda self, *args, **kwargs: inner(self, *args, **kwargs), model)
+    elif style == "again":  # closes over itself, and over a name that is not bound yet
+
+        def again(*args: Any, tried: bool | None = False, **kwargs: Any) -> Any:
+            if tried is None:
+                return unbound
+            return before(*args, **kwargs) if tried else again(*args, tried=True, **kwargs)
+
+        model.forward = again
+        for unbound in ():
+            pass
     else:
         model.forward = lambda *args, **kwargs: before(*args, **kwargs)
     return model
 
 
-@pytest.mark.parametrize("style", ["closure", "decorated", "bare"])
+@pytest.mark.parametrize("style", ["closure", "decorated", "again", "bare"])
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 def test_rows_are_those_without_the_patch(style: str, engine: str) -> None:
     """They were zero, without a word: the loss was computed at the original's weights."""

@@ -168,8 +168,8 @@ def make_skeleton(model: nn.Module, mode: str = "eval") -> nn.Module:
     for module in skeleton.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             vars(module)["warn_if_padding_and_no_attention_mask"] = _no_reminder
-        if "forward" in vars(module):
-            vars(module)["forward"] = _moved(vars(module)["forward"], memo)
+        own = {name: f for name, f in vars(module).items() if isinstance(f, types.FunctionType | types.MethodType)}
+        vars(module).update({name: _moved(f, memo) for name, f in own.items()})
     return skeleton
 
 
@@ -177,7 +177,7 @@ def _moved(value: Any, memo: dict[int, Any]) -> Any:
     """Return a function with the copies of the modules that it closes over.
 
     A forward that was put on a module (TRL's trainers and others do) calls the one before it, which is bound to the
-    module itself, weights and all: copying the module does not copy what a closure holds.
+    module itself, weights and all: copying a module does not copy what a function on it closes over.
     """
     if isinstance(value, nn.Module):
         return memo.get(id(value), value)
@@ -185,9 +185,15 @@ def _moved(value: Any, memo: dict[int, Any]) -> Any:
         return types.MethodType(_moved(value.__func__, memo), _moved(value.__self__, memo))
     if not isinstance(value, types.FunctionType) or not value.__closure__:
         return value
-    cells = tuple(types.CellType(_moved(cell.cell_contents, memo)) for cell in value.__closure__)
+    if id(value) in memo:  # a function may close over itself
+        return memo[id(value)]
+    cells = tuple(types.CellType() for _ in value.__closure__)
     made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
     made.__kwdefaults__, made.__dict__ = value.__kwdefaults__, value.__dict__
+    memo[id(value)] = made
+    for cell, held in zip(cells, value.__closure__, strict=True):
+        if held != types.CellType():  # nothing in it yet
+            cell.cell_contents = _moved(held.cell_contents, memo)
     return made
 
 

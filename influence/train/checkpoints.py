@@ -30,8 +30,8 @@ def find_state(path: str | Path) -> Path:
     folders = [path / name for name in SHARDS if (path / name / CONTENTS).is_file()]
     if not files and not folders:
         raise FileNotFoundError(
-            f"{path} holds no optimizer: looked for {', '.join(FILES)}, and for DCP shards in {', '.join(SHARDS)}. "
-            "Save the optimizer too (Trainer: save_only_model=False), or pass its file"
+            f"{path} holds no optimizer: looked for {', '.join(FILES)}, and for DCP shards in {', '.join(SHARDS[:-1])} "
+            "and itself. Save the optimizer too (Trainer: save_only_model=False), or pass its file"
         )
     return files[0] if files else folders[0]
 
