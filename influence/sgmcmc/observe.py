@@ -11,10 +11,11 @@ from torch.nn.functional import pad
 
 from influence.sgmcmc import moments
 from influence.sgmcmc.chains import Chunk, Replica, losses_along
+from influence.sgmcmc.gradients import position_losses
 from influence.sgmcmc.moments import Moments
 from influence.sgmcmc.order import Data, check_size, sample_rows, source_of
 from influence.sgmcmc.run import Observed
-from influence.sgmcmc.target import Target, position_losses
+from influence.sgmcmc.target import Target
 from influence.types import Batch, Params
 
 KEEPS = ("auto", "sequences", "tokens", "moments")
@@ -74,6 +75,8 @@ def watch(target: Target, observables: Mapping[str, Data | tuple[Data, int]], ba
             check_size(source, batch * count, f"observable {name!r}")
         rows = torch.arange(source.size) if count is None else sample_rows(seed, source.size, batch * count)
         batches = tuple(source.fetch(part) for part in rows.split(batch))
+        if all(isinstance(part, Mapping) and "index" in part for part in batches):
+            rows = torch.cat([part["index"].cpu() for part in batches])
         alone = Chunk((Replica(0, 0),), slice(0, 1), False)
         anchor, labelled = _evaluate(target, alone, target.anchor, batches, with_labels=True)
         assert labelled is not None

@@ -60,6 +60,11 @@ class Plan:
         """Steps of every chain."""
         return self.burn_in + self.draws * self.between
 
+    @property
+    def whole(self) -> bool:
+        """Whether all chains of the run are here, and none are another process's."""
+        return len(self.facts["chains"]) == self.facts["num_chains"]
+
     def bytes(self) -> int:
         """Return how much the traces and moments take."""
         chains = len(self.replicas)
