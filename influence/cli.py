@@ -20,6 +20,10 @@ COMMANDS = {
     "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
+    "sample": "run chains around the trained weights, and keep what observables do along them",
+    "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
+    "bif": "which examples' losses move together: Bayesian influence functions",
+    "susceptibilities": "how each part of a network answers to each token",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
@@ -87,9 +91,9 @@ def overview() -> str:
     lines = [
         "usage: influence COMMAND [flags]",
         "",
-        "Which training examples made a network behave this way.",
+        "Which training examples made a network behave this way, and what did it learn, where.",
         "",
-        *(f"  {name:10} {says}" for name, says in COMMANDS.items()),
+        *(f"  {name:16} {says}" for name, says in COMMANDS.items()),
         "",
         "influence COMMAND --help explains a command. Every command takes",
         "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
@@ -170,6 +174,7 @@ def paragraph(error: BaseException) -> str:
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(_message(error).split()) or "no message"
     text = re.sub(r"\b([a-z]+(?:_[a-z]+)*)=True\b", lambda m: "--" + m[1].replace("_", "-"), text)
+    text = re.sub(r"\b(pass|with) ([a-z_]+)='?(\w+)'?", lambda m: f"{m[1]} --{m[2].replace('_', '-')} {m[3]}", text)
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
         text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
     return text

@@ -14,8 +14,8 @@ from torch import Tensor
 from influence.sgmcmc import diagnostics
 from influence.sgmcmc.options import Options
 from influence.sgmcmc.run import Run
-from influence.sgmcmc.sampling import run_groups
-from influence.sgmcmc.target import Loss, local_posterior
+from influence.sgmcmc.sampling import run_groups, target_of
+from influence.sgmcmc.target import Loss
 from influence.types import Params
 
 ESTIMATORS = ("paired", "steps", "draws")
@@ -198,16 +198,36 @@ def calibrate(
         >>> grid.estimates[1e-2, 0.0].mean > grid.estimates[1e-2, 100.0].mean
         True
     """
-    points = {f"lr={lr:g} localization={gamma:g}": (lr, gamma) for lr in lrs for gamma in localizations}
-    if not points:
-        raise ValueError("the grid is empty: pass at least one lr and one localization")
-    steps, pulls = (torch.tensor(column, dtype=torch.float64) for column in zip(*points.values(), strict=True))
+    steps, pulls, groups = grid(lrs, localizations)
     settings = Options(**{"on_divergence": "drop", **options})
-    target = local_posterior(loss_fn, params, n_beta, pulls, accumulate=settings.accumulate)
-    groups: dict[str, dict[str, Any]] = {name: {} for name in points}
+    target = target_of(loss_fn, params, dataset, n_beta, pulls, 0.0, None, settings)
     runs = run_groups(target, params, dataset, {}, steps, groups, seed, output_path, settings)
-    estimates = {point: estimate(runs[name]) if name in runs else None for name, point in points.items()}
-    return Calibration(lrs, localizations, estimates)
+    return calibration(runs, lrs, localizations)
+
+
+def grid(
+    lrs: Sequence[float], localizations: Sequence[float]
+) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"], dict[str, dict[str, Any]]]:
+    """Return the step sizes and localizations of a grid's points, and the points as groups of chains."""
+    points = [(lr, gamma) for lr in lrs for gamma in localizations]
+    if not points or len(set(points)) < len(points):
+        raise ValueError("a grid is of at least one lr and one localization, each once: correct lrs and localizations")
+    steps, pulls = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
+    return steps, pulls, {_point(*point): {} for point in points}
+
+
+def calibration(runs: Mapping[str, Run], lrs: Sequence[float], localizations: Sequence[float]) -> Calibration:
+    """Return the estimates of a grid's runs, `None` where no chain is left."""
+    found = {
+        (lr, gamma): estimate(runs[_point(lr, gamma)]) if _point(lr, gamma) in runs else None
+        for lr in lrs
+        for gamma in localizations
+    }
+    return Calibration(lrs, localizations, found)
+
+
+def _point(lr: float, localization: float) -> str:
+    return f"lr={lr!r} localization={localization!r}"
 
 
 def _trace(run: Run, estimator: str, init_loss: float | None) -> Float[Tensor, "c s"]:

@@ -1,7 +1,7 @@
 """Sample a posterior around trained weights, with observables, as one vmapped computation or chain by chain."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from influence.sgmcmc import drive, restrict, traces
 from influence.sgmcmc.gradients import gradient_at
 from influence.sgmcmc.options import Options
 from influence.sgmcmc.order import Data, check_size, source_of
+from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.planning import make_plan
 from influence.sgmcmc.progress import bar
 from influence.sgmcmc.restrict import Restriction
 from influence.sgmcmc.run import Run
-from influence.sgmcmc.target import Hyper, Loss, Target, local_posterior
+from influence.sgmcmc.target import Hyper, Loss, Mask, Target, local_posterior
 from influence.types import Params
 
 
@@ -71,7 +72,7 @@ def sample(
         >>> run.loss.shape, run.observables
         (torch.Size([4, 50]), {})
     """
-    target = _target(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
     groups = {"": {"restriction": _words(restriction)}}
     found = run_groups(target, params, dataset, observables, lr, groups, seed, output_path, Options(**options))
     return _complete(found, groups)[""]
@@ -126,15 +127,37 @@ def sample_restrictions(
         {'full': (4, 3), 'bias': (4, 3)}
     """
     wanted = restrictions if isinstance(restrictions, Mapping) else {word: word for word in restrictions}
-    chosen = {name: restrict.masks(loss_fn, params, which) for name, which in wanted.items()}  # type: ignore[arg-type]
-    names = [name for name in params if any(name in masks for masks in chosen.values())]
-    joint = {
-        name: torch.stack([_whole(masks.get(name, False), params[name]) for masks in chosen.values()]) for name in names
-    }
+    masks, groups = together(loss_fn, params, wanted)
     settings = Options(**options)
-    target = _target(loss_fn, params, dataset, n_beta, localization, weight_decay, joint, settings)
-    groups = {name: {"restriction": _words(which)} for name, which in wanted.items()}
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, masks, settings)
     return _complete(run_groups(target, params, dataset, observables, lr, groups, seed, output_path, settings), groups)
+
+
+def together(
+    loss_fn: Loss, params: Params, restrictions: Mapping[str, Restriction]
+) -> tuple[Mask, dict[str, dict[str, Any]]]:
+    """Return masks under which chains of several restrictions run at once, with a group axis, and the groups.
+
+    One restriction alone has no group axis: what it does not move is closed over.
+
+    Args:
+        loss_fn: the loss.
+        params: the parameters.
+        restrictions: by name.
+
+    Raises:
+        ValueError: if there is none, or one is unknown.
+    """
+    if not restrictions:
+        raise ValueError("there is no restriction to sample under: pass at least 'full'")
+    chosen = {name: restrict.masks(loss_fn, params, which) for name, which in restrictions.items()}  # type: ignore[arg-type]
+    groups = {name: {"restriction": _words(which)} for name, which in restrictions.items()}
+    if len(chosen) == 1:
+        return next(iter(chosen.values())), groups
+    names = [name for name in params if any(name in masks for masks in chosen.values())]
+    return {
+        name: torch.stack([_whole(masks.get(name, False), params[name]) for masks in chosen.values()]) for name in names
+    }, groups
 
 
 def run_groups(
@@ -153,6 +176,28 @@ def run_groups(
     A group whose every chain diverged is missing in what is returned.
     """
     plan = make_plan(target, params, dataset, observables, lr, groups, seed, options)
+    return execute(plan, params, output_path, options.progress)
+
+
+def execute(
+    plan: Plan,
+    params: Params,
+    output_path: str | Path | None,
+    shown: bool,
+    look: Callable[[], None] | None = None,
+) -> dict[str, Run]:
+    """Run what was planned.
+
+    Args:
+        plan: the run.
+        params: where chains start.
+        output_path: a folder to checkpoint in, and to go on from.
+        shown: whether to show a bar.
+        look: called after every step.
+
+    Returns:
+        A run per group that has a chain left.
+    """
     progress, record = drive.begin(plan, params)
     folder = None if output_path is None else Path(output_path)
     if folder is not None:
@@ -160,7 +205,7 @@ def run_groups(
         if isinstance(found, dict):
             return found
         progress = found
-    with bar(plan, progress.step, options.progress) as said:
+    with bar(plan, progress.step, shown, look) as said:
         while progress.step < plan.steps:
             until = plan.steps if folder is None else min(plan.steps, progress.step + plan.checkpoint * plan.between)
             before, progress = progress.step, drive.advance(plan, progress, record, until, said)
@@ -174,7 +219,7 @@ def run_groups(
     return runs
 
 
-def _target(
+def target_of(
     loss_fn: Loss,
     params: Params,
     dataset: Data | None,
@@ -184,6 +229,7 @@ def _target(
     restriction: Restriction,
     options: Options,
 ) -> Target:
+    """Return what is sampled, with a control variate where the options ask for one."""
     mask = None if restriction is None else restrict.masks(loss_fn, params, restriction)  # type: ignore[arg-type]
     build = functools.partial(
         local_posterior, loss_fn, params, n_beta, localization, weight_decay, mask, init_noise=options.init_noise

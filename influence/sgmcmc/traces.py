@@ -21,6 +21,8 @@ from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.run import Observed, Run
 
 RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
+PAIRS = "-"
+"""What stands for all examples with one another; no observable is called so. HDF5 would drop an empty name."""
 TOLERANCE = 1e-3
 """How far the loss at the anchor may lie from what it was, relatively: the rounding of another machine."""
 
@@ -32,9 +34,7 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         ValueError: if the folder's run is another one.
     """
     if (folder / "run.h5").is_file():
-        runs, facts, then = read_runs(folder)
-        _refuse_other(folder, plan, facts, then)
-        return runs
+        return read_planned(folder, plan)
     if not (folder / "state.h5").is_file():
         return progress
     tensors, about = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)
@@ -48,7 +48,7 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
             begin, end = said["steps"] if record.axes[key][1] == "step" else said["draws"]
             record.arrays[key][:, begin:end] = values
     for name in record.moments:
-        record.moments[name] = _moments(tensors, f"moments/{name}/")
+        record.moments[name] = _moments(tensors, f"moments/{name or PAIRS}/")
     leaves, spec = tree_flatten(progress.states)
     return Progress(
         about["step"],
@@ -57,6 +57,17 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         ),
         tensors["alive"],
     )
+
+
+def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
+    """Read the complete runs of a folder, if they are what was planned.
+
+    Raises:
+        ValueError: if they are of other settings, naming the field and both values.
+    """
+    runs, facts, then = read_runs(folder)
+    _refuse_other(folder, plan, facts, then)
+    return runs
 
 
 def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
@@ -76,7 +87,7 @@ def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record:
     leaves = tree_flatten(progress.states)[0]
     tensors = {f"leaf/{i}": leaf.reshape(-1) for i, leaf in enumerate(leaves)}
     for key, moments in record.moments.items():
-        tensors |= {f"moments/{key}/{field}": x for field, x in moments._asdict().items()}
+        tensors |= {f"moments/{key or PAIRS}/{field}": x for field, x in moments._asdict().items()}
     tensors |= {"alive": progress.alive, "probe": probe(plan)}
     about = {"step": progress.step, "segments": [*known, name], "plan": dict(plan.facts)}
     store.write(folder / "state.h5", tensors, about, kind=STATE, schema=SCHEMA)
@@ -144,7 +155,8 @@ def differences(was: Any, now: Any, *path: str) -> Iterator[tuple[str, Any, Any]
         for key in now:
             yield from differences(was.get(key), now[key], *path, key)
     elif was != now:
-        yield " ".join(part for part in path if part not in ("", "groups")) or path[0], was, now
+        *groups, leaf = [part for part in path if part not in ("", "groups")] or path
+        yield " of ".join([leaf, *groups]), was, now
 
 
 def _plain(value: Any) -> Any:

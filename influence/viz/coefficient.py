@@ -1,5 +1,6 @@
 """Pictures of the local learning coefficient: its traces over time, and its plateau over step sizes."""
 
+import textwrap
 from collections.abc import Mapping
 
 import torch
@@ -63,7 +64,7 @@ def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
         chains = len(one.per_chain)
         above.set_title(
             f"LLC {one.mean:.4g} ± {one.stderr:.2g}: {chains} chain{'s' * (chains > 1)} in grey, their mean in blue\n"
-            f"{one.verdict}",
+            + textwrap.fill(one.verdict, 100),
             fontsize=10,
         )
     return made
