@@ -189,7 +189,7 @@ def test_a_stale_folder_is_refused(tmp_path: Path) -> None:
         (lambda: sgmcmc.sample(loss_fn, other, data, {"all": data}, **arguments), "weights"),
         (lambda: sgmcmc.sample(loss_fn, params, changed, {"all": data}, **arguments), "data"),
         (lambda: sgmcmc.sample(loss_fn, params, data, {"all": changed}, **arguments), "observables"),
-        (lambda: sgmcmc.sample(loss_fn, params, data, {"all": data}, **arguments, restriction="0.*"), "masks"),
+        (lambda: sgmcmc.sample(loss_fn, params, data, {"all": data}, **arguments, restriction="0.*"), "restriction"),
         (lambda: sgmcmc.sample(loss_fn, params, data, {"all": data}, **{**arguments, "lr": 2e-3}), "lr"),
         (lambda: sgmcmc.sample(loss_fn, params, data, {"all": data}, **arguments, seed=1), "seed"),
         (

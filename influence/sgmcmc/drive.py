@@ -167,11 +167,13 @@ def _diverged(plan: Plan, record: Record, lost: Tensor, t: int) -> str:
     before = [f"{x:.4g}" for x in record.arrays["loss"][at, max(0, t - 4) : t].tolist()]
     where = f"chain {replica.chain}" + (f" of {group!r}" if group else "")
     loss = float(record.arrays["loss"][at, t])
+    raising = plan.on_divergence == "raise"
+    instead = ", or pass on_divergence='drop' or 'prefix'" if raising else ": no chain is left"
     what = f"its loss is {loss}" if loss != loss or abs(loss) == float("inf") else "an observable's loss is no number"
     return (
         f"{where} diverged: at step {t} {what}, after {', '.join(before) or 'no step'}. "
-        "Lower lr (a quadratic is stable for lr · (n_beta · curvature + localization) < 4), raise localization, or "
-        "pass on_divergence='drop' or 'prefix'"
+        "Lower lr (a quadratic is stable for lr · (n_beta · curvature + localization) < 4), raise localization"
+        f"{instead}"
     )
 
 

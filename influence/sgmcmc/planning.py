@@ -113,6 +113,7 @@ def _facts(
     settings = dict(getattr(sampler, "keywords", {}))
     function = getattr(sampler, "func", sampler)
     return {
+        "groups": {name: dict(said) for name, said in own.items()},
         "weights": weights_hash(target.loss_fn, {**target.frozen, **target.anchor}),
         "masks": fingerprint({**dict.fromkeys(target.anchor, True), **target.mask}),
         "data": None if source is None else source.identity,
@@ -120,7 +121,6 @@ def _facts(
         "observables": {w.name: [w.identity, fingerprint(w.rows)] for w in watched},
         "sampler": f"{function.__module__}.{function.__qualname__}",
         "sampler_settings": {name: repr(value) for name, value in settings.items()},
-        "groups": {name: dict(said) for name, said in own.items()},
         "batch": batch,
         "shared_batches": shared,
         "seed": seed,

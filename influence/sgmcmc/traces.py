@@ -5,6 +5,7 @@ the last of them, replaced at once), and at the end `run.h5` alone. Whatever is 
 `state.h5`, so the run goes on as if nothing had happened.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def probe(plan: Plan) -> Tensor:
 def _refuse_other(folder: Path, plan: Plan, facts: Mapping[str, Any], then: Tensor) -> None:
     for name, was, now in differences(facts, plan.facts):
         raise ValueError(
-            f"{folder} holds a run of another {name}: it has {was!r}, this one {now!r}. Delete the folder, or pass "
-            "another output_path"
+            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. Delete the "
+            "folder, or pass another output_path"
         )
     now = probe(plan)
     if then.shape != now.shape or not torch.allclose(then, now, rtol=TOLERANCE, atol=1e-9):
@@ -155,8 +156,15 @@ def differences(was: Any, now: Any, *path: str) -> Iterator[tuple[str, Any, Any]
         for key in now:
             yield from differences(was.get(key), now[key], *path, key)
     elif was != now:
-        *groups, leaf = [part for part in path if part not in ("", "groups")] or path
-        yield " of ".join([leaf, *groups]), was, now
+        grouped = path[0] == "groups" and len(path) > 2
+        name = [f"{path[-1]} of {path[1]}" if path[1] else path[-1]] if grouped else path
+        yield " ".join(name), was, now
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message shows it: of a hash, enough to tell it from another."""
+    said = repr(value)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", said)
 
 
 def _plain(value: Any) -> Any:

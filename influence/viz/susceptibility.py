@@ -78,7 +78,13 @@ def susceptibility_plane(
     legend(plane, len(names))
     rows = torch.arange(count).flip(0).double()
     for k, (colour, shift) in enumerate(((colours(2)[0], 0.18), (ARROW, -0.18))):
-        bars.barh(rows + shift, found.loadings[:, k], height=0.34, color=colour, label=("first", "second")[k])
+        bars.barh(
+            (rows + shift).tolist(),
+            found.loadings[:, k].tolist(),
+            height=0.34,
+            color=colour,
+            label=("first", "second")[k],
+        )
     bars.set_yticks(rows.tolist(), [clean(name) for name in restrictions], fontsize=9 if count < 30 else 6)
     bars.axvline(0, color="black", linewidth=0.8)
     bars.set_title("loadings of the restrictions", fontsize=10)
