@@ -24,6 +24,10 @@ COMMANDS = {
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
     "tracin": "recipe: gradient products over checkpoints, times learning rates (TracIn)",
     "less": "recipe: Adam's updates against a task's gradients, over a warm-up (LESS)",
+    "sample": "run chains around the trained weights, and keep what observables do along them",
+    "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
+    "bif": "which examples' losses move together: Bayesian influence functions",
+    "susceptibilities": "how each part of a network answers to each token",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
@@ -91,9 +95,9 @@ def overview() -> str:
     lines = [
         "usage: influence COMMAND [flags]",
         "",
-        "Which training examples made a network behave this way.",
+        "Which training examples made a network behave this way, and what did it learn, where.",
         "",
-        *(f"  {name:10} {says}" for name, says in COMMANDS.items()),
+        *(f"  {name:16} {says}" for name, says in COMMANDS.items()),
         "",
         "influence COMMAND --help explains a command. Every command takes",
         "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",

@@ -127,6 +127,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return dict(read)
 
 
+def command_of(path: str | Path) -> str:
+    """Return the command that wrote a configuration, as its first line says."""
+    return Path(path).read_text().split()[2]
+
+
 def write_config(path: str | Path, config: Any, command: str) -> None:
     """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
