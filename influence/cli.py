@@ -20,6 +20,7 @@ COMMANDS = {
     "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
+    "recall": "judge an index or scores by known answers: recall@k and MRR",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
