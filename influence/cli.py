@@ -28,6 +28,7 @@ COMMANDS = {
     "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
     "bif": "which examples' losses move together: Bayesian influence functions",
     "susceptibilities": "how each part of a network answers to each token",
+    "recall": "judge an index or scores by known answers: recall@k and MRR",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
