@@ -35,7 +35,7 @@ from influence import (
 )
 from influence.cli import main
 from influence.index import FingerprintError, Index, open_index, provenance
-from influence.pipelines import hessian, score
+from influence.pipelines import hessian, queries, score
 from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
 from influence.pipelines.directory import fingerprint_for
 from influence.pipelines.loading import load_model
