@@ -39,7 +39,7 @@ def patched(model: nn.Module, style: str) -> nn.Module:
             return before(*args, **kwargs) if tried else again(*args, tried=True, **kwargs)
 
         model.forward = again
-        if style != "again":
+        if model is None:
             unbound = None
     else:
         model.forward = lambda *args, **kwargs: before(*args, **kwargs)
