@@ -97,3 +97,16 @@ def test_a_stale_folder_names_the_leaf(tmp_path: Path) -> None:
     sgmcmc.sample(loss, {"w": torch.zeros(2)}, None, lr=1e-3, **arguments)
     with pytest.raises(ValueError, match=r"another lr: it has 0\.001, this one 0\.002"):
         sgmcmc.sample(loss, {"w": torch.zeros(2)}, None, lr=2e-3, **arguments)
+
+
+def test_susceptibilities_of_chains_that_do_not_pair_have_no_error() -> None:
+    """The jackknife deletes the same chain in both runs; by place it deleted chain 2 here and chain 3 there."""
+    loss_fn, params, data = classifier()
+    arguments: Any = {**SETTINGS, "num_chains": 4, "restrictions": ["full", "0.*"]}
+    runs = sgmcmc.sample_restrictions(loss_fn, params, data, {"all": data}, **arguments)
+    found = sgmcmc.susceptibility.estimate(runs, "all")["all"]
+    assert bool(found.stderr.isfinite().all())
+    lame = {"full": runs["full"].keep([0, 1, 2]), "0.*": runs["0.*"].keep([0, 1, 3])}
+    found = sgmcmc.susceptibility.estimate(lame, "all")["all"]
+    assert bool(found.stderr[..., 1].isnan().all())
+    assert bool(found.stderr[..., 0].isfinite().all())

@@ -237,6 +237,19 @@ def test_a_diverging_chain_raises_is_dropped_or_ends_the_run() -> None:
         sgmcmc.sample(loss, start, data, **arguments, on_divergence="prefix", num_burnin_steps=100)
 
 
+def test_a_batch_without_labels_is_no_divergence() -> None:
+    """Its loss is 0 / 0; the advice was to lower the step size."""
+    loss_fn, params = functionalize(nn.Sequential(nn.Linear(2, 3)))
+    data = {"input": torch.ones(6, 2), "labels": torch.tensor([0, 1, -100, -100, 2, 0])}
+    loss = lambda w, b: (loss_fn(w, b), b["labels"] >= 0)  # noqa: E731
+    for baseline in ("lookup", "paired"):
+        with pytest.raises(ValueError, match=r"\(rows [23]\) has the loss nan at the anchor itself") as caught:
+            sgmcmc.sample(
+                loss, params, data, lr=1e-3, n_beta=1.0, batch_size=1, num_draws=6, progress=False, baseline=baseline
+            )
+        assert not isinstance(caught.value, sgmcmc.DivergedError)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

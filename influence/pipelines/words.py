@@ -60,9 +60,11 @@ def _example(name: str, index: int, labelled: Tensor, ids: Tensor | None, row: i
     if ids is None:
         return Example(name, index, "", tuple(str(k) for k in at), at)
     own = ids[row].tolist()
-    last = max(at, default=-1) + 1
+    whole = len(labelled) == len(own)
+    last = max(at, default=-1) + 1 if whole else len(own)
+    while not whole and last > 1 and own[last - 1] == own[last - 2]:
+        last -= 1  # padding
     said = words(own[:last])
     spaced = any(word.startswith((" ", "▁")) for word in said)
     text = "".join(said) if spaced else " ".join(said)
-    whole = len(labelled) == len(own)
     return Example(name, index, text, tuple(said[k] for k in at) if whole else tuple(str(k) for k in at), at)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ def advance(
         Where it stands then; an earlier step where a chain diverged and the prefix is to be kept.
 
     Raises:
+        ValueError: if a batch has no loss at the anchor.
         DivergedError: if a chain diverged and nothing else was asked for, or none is left of the whole run.
     """
     states, alive = list(progress.states), progress.alive.clone()
@@ -101,6 +103,8 @@ def advance(
         for chain, index in rows.items():
             batch = None if plan.source is None or index is None else plan.source.fetch(index)
             fetched[chain] = batch, plan.baseline(index, batch)
+            if not isfinite(fetched[chain][1]):
+                raise ValueError(_without_loss(t, chain, index, fetched[chain][1]))
         draw, rest = divmod(t - plan.burn_in - plan.between + 1, plan.between)
         after, drawn = [], []
         for k, chunk in enumerate(plan.chunks):
@@ -158,6 +162,14 @@ def _write_draw(plan: Plan, record: Record, chunk: Chunk, drawn: Mapping[str, Dr
             if f"{kind}/{name}" in record.arrays:
                 record.arrays[f"{kind}/{name}"][chunk.at, draw] = value.float()
     observe.folded(record.moments, drawn, chunk.at, alive[chunk.at])
+
+
+def _without_loss(t: int, chain: int, index: Tensor | None, value: float) -> str:
+    rows = "" if index is None else f" (rows {', '.join(map(str, index[:4].tolist()))}{' …' if len(index) > 4 else ''})"
+    return (
+        f"the batch of step {t} of chain {chain}{rows} has the loss {value} at the anchor itself: where no position is "
+        "labelled there is none. Leave examples that predict nothing out of the dataset, or raise batch_size"
+    )
 
 
 def _diverged(plan: Plan, record: Record, lost: Tensor, t: int) -> str:

@@ -33,7 +33,7 @@ class Susceptibility(NamedTuple):
         value: per position and restriction; zero where no label is.
         covariance: their first term.
         shift: their second.
-        stderr: by deleting a chain at a time; NaN for one chain.
+        stderr: by deleting a chain at a time; NaN for one chain, or where the two runs lost different ones.
         restrictions: names along the last axis.
         labelled: which positions count.
     """
@@ -106,7 +106,7 @@ def estimate(
         for run in runs.values():
             terms = _terms(run, whole, name, place, offset, ddof, None)
             values = []
-            shared = len(run.chains) == len(whole.chains)
+            shared = run.chains == whole.chains
             for left_out in range(len(run.chains)) if shared and len(run.chains) > 1 else []:
                 some = _terms(run, whole, name, place, offset, ddof, left_out)
                 values.append(some.covariance + some.shift)
