@@ -43,13 +43,14 @@ class Stage(NamedTuple):
     right: float
 
 
-def along_training(lesson: Lesson) -> list[Stage]:
+def along_training(lesson: Lesson, draws: int = 80) -> list[Stage]:
     """Return the local learning coefficient at every checkpoint."""
-    corpus, loss_fn, _ = _sampled(lesson)
+    corpus = lesson.documents
+    loss_fn, _ = functionalize(lesson.model, reduction="mean")
     n_beta, stages = sgmcmc.default_n_beta(len(lesson.world.documents)), []
     final = {name: p.detach().clone() for name, p in lesson.model.named_parameters()}
     for step, params in lesson.checkpoints.items():
-        run = sgmcmc.sample(loss_fn, params, corpus, n_beta=n_beta, num_draws=80, progress=False, **SAMPLING)
+        run = sgmcmc.sample(loss_fn, params, corpus, n_beta=n_beta, num_draws=draws, progress=False, **SAMPLING)
         lesson.model.load_state_dict(params)  # to ask it; its weights are put back below
         stages.append(
             Stage(step, sgmcmc.llc.estimate(run), float(run.baseline.mean()), right(lesson.model, lesson.questions))
@@ -61,28 +62,23 @@ def along_training(lesson: Lesson) -> list[Stage]:
     return stages
 
 
-def bayesian_influence(lesson: Lesson) -> Tensor:
+def bayesian_influence(lesson: Lesson, draws: int = 60) -> Tensor:
     """Return correlations of losses under the posterior, `[questions, documents]`."""
-    corpus, loss_fn, params = _sampled(lesson)
+    loss_fn, params = functionalize(lesson.model, reduction="mean")
     watched = {"questions": lesson.questions, "documents": last_word(lesson.documents)}
     run = sgmcmc.sample(
         loss_fn,
         params,
-        corpus,
+        lesson.documents,
         watched,
         n_beta=sgmcmc.default_n_beta(len(lesson.world.documents)),
-        num_draws=60,
+        num_draws=draws,
         progress=False,
         keep="sequences",
         observable_batch=512,
         **SAMPLING,
     )
     return sgmcmc.bif.estimate(run, "questions", "documents").influences
-
-
-def _sampled(lesson: Lesson):
-    loss_fn, params = functionalize(lesson.model, reduction="mean")
-    return lesson.documents, loss_fn, params
 
 
 def table(traced: dict[str, Traced]) -> str:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#8B4513")
-"""Okabe and Ito's, which colour-blind people can tell apart, and two more."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#8B4513", "#000000")
+"""Okabe and Ito's, which colour-blind people can tell apart, and three more."""
 WIDTH = 640
 
 
@@ -38,7 +38,7 @@ def lines(
     bounds: tuple[float, float] | None = None,
 ) -> str:
     """Return lines over `x`, each with two standard errors around it where they are given."""
-    left, right, top, bottom, height = 60, 20, 12, 44, 300
+    left, right, top, bottom, height = 60, 20, 26, 44, 300
     errors = errors or {}
     values = [
         v + s * 2 * e for n, ys in series.items() for v, e in zip(ys, _of(errors, n, ys), strict=True) for s in (-1, 1)
@@ -58,7 +58,7 @@ def lines(
     for i, value in enumerate(x):
         if len(x) <= 12 or value in (1, 2, 5, 10, 20, 50, 100):
             parts.append(_text(at(i, low)[0], height - bottom + 18, f"{value:g}", "middle"))
-    parts += [_text(WIDTH / 2, height - 6, across, "middle"), _text(left, 10, up, "start", 11)]
+    parts += [_text(WIDTH / 2, height - 6, across, "middle"), _text(left, 12, up, "start")]
     for colour, (name, ys) in zip(COLOURS, series.items(), strict=False):
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(i, y) for i, y in enumerate(ys)))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')

@@ -87,19 +87,26 @@ def pieces(batch: dict[str, Tensor], size: int = 256) -> list[dict[str, Tensor]]
     return [{name: values[i : i + size] for name, values in batch.items()} for i in range(0, len(batch["index"]), size)]
 
 
-def learn(seed: int, steps: int = STEPS, keep: Sequence[int] = (), say: Callable[[str], None] = print) -> Lesson:
+def learn(
+    seed: int,
+    steps: int = STEPS,
+    keep: Sequence[int] = (),
+    people: int = 120,
+    say: Callable[[str], None] = print,
+) -> Lesson:
     """Train a model on a world.
 
     Args:
         seed: of the world, the weights and the order.
         steps: of training.
         keep: steps whose weights are kept; those after the last always are.
+        people: of the world.
         say: where its lines go.
 
     Returns:
         The world and the model.
     """
-    world = make_world(seed)
+    world = make_world(seed, people)
     texts = [document.text for document in world.documents]
     asked = [f"{question.prompt} {question.answer}" for question in world.questions]
     tokenizer = make_tokenizer([*texts, *asked])
