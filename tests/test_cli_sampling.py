@@ -171,7 +171,7 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
         ("llc", ["--batch-size", "26"], ["25 examples that predict something", "--batch-size 0"]),
         ("llc", ["--restrictions", "l0 atn"], ["'l0 atn'", "Near: l0 attn"]),
         ("llc", ["--restrictions", "l0h9"], ["out of range", "counted from 0"]),
-        ("llc", ["--num-draws", "1", "--num-burnin-steps", "0"], ["at least two steps", "raise num_draws"]),
+        ("llc", ["--num-draws", "1", "--num-burnin-steps", "0"], ["at least two steps", "raise --num-draws"]),
         ("llc", ["--lr", "-1"], ["lr must be a finite number above 0", "-1"]),
         ("llc", ["--lr", "1e6"], ["diverged", "Lower lr", "pass --on-divergence drop"]),
         ("llc", ["--plot", "a.docx"], ["a.docx", "choose .png, .pdf or .svg"]),

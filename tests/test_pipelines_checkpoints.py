@@ -20,7 +20,8 @@ from influence.index import open_index
 from influence.models import layer_matrices
 from influence.pipelines import build, inspect, less, query, reduce, score, tracin, trackstar
 from influence.pipelines.checkpoints import learning_rates
-from influence.pipelines.configs import ModelConfig, TransformConfig, from_mapping
+from influence.pipelines.configs import ModelConfig, TransformConfig
+from influence.pipelines.plain import from_mapping
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, power_of, questions, world
 from tests.pipeline_world import sketched as by_block
 

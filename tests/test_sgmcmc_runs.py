@@ -262,7 +262,7 @@ def test_a_batch_without_labels_is_no_divergence() -> None:
         ({"restriction": "l7"}, ["l7"]),
         ({"lr": 0.0}, ["lr must be a finite number above 0"]),
         ({"observables": {"a b": torch.ones(3)}}, ["letters, digits and underscores", "'a b'"]),
-        ({"observables": {"few": (torch.ones(3), 2)}}, ["observable 'few' has 3 examples", "12"]),
+        ({"observables": {"few": (torch.ones(3), 2)}}, ["observable 'few' has 3 examples", "2 batches of 6"]),
     ],
     ids=str,
 )
