@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks import (
     agree,
+    beside,
     building,
     coefficients,
     collect,
@@ -180,11 +182,15 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     }
     made = building.run(
         rounds=2 if arguments.quick else 5,
-        threads=arguments.threads,
+        threads=1,
         documents=200 if arguments.quick else 3_000,
         path=arguments.path,
     )
     found = {**search.run(**settings), "building": made}
+    if peers.importable("bergson"):
+        with tempfile.TemporaryDirectory(dir=arguments.path) as scratch:
+            rounds, documents = (1, 40) if arguments.quick else (3, 1_000)
+            found["beside bergson"] = beside.run(Path(scratch), rounds, documents)
     arguments.only = arguments.rows < 1_000_000
     return _finish(arguments, found, search.targets(found) + building.targets(made) if arguments.check else [])
 
