@@ -21,6 +21,7 @@ COMMANDS = {
     "ekfac": "recipe: influence functions with EK-FAC curvature",
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
     "inspect": "say what a run holds, its size and its health",
+    "explore": "write a page to look at an index with, in a browser",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
 CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}
