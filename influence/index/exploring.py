@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from influence.func import top
@@ -96,7 +96,9 @@ def ends(examples: Examples, asked: Asked, measures: Mapping[str, Weights], k: i
     """
     found = {(name, sign): top.start(asked.rows, k) for name in measures for sign in (1, -1)}
     weights = {name: None if w is None else w.to(asked.rows) for name, w in measures.items()}
-    for begin, scores in scan.products(examples.pieces(scan.rows_a_piece(len(asked.rows))), asked.rows, examples.columns):
+    for begin, scores in scan.products(
+        examples.pieces(scan.rows_a_piece(len(asked.rows))), asked.rows, examples.columns
+    ):
         here = slice(begin, begin + scores.shape[1])
         self_scores = None if asked.own is None else _inside(asked.own, here)
         for (name, sign), best in found.items():
@@ -185,35 +187,46 @@ def token_parts(
     return torch.cat(out)
 
 
-def histogram(
-    asked: Asked, name: str, sample: Float[Tensor, "m d"], theirs: Weights, numbers: Int[Tensor, " m"], bins: int = 32
-) -> Histogram:
-    """Return how the scores of some examples lie, from the smallest to the largest of them.
+def products(asked: Asked, name: str, rows: Float[Tensor, "m d"], theirs: Weights) -> Float[Tensor, "q m"]:
+    """Return the scores of some examples under a measure.
 
     Args:
         asked: the rows that are asked about.
         name: the measure.
-        sample: rows of the examples.
+        rows: rows of the examples.
         theirs: their weights.
-        numbers: which examples they are; a row's own score is left out.
+
+    Returns:
+        The scores.
+    """
+    scores, own = asked.rows @ rows.to(asked.rows).mT, asked.weight[name]
+    scores = scores if theirs is None else scores * theirs.to(scores)
+    return scores if own is None else scores * own.to(scores)[:, None]
+
+
+def histogram(scores: Float[Tensor, "q m"], left_out: Bool[Tensor, "q m"] | None = None, bins: int = 32) -> Histogram:
+    """Return how scores lie, from the smallest to the largest of each row.
+
+    Args:
+        scores: the scores.
+        left_out: those that do not count.
         bins: how many.
 
     Returns:
         The histogram of each row.
+
+    Example:
+        >>> import torch
+        >>> histogram(torch.tensor([[0.0, 1.0, 3.0, 4.0]]), bins=2).counts
+        tensor([[2, 2]])
     """
-    scores = asked.rows @ sample.to(asked.rows).mT
-    scores = scores if theirs is None else scores * theirs.to(scores)
-    own = asked.weight[name]
-    scores = scores if own is None else scores * own.to(scores)[:, None]
-    itself = torch.zeros_like(scores, dtype=torch.bool)
-    if asked.own is not None:
-        itself = asked.own.to(scores.device)[:, None] == numbers.to(scores.device)
-    low = scores.masked_fill(itself, torch.inf).amin(1, keepdim=True)
-    high = scores.masked_fill(itself, -torch.inf).amax(1, keepdim=True)
+    left_out = torch.zeros_like(scores, dtype=torch.bool) if left_out is None else left_out
+    low = scores.masked_fill(left_out, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(left_out, -torch.inf).amax(1, keepdim=True)
     width = torch.where(high > low, high - low, 1)
     place = ((scores - low) / width * bins).long().clamp(0, bins - 1)
     counts = torch.zeros(len(scores), bins, dtype=torch.int64, device=scores.device)
-    counts.scatter_add_(1, place, (~itself).long())
+    counts.scatter_add_(1, place, (~left_out).long())
     return Histogram(torch.cat([low, high], 1).cpu(), counts.cpu())
 
 

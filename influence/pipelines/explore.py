@@ -176,7 +176,8 @@ def notes(config: ExploreConfig, index: Index, count: int, texts: Texts) -> list
     powers = index.fingerprint.complement.get("curvature", [])
     sampled = min(config.sample, count)
     found = [
-        f"{count:,} of {index.examples:,} examples of {config.run}: " + ("all" if count == index.examples else "the first"),
+        f"{count:,} of {index.examples:,} examples of {config.run}: "
+        + ("all" if count == index.examples else "the first"),
         f"{min(config.k, count - 1)} at either end of each example's scores with the others shown, itself left out",
         "a score is the inner product of two rows: positive where a step on one lowers the other's loss",
         f"rows: {index.fingerprint.recorded.get('transform', 'as they were collected')}",

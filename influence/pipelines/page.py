@@ -67,7 +67,7 @@ class Page:
 
 
 def script_safe(text: str) -> str:
-    """Return JSON that cannot end the element it is in, whatever texts it holds.
+    r"""Return JSON that cannot end the element it is in, whatever texts it holds.
 
     Args:
         text: the JSON.
@@ -77,7 +77,7 @@ def script_safe(text: str) -> str:
 
     Example:
         >>> script_safe('["</script>"]')
-        '["\\\\u003c/script>"]'
+        '["\\u003c/script>"]'
     """
     return text.replace("<", "\\u003c").encode("utf-8", "replace").decode()
 

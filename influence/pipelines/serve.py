@@ -42,7 +42,9 @@ def server(page: str, port: int = 0) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
-        raise ValueError(f"port {port} cannot be served at ({error}): pass another --port, or 0 for a free one") from error
+        raise ValueError(
+            f"port {port} cannot be served at ({error}): pass another --port, or 0 for a free one"
+        ) from error
 
 
 def serve(page: str, port: int, say: Say) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.func.top import first_largest
+from influence.func import top
 from influence.index import open_index
 from influence.index.by_example import Examples
 from influence.index.exploring import (
@@ -20,6 +20,7 @@ from influence.index.exploring import (
     block_parts,
     ends,
     histogram,
+    products,
     spectra,
     token_parts,
 )
@@ -179,7 +180,9 @@ def _look(
     parts = block_parts(examples, asked, found, measures)
     for name, lists in found.items():
         weights = measures[name]
-        bins = histogram(asked, name, sample, None if weights is None else weights[sampled], sampled, BINS)
+        scores = products(asked, name, sample, None if weights is None else weights[sampled])
+        itself = None if asked.own is None else asked.own[:, None] == sampled.to(asked.own.device)
+        bins = histogram(scores, itself, BINS)
         tokens = None
         if examples.index.per_token:
             tokens = token_parts(examples, asked, lists, asked.weight[name], weights, lengths)
@@ -244,7 +247,9 @@ def of_scores(page: Page, path: str, examples: Examples, limits: Limits) -> list
     Raises:
         ValueError: if the scores are of other examples, or fewer of them were kept.
     """
-    found, bins = _from_best(path, examples, limits) if (Path(path) / "best.h5").exists() else _from_all(path, examples, limits)
+    found, bins = (
+        _from_best(path, examples, limits) if (Path(path) / "best.h5").exists() else _from_all(path, examples, limits)
+    )
     page.facts["queries"] = [
         text
         for name, one in zip(_names(path, len(found)), found, strict=True)
@@ -267,15 +272,12 @@ def _from_all(path: str, examples: Examples, limits: Limits) -> tuple[list[Ends]
             f"{path} scores other examples than {examples.index.path} shows: score the dataset that it was built from"
         )
     found, bins = [], []
-    sampled = torch.arange(examples.count)
     for name in [name for name in scores.blocks if "/" not in name]:
         each = scores.rows([name], 0, examples.count)[name].mT.contiguous()
-        largest, smallest = (first_largest(signed, limits.k) for signed in (each, -each))
-        order = [one.values.argsort(1, descending=True, stable=True) for one in (largest, smallest)]
-        sides = [(one.values.gather(1, by), one.indices.gather(1, by)) for one, by in zip((largest, smallest), order, strict=True)]
-        found.append(Ends(torch.stack([sides[0][0], -sides[1][0]], 1), torch.stack([sides[0][1], sides[1][1]], 1)))
-        asked = Asked(each, {"scores": None})
-        bins.append(histogram(asked, "scores", torch.eye(examples.count, dtype=each.dtype), None, sampled, BINS))
+        best, worst = (top.update(top.start(each, limits.k), signed, 0) for signed in (each, -each))
+        lists = zip(best, worst._replace(values=-worst.values), strict=True)
+        found.append(Ends(*(torch.stack(both, 1) for both in lists)))
+        bins.append(histogram(each, None, BINS))
     return found, bins
 
 
@@ -289,7 +291,9 @@ def _from_best(path: str, examples: Examples, limits: Limits) -> tuple[list[Ends
         numbers = torch.stack([heap.indices[:, : limits.k] for heap in heaps], 1)
         places = torch.searchsorted(shown, numbers).clamp(max=len(shown) - 1)
         if not torch.equal(shown[places], numbers):
-            raise ValueError(f"{path} found examples that are not shown: raise --max-examples, or score the run's dataset")
+            raise ValueError(
+                f"{path} found examples that are not shown: raise --max-examples, or score the run's dataset"
+            )
         found.append(Ends(torch.stack([heap.values[:, : limits.k] for heap in heaps], 1), places))
     return found, []
 
