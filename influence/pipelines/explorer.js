@@ -66,7 +66,7 @@ kinds.queries.numbers = kinds.queries.texts.map((_, i) => i);
 for (const [name, kind] of Object.entries(kinds)) {
   kind.lowered = kind.texts.map((text) => text.toLowerCase());
   kind.views = data.views.filter((view) => view.of === name);
-  kind.chosen = [0, Math.min(1, kind.views.length - 1)];
+  kind.chosen = [0, Math.floor(kind.views.length / 2)]; // the second measure, or the other run
 }
 const present = Object.keys(kinds).filter((name) => kinds[name].views.length);
 
@@ -100,17 +100,23 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** An example's text, its words marked or its tokens coloured. */
-function said(example, words, tokens) {
-  if (!tokens) return marked(kinds.examples.texts[example], words).map(([part, is]) => (is ? make("mark", {}, part) : part));
+/** A text with some words marked. */
+function parts(text, words) {
+  return marked(text, words).map(([part, is]) => (is ? make("mark", {}, part) : part));
+}
+
+/** An example's text, its tokens coloured where something is known of them. */
+function said(example, tokens) {
+  if (!tokens) return [kinds.examples.texts[example]];
   const coloured = data.pieces[example].map((piece, t) => {
     const part = tokens.steps[t];
-    if (!part) return piece;
-    const span = make("span", { class: `token ${part > 0 ? "more" : "less"}`, title: short(part * tokens.largest) }, piece);
-    span.style.setProperty("--much", `${Math.round(Math.abs(part) * 70)}%`);
-    return span;
+    const word = piece.trimStart();
+    if (!part || !word) return [piece];
+    const span = make("span", { class: `token ${part > 0 ? "more" : "less"}`, title: short(part * tokens.largest) }, word);
+    span.style.setProperty("--much", `${Math.round(Math.abs(part) * 60)}%`);
+    return [piece.slice(0, piece.length - word.length), span];
   });
-  return [...coloured, data.texts[example]];
+  return [...coloured.flat(), data.texts[example]];
 }
 
 function hitsOf(view, i, lists, list, shared) {
@@ -121,7 +127,7 @@ function hitsOf(view, i, lists, list, shared) {
     const left = make("span", { class: "score" }, short(hit.score), bar);
     if (shared.has(hit.example)) left.append(make("span", { class: "both", title: "found by both" }, "in both"));
     const text = make("span", { class: "said" }, make("span", { class: "number" }, `#${kinds.examples.numbers[hit.example]}`),
-      ...said(hit.example, [], tokensOf(view, i, lists, hit.pair)));
+      ...said(hit.example, tokensOf(view, i, lists, hit.pair)));
     const go = () => choose("examples", hit.example);
     return make("li", {}, make("button", { class: "hit", type: "button", "data-example": hit.example, on: go }, left, text));
   }));
@@ -150,8 +156,8 @@ function histogramOf(view, i, lists) {
 
 function blocksOf(view, i) {
   if (!view.parts) return make("p", { class: "note" }, "scores that were computed as the corpus streamed by keep no blocks");
-  const [parts, count] = [row(view.parts, i), view.blocks.length];
-  const shown = view.blocks.map((block, b) => ({ ...block, ends: [parts[b], parts[count + b]] }))
+  const [sums, count] = [row(view.parts, i), view.blocks.length];
+  const shown = view.blocks.map((block, b) => ({ ...block, ends: [sums[b], sums[count + b]] }))
     .sort((a, b) => Math.max(...b.ends.map(Math.abs)) - Math.max(...a.ends.map(Math.abs))).slice(0, 20);
   const most = Math.max(...shown.flatMap((block) => block.ends.map(Math.abs)), 1e-300);
   const cell = (value) => {
@@ -202,9 +208,9 @@ function panelOf(kind, side, i, shared) {
   });
   const lists = listsOf(view, i);
   return make("article", { class: "panel" }, select,
+    make("h3", {}, "histogram of scores (height: square root of the count)"), histogramOf(view, i, lists),
     make("h3", {}, "largest scores: these help"), hitsOf(view, i, lists, lists[0], shared[0]),
     make("h3", {}, "smallest scores: these hurt"), hitsOf(view, i, lists, lists[1], shared[1]),
-    make("h3", {}, "histogram of scores (height: square root of the count)"), histogramOf(view, i, lists),
     make("h3", {}, "what blocks add to these sums"), blocksOf(view, i),
     make("h3", {}, "eigenvalues of the rows"), spectrumOf(view));
 }
@@ -245,7 +251,7 @@ function draw() {
   if (at.kind === "examples") facts.push(`loss ${short(row(data.loss, i)[0])}`);
   if (views[0] !== views[1]) facts.push(`the panels share ${shared[0].size} of the largest and ${shared[1].size} of the smallest`);
   $("facts").textContent = facts.join(" · ");
-  $("text").replaceChildren(...marked(kind.texts[i], words()).map(([part, is]) => (is ? make("mark", {}, part) : part)));
+  $("text").replaceChildren(...parts(kind.texts[i], words()));
   $("panels").replaceChildren(...(two ? [0, 1] : [0]).map((side) => panelOf(at.kind, side, i, shared)));
   $("shown").hidden = false;
   $("shown").scrollTop = 0;
@@ -265,8 +271,7 @@ function list() {
   const kind = kinds[at.kind];
   const found = at.found.slice(0, at.limit).map((i) => make("button", {
     class: "found", type: "button", role: "option", "data-item": i, "aria-selected": i === at.item, on: () => choose(at.kind, i),
-  }, make("span", { class: "number" }, `#${kind.numbers[i]}`),
-  ...marked(kind.texts[i].slice(0, 300), words()).map(([part, is]) => (is ? make("mark", {}, part) : part))));
+  }, make("span", {}, make("span", { class: "number" }, `#${kind.numbers[i]}`), ...parts(kind.texts[i].slice(0, 300), words()))));
   const more = at.found.length > at.limit
     ? [make("button", { type: "button", id: "more", on: () => { at.limit += 200; list(); } }, "show more")] : [];
   $("results").replaceChildren(...found, ...more);
