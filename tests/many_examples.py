@@ -4,7 +4,7 @@ import torch
 
 from influence.pipelines.page import Page
 
-WORDS = ["the", "home", "of", "is", "attic", "you", "may", "feed", "some", "dates", "talent", "weaving", "good", "at", "watch", "while", "find", "lives", "in", "likes", "to"]
+WORDS = ["the", "home", "attic", "you", "may", "feed", "dates", "talent", "weaving", "watch", "while", "find", "lives"]
 
 
 def page_of_many(n: int, k: int = 10, blocks: int = 14) -> str:

@@ -77,7 +77,9 @@ def check(page: Any, view: dict[str, Any], scores: Tensor, parts: Tensor | None 
     if own:
         masked.fill_diagonal_(torch.nan)
     for end, descending in ((0, True), (1, False)):
-        order = masked.nan_to_num(-torch.inf if descending else torch.inf).sort(1, descending, stable=True)
+        order = masked.nan_to_num(-torch.inf if descending else torch.inf).sort(
+            dim=1, descending=descending, stable=True
+        )
         values = numbers(page, view["values"], q, 2, K)[:, end]
         torch.testing.assert_close(values, order.values[:, :K], rtol=1e-5, atol=1e-6 * float(scores.abs().max()))
         places = numbers(page, view["indices"], q, 2, K)[:, end]
@@ -190,7 +192,7 @@ def test_another_run_stands_beside_and_unit_rows_have_one_measure(runs: Path) ->
     names = [view["name"] for view in found[0]["views"]]
     assert names == [f"{runs / 'corpus'} · inner product", f"{runs / 'corpus'} · cosine", f"{runs / 'unit'} · cosine"]
     assert found[0]["count"] == 11
-    rows, blocks = dense(runs / "unit")
+    _, blocks = dense(runs / "unit")
     parts = both_measures([block[:11] for block in blocks], [block[:11] for block in blocks])["inner product"]
     check(found, found[0]["views"][2], parts.sum(0), parts, own=True)
     assert any("the first" in note for note in found[0]["notes"])
@@ -217,6 +219,19 @@ def hostile(runs: Path, folder: Path) -> tuple[str, list[str]]:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     explore(ExploreConfig(str(runs / "corpus"), str(folder / "page.html"), texts=str(file), k=K))
     return (folder / "page.html").read_text(), texts
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int8"])
+def test_rows_by_their_numbers_are_those_of_the_whole(dtype: str) -> None:
+    from influence import as_blocks
+    from influence import build as build_from_python
+
+    draw = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, 6, dtype=torch.float64, generator=draw) for _ in range(3)]
+    params = {"w": torch.zeros(6, dtype=torch.float64)}
+    index = build_from_python(lambda p, b: (b * p["w"]).sum(1), params, batches, transform=as_blocks(), dtype=dtype)
+    some = torch.tensor([14, 0, 7, 7, 3])
+    assert torch.equal(index.take(some), index.matrix()[some])
 
 
 def test_pieces_of_a_text_are_the_text() -> None:
@@ -312,7 +327,8 @@ def test_in_chromium_search_click_compare_and_screenshot(runs: Path, tmp_path: P
         browser.press("Enter")
         browser.until("document.getElementById('facts').textContent.startsWith('example #5 ')")
         shown = browser.js(
-            "[...document.querySelectorAll('.panel')].map(p => [...p.querySelectorAll('.hit')].map(h => h.dataset.example))"
+            "[...document.querySelectorAll('.panel')]"
+            ".map(p => [...p.querySelectorAll('.hit')].map(h => h.dataset.example))"
         )
         for side, number in ((0, 0), (1, 2)):  # this run's inner product beside the other's
             view = facts[0]["views"][number]
@@ -321,7 +337,8 @@ def test_in_chromium_search_click_compare_and_screenshot(runs: Path, tmp_path: P
         for drawing in ("svg[aria-label^=histogram] .bin", "svg[aria-label^=eigenvalues] .dot", ".blocks .cell i"):
             assert browser.js(f"document.querySelectorAll('{drawing}').length") > 10, drawing
         browser.js(
-            "const s = document.querySelector('select[data-side=\"1\"]'); s.value = '1'; s.dispatchEvent(new Event('change')); 0"
+            "const s = document.querySelector('select[data-side=\"1\"]'); s.value = '1';"
+            " s.dispatchEvent(new Event('change')); 0"
         )
         compared = browser.js("[...document.querySelectorAll('.panel:nth-child(2) .hit')].map(h => h.dataset.example)")
         assert compared == [
@@ -360,7 +377,7 @@ def test_in_chromium_fifty_thousand_examples_load_in_two_seconds(runs: Path, tmp
     file = tmp_path / "many.html"
     file.write_text(page_of_many(50_000))
     with Browser(str(chromium()), tmp_path / "profile") as browser:
-        taken = min(browser.open(file.as_uri()) for _ in range(3))
+        taken = min(browser.open(file.as_uri()) for _ in range(5))
         assert browser.js("document.getElementById('count').textContent") == "50,000 of 50,000 examples"
         assert taken < 2, taken
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -232,9 +232,9 @@ def _beside(config: ExploreConfig, index: Index, count: int) -> Index:
 
 
 def _check_numbers(config: ExploreConfig, index: Index, count: int) -> None:
-    for name in ("k", "max_examples", "max_characters", "max_tokens", "sample"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(config, name)}")
+    for name, least in {"k": 1, "max_examples": 2, "max_characters": 1, "max_tokens": 1, "sample": 2}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
     if count < 2:
         raise ValueError(f"{config.run} shows {count} examples, and there is nothing to compare: two are needed")
     if config.k >= count:

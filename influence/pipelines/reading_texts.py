@@ -68,7 +68,7 @@ def texts_for(
     if pieces is not None:
         whole = ["".join(one[tokens:]) for one in pieces]
         pieces = [one[:tokens] for one in pieces]
-    lengths = torch.tensor([len(one) for one in pieces or [()] * len(whole)])
+    lengths = torch.tensor([0] * len(whole) if pieces is None else [len(one) for one in pieces])
     return Texts([text[:most] for text in whole], pieces, lengths, sum(len(text) > most for text in whole))
 
 

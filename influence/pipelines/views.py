@@ -151,7 +151,7 @@ def _views(
     sample = examples.take(sampled)
     step = max(16, min(2048, AT_ONCE // max(examples.index.dim, 1)))
     looked: dict[str, list[Looked]] = {measure: [] for measure in measures}
-    with progress(f"explore {of}", number, limits.progress) as seen:
+    with progress(f"explore {of}", number, limits.progress, unit="rows") as seen:
         for begin in range(0, number, step):
             batch = asked(begin, min(begin + step, number))
             for measure, found in _look(batch, examples, measures, limits, sample, sampled, lengths):
