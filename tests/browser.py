@@ -89,6 +89,13 @@ class Browser:
         self.until(ready)
         return time.perf_counter() - begin
 
+    def processor(self) -> float:
+        """Return the processor seconds that the page's process has used so far, all of its threads together."""
+        self.call("Performance.enable")
+        return next(
+            one["value"] for one in self.call("Performance.getMetrics")["metrics"] if one["name"] == "ProcessTime"
+        )
+
     def js(self, expression: str) -> Any:
         """Return the value of an expression of JavaScript."""
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

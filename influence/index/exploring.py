@@ -23,7 +23,7 @@ from influence.index.chosen import Chosen
 ENTRIES = 1 << 25
 """Entries of rows that are looked at in one go where they are decoded."""
 
-Weights: TypeAlias = Float[Tensor, " n"] | None
+Weights: TypeAlias = Float[Tensor, " _"] | None
 """What each row is multiplied with; `None` is 1."""
 
 
