@@ -89,7 +89,7 @@ def check(page: Any, view: dict[str, Any], scores: Tensor, parts: Tensor | None 
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(scores.abs().max()))
     if "counts" in view:
         counts = numbers(page, view["counts"], q, 32)
-        sampled = torch.arange(7) * n // 7 if own or "parts" in view else torch.arange(n)
+        sampled = torch.arange(min(7, n)) * n // min(7, n) if "parts" in view else torch.arange(n)
         for row in range(q):
             mine = masked[row, sampled][~masked[row, sampled].isnan()]
             edges = numbers(page, view["edges"], q, 2)[row]
@@ -275,6 +275,26 @@ def test_what_cannot_be_is_refused_before_the_work(runs: Path, tmp_path: Path, c
     (tmp_path / "said.txt").write_text("a\nb\nc\nd\ne\nf\n")
     assert main(["explore", str(python), "--texts", str(tmp_path / "said.txt"), "--k", "2"]) == 0
     assert read((tmp_path / "python.html").read_text())[0]["texts"] == list("abcdef")
+
+
+def test_rows_with_all_of_an_inverse_are_shown_with_queries_alone(tmp_path: Path, capsys: Any) -> None:
+    from influence import as_blocks, chain, hessians, precondition
+    from influence import build as build_from_python
+
+    ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}
+    x = torch.tensor([[2.0, 0], [0, 4], [1, 1], [-3, 1]])
+    factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks())
+    inverse = precondition(factors, power=-1.0, damping=0.1)
+    build_from_python(ell, w, [x], tmp_path / "one", transform=chain(as_blocks(), inverse))
+    build_from_python(ell, w, [x[:2]], tmp_path / "other", transform=as_blocks())
+    (tmp_path / "t.txt").write_text("a\nb\nc\nd\n")
+    flags = (tmp_path / "one", "--texts", tmp_path / "t.txt", "--k", 3)
+    assert "one side of a score" in refused(capsys, *flags)
+    assert main(["explore", *map(str, flags), "--queries", str(tmp_path / "other")]) == 0
+    found = read((tmp_path / "one.html").read_text())
+    assert {view["of"] for view in found[0]["views"]} == {"queries"}
+    (mine, _), (wanted, _) = dense(tmp_path / "one"), dense(tmp_path / "other")
+    check(found, found[0]["views"][0], wanted @ mine.mT)
 
 
 def test_a_page_is_served_to_this_machine_alone() -> None:

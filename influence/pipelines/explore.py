@@ -182,6 +182,7 @@ def notes(config: ExploreConfig, index: Index, count: int, texts: Texts) -> list
         "a score is the inner product of two rows: positive where a step on one lowers the other's loss",
         f"rows: {index.fingerprint.recorded.get('transform', 'as they were collected')}",
         f"histograms and spectra: of {sampled:,} examples" + ("" if sampled == count else ", evenly spaced"),
+        "blue is positive, orange negative (in a text, dotted below)",
         "effective rank: exp of the entropy of the eigenvalues' shares; the Gram matrix is not centred",
     ]
     if metric == "cosine":

@@ -209,8 +209,8 @@ function panelOf(kind, side, i, shared) {
   const lists = listsOf(view, i);
   return make("article", { class: "panel" }, select,
     make("h3", {}, "histogram of scores (height: square root of the count)"), histogramOf(view, i, lists),
-    make("h3", {}, "largest scores: these help"), hitsOf(view, i, lists, lists[0], shared[0]),
-    make("h3", {}, "smallest scores: these hurt"), hitsOf(view, i, lists, lists[1], shared[1]),
+    make("h3", {}, "largest scores (positive helps)"), hitsOf(view, i, lists, lists[0], shared[0]),
+    make("h3", {}, "smallest scores (negative hurts)"), hitsOf(view, i, lists, lists[1], shared[1]),
     make("h3", {}, "what blocks add to these sums"), blocksOf(view, i),
     make("h3", {}, "eigenvalues of the rows"), spectrumOf(view));
 }
