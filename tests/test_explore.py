@@ -256,6 +256,7 @@ def test_what_cannot_be_is_refused_before_the_work(runs: Path, tmp_path: Path, c
     assert "is the run itself" in refused(capsys, corpus, *to, "--other", corpus)
     assert "has other examples" in refused(capsys, corpus, *to, "--other", runs / "mean")
     assert "leave --to out" in refused(capsys, corpus, *to, "--serve")
+    assert "pass both, or neither" in refused(capsys, corpus, *to, "--port", 8000)
     assert "k must be at most 3" in refused(capsys, corpus, *to, "--queries", runs / "scores-best", "--k", 4)
     assert "is a directory" in refused(capsys, corpus, "--to", tmp_path)
     (tmp_path / "x.html").write_text("mine")

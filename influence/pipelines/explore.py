@@ -47,7 +47,7 @@ class ExploreConfig:
         device: where products are computed.
     """
 
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     to: str | None = None
     other: str | None = None
     queries: str | None = None
@@ -101,6 +101,8 @@ def _path(config: ExploreConfig) -> Path:
     """Return where the page goes, refusing what cannot be before the work."""
     if config.serve and config.to is not None:
         raise ValueError("--serve writes no file: leave --to out, or --serve")
+    if config.port and not config.serve:
+        raise ValueError(f"--port {config.port} is for --serve: pass both, or neither")
     path = Path(config.to) if config.to is not None else Path(config.run.rstrip("/") + ".html")
     if config.serve:
         return path
