@@ -30,6 +30,7 @@ COMMANDS = {
     "susceptibilities": "how each part of a network answers to each token",
     "recall": "judge an index or scores by known answers: recall@k and MRR",
     "inspect": "say what a run holds, its size and its health",
+    "explore": "write a page to look at an index with, in a browser",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
 CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}

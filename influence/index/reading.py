@@ -202,6 +202,26 @@ class Index:
             return torch.zeros(0, chosen.dim, dtype=torch.float64 if self.dtype == "float64" else torch.float32)
         return found[0] if len(found) == 1 else torch.cat(found)
 
+    def take(self, rows: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+        """Return rows by their numbers, in any order, as `matrix` does.
+
+        Args:
+            rows: their numbers.
+
+        Returns:
+            The rows, in float32, or float64 if they are stored so.
+        """
+        out = torch.empty(len(rows), self.dim, dtype=torch.float64 if self.dtype == "float64" else torch.float32)
+        for first, part in zip(self._begins, self.parts, strict=False):
+            here = ((rows >= first) & (rows < first + part.rows)).nonzero()[:, 0]
+            if len(here):
+                values, scale = part.get("rows"), part.get("scale")
+                assert values is not None
+                values = values.view(torch.bfloat16) if values.dtype == torch.uint16 else values
+                at = rows[here] - first
+                out[here] = decode(Encoded(values[at], None if scale is None else scale[at]), self.columns)
+        return out
+
     def rows(self, blocks: Iterable[str] | None = None, begin: int = 0, end: int | None = None) -> Rows:
         """Return some rows block by block, as they were collected.
 

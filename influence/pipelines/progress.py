@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int, shown: bool | None = None, rank: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(
+    what: str, total: int, shown: bool | None = None, rank: int = 0, unit: str = "tok"
+) -> Iterator[Callable[[int], None]]:
     """Show a bar while work goes on.
 
     Args:
@@ -13,6 +15,7 @@ def progress(what: str, total: int, shown: bool | None = None, rank: int = 0) ->
         total: tokens of all of it.
         shown: always, never, or (`None`) where there is a terminal.
         rank: only the first one shows anything.
+        unit: what is counted.
 
     Yields:
         A function to call with the number of tokens just seen.
@@ -20,5 +23,5 @@ def progress(what: str, total: int, shown: bool | None = None, rank: int = 0) ->
     from tqdm import tqdm
 
     hidden = True if rank or shown is False else (None if shown is None else False)
-    with tqdm(total=total, desc=what, unit="tok", unit_scale=True, disable=hidden, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=hidden, dynamic_ncols=True) as bar:
         yield lambda tokens: bar.update(tokens) and None

@@ -154,7 +154,7 @@ def open_session(config: QueryConfig) -> Session:
         view = replace(view, optimizer=None, optimizer_view="scale")
     loss = from_mapping(LossConfig, stored["loss"], "loss.")
     measured = measure(model, loss, view, RunConfig(device=config.device))
-    begins, parts = _datasets(index, own)
+    begins, parts = datasets_of(index, own)
     shown = [(part, measured.tokenizer, measured.config) for part in parts]
     texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
@@ -164,7 +164,7 @@ def open_session(config: QueryConfig) -> Session:
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
-def _datasets(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
+def datasets_of(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
     """Return the first example and the configuration of each dataset that an index is of."""
     appended = [change for change in index.about.appended if "data" in change["config"]]
     begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]

@@ -12,7 +12,9 @@ from influence.pipelines.configs import DataConfig
 from influence.pipelines.reading import load_rows, text_format, tokens_of
 
 
-def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[str]]:
+def texts_of(
+    config: DataConfig, tokenizer: Any, model: Any, strict: bool = False
+) -> Callable[[Sequence[int]], list[str]]:
     """Return a function from rows of a run's dataset to what they say.
 
     Numbers are those of the run: of chunks where there were chunks, of the dataset's rows otherwise, also where the run
@@ -22,6 +24,7 @@ def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequen
         config: the run's data.
         tokenizer: the run's tokenizer.
         model: transformers' config of the model.
+        strict: let a dataset that is gone be an error.
 
     Returns:
         The function.
@@ -53,7 +56,7 @@ def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequen
         _, document_of = reader(text_format(config), columns)
         return [_said(document_of(row)) for row in found]
 
-    return texts
+    return _read if strict else texts
 
 
 def _said(document: Document) -> str:
@@ -94,6 +97,64 @@ def highlighted(
         return f"{'…' * (begin > 0)}{before} «{token.strip()}» {after}{'…' * (end < len(ids))}".strip()
 
     return marked
+
+
+def token_texts(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[list[str]]]:
+    """Return a function from examples to their tokens' texts, white space included: joined, they are the text.
+
+    Args:
+        config: the run's data.
+        tokenizer: the run's tokenizer.
+        model: transformers' config of the model.
+
+    Returns:
+        The function.
+    """
+
+    @lru_cache
+    def whole() -> Tokenized:
+        return tokens_of(config, load_rows(config), tokenizer, model)
+
+    @lru_cache(1 << 16)
+    def alone(number: int) -> str:
+        return str(tokenizer.decode([number])).strip()
+
+    def pieces(numbers: Sequence[int]) -> list[list[str]]:
+        found = []
+        for number in numbers:
+            ids = whole().take(number, number + 1).ids.tolist()
+            found.append(cut(str(tokenizer.decode(ids)), [alone(one) for one in ids]))
+        return found
+
+    return pieces
+
+
+def cut(text: str, tokens: Sequence[str]) -> list[str]:
+    """Return a text in as many pieces as it has tokens, cut behind each token where it is found in the text.
+
+    A token that is not found in its place, such as a byte of a letter, has an empty piece; its text is with the next.
+
+    Args:
+        text: the text.
+        tokens: what each token says alone, without white space.
+
+    Returns:
+        The pieces; joined, they are the text.
+
+    Example:
+        >>> cut("to be ...", ["to", "be", "\ufffd", "..."])
+        ['to', ' be', '', ' ...']
+    """
+    pieces, at = [], 0
+    for token in tokens:
+        found = text.find(token, at)
+        near = found >= 0 and not text[at:found].strip() if token else False
+        end = found + len(token) if near else at
+        pieces.append(text[at:end])
+        at = end
+    if pieces:
+        pieces[-1] += text[at:]
+    return pieces
 
 
 def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) -> Callable[..., list[str]]:
