@@ -8,10 +8,15 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
-HEAD = """# Benchmarks
-
-Made from `benchmarks/results/*.json` by `python -m benchmarks report`; a test compares this page with them, so edit neither by hand. Every table is one run, with its machine and date; figures of two runs are not to be compared with one another, but their ratios are. A ratio is the median over rounds that interleave everything in the table, with the quartiles behind it. Targets that were missed stand here as missed.
-"""
+HEAD = "\n".join(
+    (
+        "# Benchmarks\n",
+        "Made from `benchmarks/results/*.json` by `python -m benchmarks report`; a test compares this page with them. "
+        "Every table is one run, with its machine and date; compare ratios, not seconds, between runs. A ratio is the "
+        "median over rounds that interleave everything in the table, with its quartiles. Targets that were missed "
+        "stand here as missed.\n",
+    )
+)
 
 SAYS = {
     "collect": (
@@ -99,10 +104,14 @@ def ratio(value: Mapping[str, float] | Sequence[float] | None) -> str:
 def targets(checks: Sequence[Mapping[str, Any]]) -> str:
     """Return what was aimed at, and whether it was met."""
     rows = [
-        [check["name"], number(check["value"], ".4g") or "not measured", check["bound"], "yes" if check["met"] else "**no**"]
-        for check in checks
+        [check["name"], number(check["value"], ".4g") or "not measured", check["bound"], met(check)] for check in checks
     ]
     return grid(["target", "measured", "bound", "met"], rows)
+
+
+def met(check: Mapping[str, Any]) -> str:
+    """Return whether a target was met."""
+    return "yes" if check["met"] else "**no**"
 
 
 def variants(found: Sequence[Mapping[str, Any]]) -> str:
