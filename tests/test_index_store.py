@@ -167,7 +167,7 @@ def test_datasets_are_aligned_and_contiguous(tmp_path: Path) -> None:
             assert file[key].id.get_offset() % 64 == 0
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "index.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "index-format.md").read_text()
 (ALONE,) = re.findall(r"```python\n(import json\n.*?)\n\nfound = .*?```", PAGE, flags=re.DOTALL)
 PRINTED = """
 import sys
