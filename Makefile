@@ -7,7 +7,7 @@ TORCH = $(shell grep '^torch==' $(LOCK))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests compile-tests doctests bench-peers bench clean
+.PHONY: help demo test lint types tests compile-tests doctests docs bench-peers bench clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -41,6 +41,16 @@ compile-tests: .venv/.installed ## the tests of torch.compile, in a process with
 doctests: .venv/.installed ## the examples in docstrings
 	$(BIN)/pytest -q -o addopts= --doctest-modules influence
 
+docs: .venv-docs/.installed ## the documentation, in build/site: a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
+	.venv-docs/bin/python docs/site/check.py build/site
+
+# An environment of its own, without torch: the package is read, not imported.
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements/docs.txt
+	touch $@
+
 bench-peers: .venv-peers/.installed ## a second environment beside bergson, kronfluence and devinterp
 
 bench: .venv-peers/.installed ## the collection benchmark beside its peers, judged by its targets (about ten minutes)
@@ -57,5 +67,5 @@ bench: .venv-peers/.installed ## the collection benchmark beside its peers, judg
 	touch $@
 
 clean: ## remove the environments and every cache
-	rm -rf .venv .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-docs .venv-peers build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ from benchmarks import (
     collect,
     curvature,
     loader,
+    page,
     peers,
     ranks,
     report,
@@ -82,6 +83,9 @@ def main() -> int:
     suite.add_argument("--quick", action="store_true", help="40,000 rows and 5 rounds: whether it runs, not how fast")
     suite.add_argument("--faiss", action=argparse.BooleanOptionalAction, default=True, help="build and time FAISS too")
     suite.set_defaults(run=_index)
+
+    suite = suites.add_parser("report", help="write docs/benchmarks.md from the JSON in benchmarks/results")
+    suite.set_defaults(run=_report)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
     of = one.add_subparsers(dest="of", required=True)
@@ -193,6 +197,12 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
             found["beside bergson"] = beside.run(Path(scratch), rounds, documents)
     arguments.only = arguments.rows < 1_000_000
     return _finish(arguments, found, search.targets(found) + building.targets(made) if arguments.check else [])
+
+
+def _report(_: argparse.ArgumentParser, __: argparse.Namespace) -> int:
+    page.write()
+    print(f"wrote {page.PAGE}")
+    return 0
 
 
 def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -246,6 +246,19 @@ def test_the_eigenbasis_gives_the_same_inner_products_and_its_corner_the_stronge
 # Sides
 
 
+def test_a_block_with_one_axis_keeps_its_strongest_entries() -> None:
+    """A sum over no axes is torch's sum over all of them: biases apart from their matrices raised IndexError."""
+    loss_fn, params = functionalize(nn.Linear(3, 4).double(), loss="squared_error")
+    batch = {"input": torch.randn(50, 3, dtype=torch.float64), "labels": torch.randn(50, 4, dtype=torch.float64)}
+    factors = hessians.kfac.fit(loss_fn, params, [batch], labels="data", transform=as_blocks(), progress=False)
+    energy = factors.blocks["bias"].eigenvalues * inverse_weights(factors.blocks["bias"], -1.0, 0.1, "damped").grid
+    kept = float(energy.sort(descending=True).values[:2].sum() / energy.sum())
+    assert kept_energy(factors, 2)["bias"] == pytest.approx(kept)
+    rows = per_example_grads(loss_fn, params, batch, transform=chain(as_blocks(), eigen_whiten(factors, dim=2)))
+    whole = per_example_grads(loss_fn, params, batch, transform=chain(as_blocks(), eigen_whiten(factors)))
+    torch.testing.assert_close(rows["bias"], whole["bias"][:, :2])
+
+
 def test_both_forms_of_a_score_apply_the_inverse_once() -> None:
     loss_fn, params, batch, kfac, _ = fitted()
     rows = per_example_grads(loss_fn, params, batch, transform=BLOCKS)

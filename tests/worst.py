@@ -1,6 +1,6 @@
 """``python -m tests.worst [case …]``: the worst error of every model and engine over every combination.
 
-Measured against the float64 loop of `tests.oracles`, all parameters, as docs/design.md says.
+Measured against the float64 loop of `tests.oracles`, all parameters, as docs/conventions.md says.
 """
 
 import fnmatch

@@ -131,7 +131,7 @@ def strongest(curvature: Curvature, damping: float, inversion: str, dim: int | N
     energy = whitened_energy(curvature, damping, inversion)
     kept = []
     for axis in range(energy.ndim):
-        along = energy.sum([other for other in range(energy.ndim) if other != axis])
+        along = energy.movedim(axis, 0).reshape(energy.shape[axis], -1).sum(1)
         count = along.shape[0] if dim is None else min(dim, along.shape[0])
         kept.append(along.argsort(descending=True, stable=True)[:count])
     return kept
