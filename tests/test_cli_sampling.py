@@ -154,6 +154,25 @@ def test_a_grid_shows_its_plateau(tmp_path: Path, capsys: Any) -> None:
     assert (tmp_path / "g.png").stat().st_size > 5000
     facts = json.loads(run(capsys, "llc", "--run", tmp_path / "g", "--json")[1])
     assert len(facts["llc"]) == 4
+    again = run(capsys, "llc", "--run", tmp_path / "g", "--lrs", "1e-3")[1]  # points that diverged were forgotten,
+    assert [line.split()[-1] == "diverged" for line in again.splitlines()[1:]] == [False, False, True]  # others named
+
+
+def an_error(output: Any, batch: Any) -> torch.Tensor:
+    return output.logits.square().mean((1, 2))
+
+
+def test_a_loss_per_example_is_named_by_its_text(tmp_path: Path, capsys: Any) -> None:
+    """Every example was called '0', and its text ended in one padding."""
+    flags = ["--loss", "tests.test_cli_sampling:an_error", "--restrictions", "l0 mlp", "--observed", "6"]
+    flags += ["--save", str(tmp_path / "chi.csv")]
+    status, out, err = run(capsys, *made("susceptibilities", tmp_path / "a", *flags))
+    assert status == 0, err
+    assert "6 examples, the loss on 'data'" in out
+    with open(tmp_path / "chi.csv") as file:
+        found = list(csv.DictReader(file))
+    said = [json.loads(line)["text"] for line in (world() / "corpus.jsonl").read_text().splitlines()[:6]]
+    assert [row["token"].replace(" ", "") for row in found] == [text.replace(" ", "") for text in said]
 
 
 def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any) -> None:
@@ -161,7 +180,7 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
     status, out, err = run(capsys, *made("llc", tmp_path / "a", *flags))
     assert status == 0, err
     assert "acceptance 0." in out or "acceptance 1." in out
-    flags = ["--sampler", "sghmc", "--sampler-kwargs", "{friction: 0.5}"]
+    flags = ["--sampler", "rmsprop_sgld", "--sampler-kwargs", "{eps: 1e-1}"]  # which is text in YAML
     assert run(capsys, *made("llc", tmp_path / "b", *flags))[0] == 0
 
 
@@ -175,6 +194,8 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
         ("llc", ["--lr", "-1"], ["lr must be a finite number above 0", "-1"]),
         ("llc", ["--lr", "1e6"], ["diverged", "Lower lr", "pass --on-divergence drop"]),
         ("llc", ["--plot", "a.docx"], ["a.docx", "choose .png, .pdf or .svg"]),
+        ("llc", ["--batch-size", "-1"], ["--batch-size must be at least 1"]),
+        ("llc", ["--sampler-kwargs", "{bounding_box: wide}"], ["bounding_box must be a number", "'wide'"]),
         ("llc", ["--sampler-kwargs", "{fricton: 1}"], ["'fricton'", "sgld takes bounding_box"]),
         ("llc", ["--lrs", "1e-4", "1e-4"], ["each once"]),
         ("sample", ["--observables", "a b=x.jsonl"], ["x.jsonl"]),

@@ -244,6 +244,25 @@ def test_influences_between_observables_top_k_signs_and_unlabelled_positions() -
     torch.testing.assert_close(averaged[0, 1], tokens[0, 1, :2].mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_errors_of_the_mean_over_chains_are_worth_the_draws_of_one() -> None:
+    """Four averaged chains are as many draws as one: counted as four, their errors were half of what they are."""
+    x = torch.randn(200, 4, 300, 2, 1, generator=torch.Generator().manual_seed(1))
+    found = [bif.estimate(run_of(each), "one", pooling="mean", statistic="covariance", stderr=True) for each in x]
+    spread = torch.stack([each.influences[0, 1] for each in found]).std()
+    said = [each.stderr[0, 1] for each in found if each.stderr is not None]
+    assert float(torch.stack(said).mean() / spread) == pytest.approx(1, abs=0.2)  # 4 s.e. of a deviation of 200
+
+
+def test_a_loss_that_does_not_vary_comes_last() -> None:
+    """Its correlation is NaN, which sorts above every number."""
+    x = traces()
+    x[:, :, 2] = 0
+    z = bif.draws(run_of(x), "one")
+    values, who = bif.top_k(z, z, 5, block=2)
+    assert who[0, -1] == 2
+    assert values[0].isnan().tolist() == [False] * 4 + [True]
+
+
 def test_susceptibility_is_the_raw_moment_formula() -> None:
     """Cov_C(φ, D) + E_C φ (E_C D - E_F D), from the published raw form, with another baseline too."""
     full, part = run_of(traces()), run_of(traces().flip(2) * 0.7 + 0.1)

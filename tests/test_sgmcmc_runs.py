@@ -1,5 +1,6 @@
 """Runs: chains together and alone, killed and resumed, refused and cut short; no global state."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,34 @@ def test_a_killed_run_goes_on_bit_by_bit(
     same(whole, sgmcmc.load(tmp_path / "one.h5"))
 
 
+def test_a_killed_run_goes_on_in_other_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states had the chunks' shapes, and the message was torch's."""
+    loss_fn, params, data = classifier()
+    arguments: Any = {**SETTINGS, "sampler": sghmc.build, "checkpoint_every": 2, "num_chains": 3, "lr": 1e-4}
+    go = functools.partial(sgmcmc.sample, loss_fn, params, data, **arguments, output_path=tmp_path / "run")
+    for chunk in (2, 1):  # each starts from what the other chunks left
+        with monkeypatch.context() as patch:
+            patch.setattr(drive, "advance", _once(drive.advance))
+            with pytest.raises(Killed):
+                go(chain_chunk=chunk)
+    resumed = go(chain_chunk=3)
+    whole = sgmcmc.sample(loss_fn, params, data, **arguments)
+    torch.testing.assert_close(resumed.loss, whole.loss, rtol=1e-10, atol=1e-10)
+
+
+def _once(advance: Any) -> Any:
+    """Return `advance`, killed when it is called again."""
+    calls: list[int] = []
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise Killed
+        return advance(*args)
+
+    return killed
+
+
 def test_a_stale_folder_is_refused(tmp_path: Path) -> None:
     """The peer's cache key has neither weights, data, masks nor loss in it."""
     loss_fn, params, data = classifier()
@@ -256,6 +285,7 @@ def test_a_batch_without_labels_is_no_divergence() -> None:
         ({"batch_size": 21}, ["dataset has 20 examples", "one batch of 21", "batch_size=None"]),
         ({"num_draws": 0}, ["num_draws must be at least 1"]),
         ({"keep": "all"}, ["keep must be one of", "'all'"]),
+        ({"observable_batch": -1}, ["observable_batch must be at least 1", "-1"]),
         ({"on_divergence": "skip"}, ["raise, drop, prefix"]),
         ({"baseline": "none"}, ["auto, lookup, paired"]),
         ({"restriction": "2.weigth"}, ["'2.weigth'", "2.weight"]),

@@ -187,6 +187,26 @@ def test_a_refused_proposal_keeps_the_bits() -> None:
     assert all(torch.equal(state.params[name], p) for name, p in params.items())
 
 
+def test_a_proposal_whose_loss_is_no_number_is_refused_and_counted() -> None:
+    """Its acceptance was NaN, and so was that of the whole run."""
+    sampler = mala.build(sgmcmc.local_posterior(lambda w, _: w["a"].sum().sqrt(), {"a": torch.ones(1)}, 1.0), 0.1)
+    state = sampler.init({"a": torch.ones(1)}, sampler.noise(0, 0, 0))
+    noise = mala.Noise({"a": torch.full((1,), -9.0)}, torch.tensor(0.5, dtype=F64))
+    state, info = sampler.step(state, None, noise)
+    assert float(info.terms["acceptance"]) == 0
+    assert float(state.params["a"]) == 1
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_a_box_in_bfloat16_is_as_wide_as_it_was_asked_for(name: str) -> None:
+    """1 ± 0.001 is 1 in bfloat16: nothing moved."""
+    anchor = {"a": torch.ones(1, dtype=torch.bfloat16)}
+    sampler = SAMPLERS[name](sgmcmc.local_posterior(lambda w, _: 0 * w["a"].sum(), anchor, 1.0), 1e-2, 0.001)
+    state = sampler.init(anchor, {"a": torch.ones(1)})
+    state, _ = sampler.step(state, None, {"a": torch.ones(1)})
+    assert float(state.params["a"]) == pytest.approx(1.001, abs=1e-6)
+
+
 def test_a_step_without_noise_is_gradient_descent() -> None:
     """w - ε/2 ∇(nβ L + γ/2 |w - w*|² + λ/2 |w|²)."""
     params, batch = setup()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from influence import viz
+from influence.data.reading import pad_of
 from influence.pipelines.chains import (
     ChainConfig,
     Chains,
@@ -113,9 +114,10 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     if isinstance(samples, Outcome):
         return samples
     chosen = chosen_of(samples, c.restriction)
-    words = words_of(tokenizer_of(what))
-    left = examples(chosen, c.rows, words)
-    right = examples(chosen, c.columns or c.rows, words)
+    tokenizer = tokenizer_of(what)
+    words, pad = words_of(tokenizer), pad_of(tokenizer)
+    left = examples(chosen, c.rows, words, pad)
+    right = examples(chosen, c.columns or c.rows, words, pad)
     queries = c.query or tuple(range(min(SHOWN, len(left))))
     wrong = [number for number in (*queries, *(c.pair or ())[:1]) if not 0 <= number < len(left)]
     wrong += [number for number in (c.pair or ())[1:] if not 0 <= number < len(right)]

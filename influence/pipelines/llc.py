@@ -88,8 +88,9 @@ def run(config: LlcConfig, say: Say = quiet) -> Outcome:
     text = table_of(found)
     picture = None
     if grid:
-        lrs, pulls = ([run.facts[key] for run in samples.runs.values()] for key in ("lr", "localization"))
-        points = llc.calibration(samples.runs, c.lrs or sorted({*lrs}), c.localizations or sorted({*pulls}))
+        groups = next(iter(samples.runs.values())).facts["groups"].values()  # those that diverged are in it
+        lrs, pulls = (list(dict.fromkeys(group[key] for group in groups)) for key in ("lr", "localization"))
+        points = llc.calibration(samples.runs, lrs, pulls)
         text, picture = str(points), viz.plateau(points) if config.plot else None
     elif config.plot:
         picture = viz.llc_traces(found if len(found) > 1 else next(iter(found.values())))

@@ -135,7 +135,15 @@ def sampler_of(config: ChainConfig) -> Any:
             f"--sampler-kwargs names {unknown[0]!r}, and {config.sampler} takes {', '.join(taken) or 'none'}: correct "
             "or remove it"
         )
-    return functools.partial(build, **given)
+    return functools.partial(build, **{name: _number(name, value) for name, value in given.items()})
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a number that YAML took for text, such as 1e-3, which has no point; what is no text as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"--sampler-kwargs: {name} must be a number; got {value!r}") from error
 
 
 def observables_of(config: Sampling) -> dict[str, DataConfig | None]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from influence import viz
+from influence.data.reading import pad_of
 from influence.pipelines.chains import (
     ChainConfig,
     Chains,
@@ -23,9 +24,13 @@ from influence.pipelines.chains import (
 from influence.pipelines.configs import Data, Model, Run
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
+from influence.pipelines.texts import short
 from influence.pipelines.words import Example, examples, words_of
 from influence.sgmcmc import susceptibility
 from influence.sgmcmc.susceptibility import Susceptibility
+
+WIDTH = 40
+"""Characters of an example that are shown, where the loss is one per example."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class SusceptibilitiesConfig:
         sampling_task: the observable whose loss is the task's; default the first.
         probes: observables whose tokens are probed; default all.
         sign: multiplies the result.
-        scale: multiplies it too; the theory has n_beta there.
+        scale: multiplies it too; with n_beta it is how fast the component's mean loss answers to more such data.
         top_k: tokens that are shown at either end, for each restriction.
         save: write every token's susceptibilities and their errors to this .csv file.
         plot: draw tokens in the plane of the first two principal components into this file (.png, .pdf, .svg).
@@ -94,13 +99,14 @@ def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
     samples = sampled("susceptibilities", config, what, say)
     if isinstance(samples, Outcome):
         return samples
-    return outcome(config, samples, examples_of(samples, words_of(tokenizer_of(what))))
+    tokenizer = tokenizer_of(what)
+    return outcome(config, samples, examples_of(samples, words_of(tokenizer), pad_of(tokenizer)))
 
 
-def examples_of(samples: Samples, words: Any) -> dict[str, list[Example]]:
+def examples_of(samples: Samples, words: Any, pad: int) -> dict[str, list[Example]]:
     """Return what the examples of every observable say."""
     whole = next(iter(samples.runs.values()))
-    return {name: examples(whole, [name], words) for name in whole.observables}
+    return {name: examples(whole, [name], words, pad) for name in whole.observables}
 
 
 def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str, list[Example]]) -> Outcome:
@@ -119,6 +125,8 @@ def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str,
     matrix = torch.cat([each.matrix() for each in found.values()])
     errors = torch.cat([each.stderr[each.labelled] for each in found.values()])
     tokens = [word for name in found for example in said[name] for word in example.tokens]
+    kind = "examples" if all(each.labelled.shape[1] == 1 for each in found.values()) else "tokens"
+    tokens = [short(word, WIDTH) for word in tokens] if kind == "examples" else tokens
     groups = [name for name in found for example in said[name] for _ in example.tokens]
     summary: list[list[Any]] = []
     facts: dict[str, Any] = {**samples.facts, "sampling_task": task, "tokens": len(tokens), "restrictions": {}}
@@ -146,7 +154,7 @@ def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str,
             ]
         )
     head = ["restriction", "mean |χ|", "beyond 2 s.e.", "expresses most", "suppresses most"]
-    text = f"{len(tokens):,} tokens, the loss on {task!r} as the task\n{table(head, summary)}"
+    text = f"{len(tokens):,} {kind}, the loss on {task!r} as the task\n{table(head, summary)}"
     if c.save is not None:
         _save(c.save, found, said)
         text += f"\n{c.save}"

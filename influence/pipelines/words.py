@@ -18,7 +18,7 @@ class Example(NamedTuple):
         name: the observable.
         number: its row in the dataset.
         text: what it says.
-        tokens: what each labelled position says.
+        tokens: what each labelled position says; of a loss per example, its text.
         labelled: which positions those are.
     """
 
@@ -45,26 +45,26 @@ def words_of(tokenizer: Any) -> Words:
     return lambda ids: [tokenizer.decode([i]) for i in ids]
 
 
-def examples(run: Run, names: Sequence[str], words: Words) -> list[Example]:
-    """Return the examples of some observables, or of all, in order."""
+def examples(run: Run, names: Sequence[str], words: Words, pad: int) -> list[Example]:
+    """Return the examples of some observables, or of all, in order; `pad` fills their rows."""
     found = []
     for name in names or run.observables:
         observed = run.observable(name)
         for row, index in enumerate(observed.index.tolist()):
-            found.append(_example(name, index, observed.labelled[row], observed.ids, row, words))
+            found.append(_example(name, index, observed.labelled[row], observed.ids, row, words, pad))
     return found
 
 
-def _example(name: str, index: int, labelled: Tensor, ids: Tensor | None, row: int, words: Words) -> Example:
+def _example(name: str, index: int, labelled: Tensor, ids: Tensor | None, row: int, words: Words, pad: int) -> Example:
     at = tuple(labelled.nonzero().flatten().tolist())
     if ids is None:
         return Example(name, index, "", tuple(str(k) for k in at), at)
     own = ids[row].tolist()
     whole = len(labelled) == len(own)
     last = max(at, default=-1) + 1 if whole else len(own)
-    while not whole and last > 1 and own[last - 1] == own[last - 2]:
-        last -= 1  # padding
+    while not whole and last > 1 and own[last - 1] == pad:
+        last -= 1
     said = words(own[:last])
     spaced = any(word.startswith((" ", "▁")) for word in said)
     text = "".join(said) if spaced else " ".join(said)
-    return Example(name, index, text, tuple(said[k] for k in at) if whole else tuple(str(k) for k in at), at)
+    return Example(name, index, text, tuple(said[k] for k in at) if whole else (text,) * len(at), at)

@@ -162,8 +162,9 @@ def draws(
         counts = labelled.sum(1).clamp_min(1)[:, None]
         z = ((z * labelled[:, :, None]).sum(1) / counts)[:, None]
     means = torch.stack([run.observable(name).mean for name in names]).mean(0)
+    means = means.mean(0, keepdim=True) if pooling == "mean" else means
     effective = diagnostics.ess(means)
-    return Draws(z, freedom, who[of], effective if effective == effective else float(x.shape[0] * x.shape[1]))
+    return Draws(z, freedom, who[of], effective if effective == effective else float(means.numel()))
 
 
 def product(left: Draws, right: Draws, scale: float = 1.0) -> Float[Tensor, "n m t u"]:
@@ -182,7 +183,7 @@ def top_k(queries: Draws, candidates: Draws, k: int, *, block: int = 8192) -> tu
         block: candidates at a time.
 
     Returns:
-        The values `[n, k]`, largest first, and indices into `candidates.names`.
+        The values `[n, k]`, largest first, and indices into `candidates.names`; NaN, of losses that do not vary, last.
 
     Raises:
         ValueError: if the draws have positions, or there are fewer candidates.
@@ -192,16 +193,16 @@ def top_k(queries: Draws, candidates: Draws, k: int, *, block: int = 8192) -> tu
     total = candidates.z.shape[0]
     if not 1 <= k <= total:
         raise ValueError(f"k must be between 1 and the number of candidates, {total}; got {k}")
-    z, best = queries.z[:, 0], torch.empty(0)
+    z, best, last = queries.z[:, 0], torch.empty(0), -torch.inf
     where = torch.empty(0, dtype=torch.int64)
     for begin in range(0, total, block):
-        values = z @ candidates.z[begin : begin + block, 0].T / queries.freedom
+        values = (z @ candidates.z[begin : begin + block, 0].T / queries.freedom).nan_to_num(nan=last)
         places = torch.arange(begin, begin + values.shape[1]).expand_as(values)
         if begin:
             values, places = torch.cat([best, values], 1), torch.cat([where, places], 1)
         best, at = values.topk(min(k, values.shape[1]), 1)
         where = places.gather(1, at)
-    return best, where
+    return best.where(best > last, torch.nan), where
 
 
 def _names(run: Run, which: str | Sequence[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from influence.func.losses import widen
 from influence.sgmcmc.noise import generator, masters, normals
 from influence.sgmcmc.target import Hyper, Setting, Target, check_range
 from influence.types import Batch, Params
@@ -143,7 +144,10 @@ def restrict(new: Leaf, old: Leaf, mask: Bool[Tensor, "..."] | None) -> Leaf:
 
 def box(w: Leaf, anchor: Tensor, size: float | None) -> Leaf:
     """Return a parameter clamped to the anchor ± size; last, after the noise."""
-    return w if size is None else torch.clamp(w, anchor - size, anchor + size)
+    if size is None:
+        return w
+    middle = widen(anchor)  # in bfloat16 most boxes would be rounded to nothing
+    return torch.clamp(w, middle - size, middle + size)
 
 
 def check_step(lr: Hyper, bounding_box: float | None) -> None:

@@ -94,6 +94,7 @@ def build(target: Target, lr: Hyper) -> Sampler:
             proposed[name] = restrict(new, w, mask.get(name))
         there, back, _ = potential(target, proposed, batch, state.setting, prior)
         log_a = log_acceptance(state.params, slope, here, proposed, back, there, state.setting.lr)
+        log_a = log_a.nan_to_num(nan=-torch.inf)  # where the loss is no number there is no density
         taken = noise.uniform.to(log_a.device).log() < log_a
         params = {name: restrict(proposed[name], w, fit(taken, w).bool()) for name, w in state.params.items()}
         return State(params, state.setting), Info(loss, {"acceptance": log_a.exp().clamp(max=1.0)})

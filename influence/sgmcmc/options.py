@@ -68,9 +68,12 @@ class Options:
             ValueError: naming it.
         """
         least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "checkpoint_every": 1}
-        for name, bound in {**least, **({"chain_chunk": 1} if self.chain_chunk is not None else {})}.items():
+        for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
+        for name in ("batch_size", "observable_batch", "chain_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or None for its default; got {getattr(self, name)}")
         for name, values in (("keep", observe.KEEPS), ("on_divergence", POLICIES), ("baseline", baselines.KINDS)):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")

@@ -11,6 +11,7 @@ from influence.sgmcmc.langevin import (
     Info,
     Leaf,
     Sampler,
+    box,
     check_step,
     drift,
     fitted,
@@ -108,7 +109,7 @@ def bounce(w: Leaf, v: Leaf, anchor: Tensor, size: float | None) -> tuple[Leaf, 
     """Return a parameter clamped to the anchor ± size, and its momentum turned round where it hit."""
     if size is None:
         return w, v
-    inside = torch.clamp(w, anchor - size, anchor + size)
+    inside = box(w, anchor, size)
     return inside, torch.where(inside == w, v, -v)
 
 

@@ -75,7 +75,7 @@ def estimate(
         init_loss: `A(w^*)` of another sample, as the peer takes it; default the anchor's loss on the very same
             examples, which adds no noise to the second term.
         sign: multiplies the result.
-        scale: multiplies the result; the theory has `n_beta` there.
+        scale: multiplies the result; with `n_beta` it is the derivative of `⟨φ⟩` by the share of the token's data.
 
     Returns:
         Susceptibilities by observable.

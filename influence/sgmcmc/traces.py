@@ -22,6 +22,8 @@ from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.run import Observed, Run
 
 RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 2
+STATE_SCHEMA = 3
+"""Since 3 a state has a chain axis, and chains may be stepped in other chunks than before."""
 PAIRS = "-"
 """What stands for all examples with one another; no observable is called so. HDF5 would drop an empty name."""
 TOLERANCE = 1e-3
@@ -38,7 +40,7 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         return read_planned(folder, plan)
     if not (folder / "state.h5").is_file():
         return progress
-    tensors, about = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)
+    tensors, about = store.read(folder / "state.h5", kind=STATE, schema=STATE_SCHEMA)
     _refuse_other(folder, plan, about["plan"], tensors["probe"])
     for name in about["segments"]:
         part, said = store.read(folder / name, kind=SEGMENT, schema=SCHEMA)
@@ -50,14 +52,12 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
             record.arrays[key][:, begin:end] = values
     for name in record.moments:
         record.moments[name] = _moments(tensors, f"moments/{name or PAIRS}/")
-    leaves, spec = tree_flatten(progress.states)
-    return Progress(
-        about["step"],
-        tree_unflatten(
-            [tensors[f"leaf/{i}"].reshape(leaf.shape).to(leaf.device) for i, leaf in enumerate(leaves)], spec
-        ),
-        tensors["alive"],
-    )
+    states = []
+    for chunk, state in zip(plan.chunks, progress.states, strict=True):
+        leaves, spec = tree_flatten(state)
+        stored = (tensors[f"leaf/{i}"][chunk.at].to(leaf.device) for i, leaf in enumerate(leaves))
+        states.append(tree_unflatten([x if chunk.stacked else x[0] for x in stored], spec))
+    return Progress(about["step"], states, tensors["alive"])
 
 
 def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
@@ -73,25 +73,24 @@ def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
 
 def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
     """Write the traces since a step, then the state that follows them."""
-    number = len(sorted(folder.glob("segment-*.h5"))) if begin else 0
     known: list[str] = []
     if begin:
-        known = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)[1]["segments"]
-        number = len(known)
+        known = store.read(folder / "state.h5", kind=STATE, schema=STATE_SCHEMA)[1]["segments"]
     steps = (begin, progress.step)
     draws = tuple(max(0, (t - plan.burn_in) // plan.between) for t in steps)
     spans = {"step": slice(*steps), "draw": slice(*draws)}
     part = {key: x[:, spans[record.axes[key][1]]] for key, x in record.arrays.items()}
-    name = f"segment-{number:05d}.h5"
+    name = f"segment-{len(known):05d}.h5"
     part = {key: x for key, x in part.items() if x.numel()}
     store.write(folder / name, part, {"steps": steps, "draws": draws}, kind=SEGMENT, schema=SCHEMA)
-    leaves = tree_flatten(progress.states)[0]
-    tensors = {f"leaf/{i}": leaf.reshape(-1) for i, leaf in enumerate(leaves)}
+    pairs = zip(plan.chunks, progress.states, strict=True)
+    parts = [[x if chunk.stacked else x[None] for x in tree_flatten(state)[0]] for chunk, state in pairs]
+    tensors = {f"leaf/{i}": torch.cat(leaves) for i, leaves in enumerate(zip(*parts, strict=True))}
     for key, moments in record.moments.items():
         tensors |= {f"moments/{key or PAIRS}/{field}": x for field, x in moments._asdict().items()}
     tensors |= {"alive": progress.alive, "probe": probe(plan)}
     about = {"step": progress.step, "segments": [*known, name], "plan": dict(plan.facts)}
-    store.write(folder / "state.h5", tensors, about, kind=STATE, schema=SCHEMA)
+    store.write(folder / "state.h5", tensors, about, kind=STATE, schema=STATE_SCHEMA)
 
 
 def close_folder(folder: Path, plan: Plan, runs: Mapping[str, Run]) -> None:
