@@ -203,6 +203,7 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
         ("sample", ["--restrictions", "full", "full"], ["'full' twice"]),
         ("bif", ["--level", "token", "--keep", "moments"], ["--keep moments keeps no losses of tokens"]),
         ("bif", ["--average"], ["pass --level token"]),
+        ("bif", ["--columns", "code", "--lr", "1e6"], ["no observable 'code'", "has data"]),  # before chains diverge
         ("bif", ["--save", "a.csv"], [".npy"]),
         ("susceptibilities", [], ["there is no component to probe", "--restrictions"]),
         ("susceptibilities", ["--restrictions", "l0", "--sampling-task", "code"], ["no observable 'code'", "data"]),
@@ -216,6 +217,7 @@ def test_what_cannot_be_is_refused_in_a_paragraph(
 
 
 def test_runs_that_are_not_there_or_of_another_kind(samples: Path, tmp_path: Path, capsys: Any) -> None:
+    refused(capsys, ["bif", "--run", str(samples), "--rows", "code"], "no observable 'code'; it has questions, data")
     refused(capsys, ["llc", "--run", str(tmp_path / "no")], "no finished chains", "--model and --dataset")
     refused(capsys, ["llc", "--run", str(tmp_path / "no"), "--model", "x"], "no dataset", "--dataset")
     (tmp_path / "index").mkdir()

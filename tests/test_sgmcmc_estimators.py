@@ -319,6 +319,21 @@ def test_verdicts_say_what_is_wrong_with_the_number_behind_it() -> None:
     assert "too hot: acceptance 0.50" in of(noise + 5, acceptance=torch.full((2, 500), 0.5, dtype=F64))
 
 
+def test_three_steps_are_too_short_for_a_clean_verdict() -> None:
+    """Their effective sample size is NaN, which is not below 50."""
+    run = sgmcmc.sample(
+        lambda w, _: w["w"].square().sum(),
+        {"w": torch.zeros(2)},
+        None,
+        lr=1e-3,
+        n_beta=1.0,
+        num_draws=3,
+        num_chains=1,
+        progress=False,
+    )
+    assert "too short" in llc.estimate(run).verdict
+
+
 def test_wbic_is_at_its_temperature_only() -> None:
     loss = torch.full((2, 10), 0.5, dtype=F64)
     at = {"n_beta": sgmcmc.default_n_beta(100)}

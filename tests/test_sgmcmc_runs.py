@@ -290,6 +290,7 @@ def test_a_batch_without_labels_is_no_divergence() -> None:
         ({"baseline": "none"}, ["auto, lookup, paired"]),
         ({"restriction": "2.weigth"}, ["'2.weigth'", "2.weight"]),
         ({"restriction": "l7"}, ["l7"]),
+        ({"restriction": {"2.bias": torch.zeros(3, dtype=torch.bool)}}, ["'2.bias'", "no parameter would move"]),
         ({"lr": 0.0}, ["lr must be a finite number above 0"]),
         ({"observables": {"a b": torch.ones(3)}}, ["letters, digits and underscores", "'a b'"]),
         ({"observables": {"few": (torch.ones(3), 2)}}, ["observable 'few' has 3 examples", "2 batches of 6"]),
@@ -301,6 +302,14 @@ def test_what_cannot_be_run_is_refused_before_it_runs(changed: dict[str, Any], w
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         sgmcmc.sample(loss_fn, params, data, **{**SETTINGS, **changed})
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_a_grid_without_its_groups_is_refused() -> None:
+    """The first point was run, and the others forgotten."""
+    loss_fn, params, data = classifier()
+    target = sgmcmc.local_posterior(loss_fn, params, 1.0, torch.ones(2))
+    with pytest.raises(ValueError, match="localization has 2 entries, for 1 groups"):
+        planning.make_plan(target, params, data, {}, 1e-4, {"": {}}, 0, sgmcmc.Options(batch_size=5))
 
 
 def test_a_loss_that_vmap_refuses_runs_one_by_one_and_says_so() -> None:

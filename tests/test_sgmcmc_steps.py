@@ -237,6 +237,18 @@ def test_masked_entries_keep_their_bits_and_frozen_ones_are_not_there(name: str)
 
 
 @pytest.mark.parametrize("name", BOXED)
+def test_masked_entries_keep_a_negative_zero_and_their_place_outside_the_box(name: str) -> None:
+    """Adding a step of zero made it positive; the box took in what the mask holds."""
+    params, batch = setup()
+    w = {**params, "a": torch.tensor([-0.0, 9.0, 0.0], dtype=F64)}
+    mask = {"a": torch.tensor([False, False, True])}
+    sampler = SAMPLERS[name](sgmcmc.local_posterior(curved, params, 6.0, mask=mask), 0.01, 0.05)
+    state, _ = sampler.step(sampler.init(w, sampler.noise(0, 0, 0)), batch, sampler.noise(0, 0, 1))
+    assert state.params["a"][0].signbit()
+    assert float(state.params["a"][1]) == 9
+
+
+@pytest.mark.parametrize("name", BOXED)
 def test_the_box_comes_last(name: str) -> None:
     """Clamped before the noise, an entry would leave its box."""
     params, batch = setup()

@@ -265,6 +265,10 @@ def _check(config: BifConfig) -> None:
         raise ValueError(f"--save writes .npy files; got {config.save}")
     if config.average and config.level != "token":
         raise ValueError("--average is of the tokens of a pair: pass --level token")
+    known = [word.partition("=")[0] for word in config.observables]
+    asked = [name for name in (*config.rows, *config.columns) if name not in known]
+    if config.model.model and asked:
+        raise ValueError(f"there is no observable {asked[0]!r}; --observables has {', '.join(known)}")
     need = {"sequence": ("auto", "sequences", "tokens"), "token": ("auto", "tokens")}[config.level]
     if config.chains.keep not in need:
         raise ValueError(

@@ -77,7 +77,7 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None) -> Sampl
             s, anchor = scalars[w.dtype, w.ndim], target.anchor[name]
             d = drift(w, grads[name], anchor, s, prior)
             new = w - s.lr / 2 * d + s.lr.sqrt() / 2 * (state.noise[name] + noise[name])
-            moved[name] = box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)
+            moved[name] = restrict(box(new, anchor, bounding_box), w, state.setting.mask.get(name))
         return State(moved, state.setting, noise), Info(loss, {})
 
     return Sampler(target, init, step, gaussian_noise(target))

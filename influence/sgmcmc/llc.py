@@ -256,7 +256,7 @@ def _verdict(found: LLC, run: Run) -> str:
         said.append(f"not mixed: R-hat {found.rhat:.2f}, more steps or more localization")
     if abs(found.drift) > FAR:
         said.append(f"not settled: the second half lies {found.drift:+.1f} standard errors off, more burn-in")
-    if found.ess < 50:
+    if not found.ess >= 50:  # of fewer than 4 steps it is NaN
         said.append(f"too short: effective sample size {found.ess:.0f}")
     if run.facts.get("dropped"):
         said.append(f"{len(run.facts['dropped'])} chains diverged and were dropped")

@@ -75,7 +75,7 @@ def build(target: Target, lr: Hyper, bounding_box: float | None, metric: Metric 
             s, anchor = scalars[w.dtype, w.ndim], target.anchor[name]
             d = drift(w, pulls[name], anchor, s, prior)
             new = langevin(w, d, noise[name], s.lr, scales.get(name))
-            moved[name] = box(restrict(new, w, state.setting.mask.get(name)), anchor, bounding_box)
+            moved[name] = restrict(box(new, anchor, bounding_box), w, state.setting.mask.get(name))
         terms: dict[str, Tensor] = {}
         if metrics:
             terms = step_terms(state.params, grads, pulls, noise, scales, target.anchor, state.setting)

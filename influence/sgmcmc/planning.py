@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from influence.func.fingerprint import fingerprint, weights_hash
 from influence.sgmcmc import baselines, chains, drive, observe
@@ -14,6 +15,9 @@ from influence.sgmcmc.order import Data, Source, check_size, source_of
 from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.target import Hyper, Target
 from influence.types import Params
+
+HYPERS = ("n_beta", "localization", "weight_decay")
+"""Hyper-parameters of a target, which may have an entry per group."""
 
 
 def make_plan(
@@ -28,6 +32,12 @@ def make_plan(
 ) -> Plan:
     """Decide everything about a run; `print(plan)` says it."""
     options.check()
+    for name, value in {"lr": lr, **{name: getattr(target, name) for name in HYPERS}}.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) != len(groups):
+            raise ValueError(
+                f"{name} has {len(value)} entries, for {len(groups)} groups of chains: pass one number, or a grid's to "
+                "llc.calibrate"
+            )
     source = None if dataset is None else source_of(dataset)
     batch = 0 if source is None else check_size(source, options.batch_size)
     shared = options.shared_batches or source is None or batch == source.size

@@ -90,8 +90,9 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, frict
             a = s.own["friction"]
             pull = s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - a) * state.momenta[name] - pull + (2 * a * s.lr).sqrt() * noise[name]
-            v = restrict(v, torch.zeros_like(v), state.setting.mask.get(name))
-            moved[name], momenta[name] = bounce(w + v, v, anchor, bounding_box)
+            new, v = bounce(w + v, v, anchor, bounding_box)
+            mask = state.setting.mask.get(name)
+            moved[name], momenta[name] = restrict(new, w, mask), restrict(v, torch.zeros_like(v), mask)
         after = State(moved, state.setting, momenta)
         return after, Info(loss, {"temperature": mean_square(momenta, after.setting) / after.setting.lr})
 

@@ -2,6 +2,7 @@ r"""Stochastic gradient Nosé-Hoover thermostat (Ding et al. 2014): friction tha
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -88,8 +89,9 @@ def build(target: Target, lr: Hyper, bounding_box: float | None = None, *, diffu
             s, anchor, xi = scalars[w.dtype, w.ndim], target.anchor[name], fit(state.friction, w)
             v = state.momenta[name] - s.lr * drift(w, grads[name], anchor, s, prior)
             v = (1 - xi) * v + (2 * s.own["diffusion"] * s.lr).sqrt() * noise[name]
-            v = restrict(v, v * 0, setting.mask.get(name))
-            moved[name], momenta[name] = bounce(w + v, v, anchor, bounding_box)
+            new, v = bounce(w + v, v, anchor, bounding_box)
+            mask = setting.mask.get(name)
+            moved[name], momenta[name] = restrict(new, w, mask), restrict(v, torch.zeros_like(v), mask)
         square = mean_square(momenta, setting)
         friction = state.friction + square - setting.lr
         terms = {"temperature": square / setting.lr, "friction": friction}

@@ -198,4 +198,6 @@ def _check_mask(anchor: Params, mask: Mask | None) -> dict[str, Tensor]:
                 f"shape {list(shape)} (no broadcasting), or [groups, …] of it"
             )
         partial[name] = entries.to(anchor[name].device)
+    if len(partial) == len(mask) and not any(bool(entries.any()) for entries in partial.values()):
+        raise ValueError(f"the masks of {list(mask)[:3]} are False everywhere: no parameter would move")
     return partial
