@@ -19,8 +19,8 @@ help: ## say what the targets do
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-demo: .venv/.installed ## train a tiny language model and ask which examples taught it an answer
-	$(BIN)/python notebooks/demo.py
+demo: .venv/.installed ## trace a small language model's answers to the sentences that taught them; writes demo.html
+	$(BIN)/python -m notebooks.demo
 
 test: lint types tests compile-tests doctests ## everything CI runs
 

@@ -77,7 +77,7 @@ def chain_steps(quick: bool) -> dict[str, Callable[[], object]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from influence import functionalize
-    from influence.sgmcmc import drive, local_posterior, sampling
+    from influence.sgmcmc import Options, drive, local_posterior, planning
 
     def made(n: int, s: int) -> tuple[Any, Any, dict]:
         with torch.random.fork_rng(devices=[]):
@@ -91,12 +91,12 @@ def chain_steps(quick: bool) -> dict[str, Callable[[], object]]:
 
     def runner(n: int, s: int, chains: int, chunk: int, baseline: str) -> Callable[[], object]:
         _, (loss_fn, params), data = made(n, s)
-        options = sampling.Options(
+        options = Options(
             batch_size=n, num_chains=chains, num_draws=100_000, chain_chunk=chunk, baseline=baseline, keep="moments"
         )
         probe = {"input_ids": data["input_ids"][:n]}
         target = local_posterior(loss_fn, params, 30.0, 300.0)
-        plan = sampling.make_plan(target, params, data, {"probe": probe}, 1e-6, {"": {}}, 0, options)
+        plan = planning.make_plan(target, params, data, {"probe": probe}, 1e-6, {"": {}}, 0, options)
         progress, record = drive.begin(plan, params)
         state = [progress]
 

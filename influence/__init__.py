@@ -54,9 +54,10 @@ __all__ = [
     "train",
     "two_sided",
     "unit_norm",
+    "viz",
 ]
 
-ROOMS = ("hessians", "index", "sgmcmc", "train")
+ROOMS = ("hessians", "index", "sgmcmc", "train", "viz")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

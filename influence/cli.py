@@ -1,14 +1,16 @@
 """The command line: one thin command per pipeline, its flags and help made from the pipeline's configuration."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from influence.flags import as_flags, names_of
 
 COMMANDS = {
     "build": "write an index: one gradient row for every example of a dataset",
@@ -20,6 +22,13 @@ COMMANDS = {
     "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
     "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
+    "tracin": "recipe: gradient products over checkpoints, times learning rates (TracIn)",
+    "less": "recipe: Adam's updates against a task's gradients, over a warm-up (LESS)",
+    "sample": "run chains around the trained weights, and keep what observables do along them",
+    "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
+    "bif": "which examples' losses move together: Bayesian influence functions",
+    "susceptibilities": "how each part of a network answers to each token",
+    "recall": "judge an index or scores by known answers: recall@k and MRR",
     "inspect": "say what a run holds, its size and its health",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
@@ -78,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             print(f"rank {os.environ.get('RANK')}: " + traceback.format_exc(), file=sys.stderr, flush=True)
-        return _complain(command, paragraph(error), FAILED)
+        return _complain(command, paragraph(error, _names(command)), FAILED)
     return 0
 
 
@@ -87,9 +96,9 @@ def overview() -> str:
     lines = [
         "usage: influence COMMAND [flags]",
         "",
-        "Which training examples made a network behave this way.",
+        "Which training examples made a network behave this way, and what did it learn, where.",
         "",
-        *(f"  {name:10} {says}" for name, says in COMMANDS.items()),
+        *(f"  {name:16} {says}" for name, says in COMMANDS.items()),
         "",
         "influence COMMAND --help explains a command. Every command takes",
         "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
@@ -114,8 +123,7 @@ def common(flags: Sequence[str]) -> tuple[Options, list[str]]:
 
 def run(command: str, flags: Sequence[str], options: Options) -> None:
     """Run a command and print what came of it, on the first rank."""
-    room = importlib.import_module(f"influence.pipelines.{command}")
-    kind = getattr(room, CONFIGS[command])
+    room, kind = _kind(command)
     config = parsed(command, kind, flags, options)
     if not options.debug:
         _quieten()
@@ -132,6 +140,19 @@ def run(command: str, flags: Sequence[str], options: Options) -> None:
         print(outcome.text)
 
 
+def _kind(command: str) -> tuple[Any, Any]:
+    """Return a command's pipeline, and the type of its configuration."""
+    room = importlib.import_module(f"influence.pipelines.{command}")
+    return room, getattr(room, CONFIGS[command])
+
+
+def _names(command: str) -> dict[str, str]:
+    """Return the arguments that are flags of a command; none where it cannot even be imported."""
+    with contextlib.suppress(ImportError):
+        return names_of(_kind(command)[1])
+    return {}
+
+
 def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
     """Return the configuration that a file and flags describe; flags win.
 
@@ -140,7 +161,7 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     """
     import tyro
 
-    from influence.pipelines.configs import from_mapping, read_config
+    from influence.pipelines.plain import from_mapping, read_config
 
     default = None
     if options.config is not None:
@@ -162,14 +183,22 @@ def described(kind: Any) -> str:
     return f"{about}\n\n--config FILE, --json and --debug are understood too: influence --help."
 
 
-def paragraph(error: BaseException) -> str:
+def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> str:
     """Return an error as one paragraph, in the words of the command line.
 
     What nobody foresaw says so: its type, and how to see more.
+
+    Args:
+        error: the error.
+        names: the flags of arguments of Python.
+
+    Returns:
+        The paragraph.
     """
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(_message(error).split()) or "no message"
-    text = re.sub(r"\b([a-z]+(?:_[a-z]+)*)=True\b", lambda m: "--" + m[1].replace("_", "-"), text)
+    if type(error).__name__ != "FieldError":  # which speaks of a file of settings
+        text = as_flags(text, names or {})
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
         text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
     return text
@@ -234,6 +263,6 @@ def _converse(room: Any, config: Any, say: Callable[[str], None]) -> None:
             answers = room.ask(session, [text])
             if config.record is not None:
                 room.record(config.record, answers)
-            say(room.shown(session, answers))
+            say(room.shown(answers, config.width))
         except ValueError as error:
-            say(f"  {paragraph(error)}")
+            say(f"  {paragraph(error, names_of(type(config)))}")

@@ -5,7 +5,7 @@
 
 The corpus tells facts about invented animals: where they live, what they eat, what they are good at. The model, a Llama
 of two layers with a word-level tokenizer, is trained on it for a moment; it learns what a question is from half of the
-animals, and the questions are about the other half.
+animals, and the questions are about the other half. Gold, for a question, are the documents about its animal.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def make_corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
         corpus.append({"text": " . ".join(told), "about": name})
     for name in names[1:40:2]:
         kind = pick(list(VALUES))
-        questions.append({"text": QUESTIONS[kind].format(name=name, value=world[name][kind]), "about": name})
+        text = QUESTIONS[kind].format(name=name, value=world[name][kind])
+        gold = [number for number, document in enumerate(corpus) if document["about"] == name]
+        questions.append({"text": text, "about": name, "gold": gold})
     return corpus, questions
 
 

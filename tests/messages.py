@@ -1,5 +1,9 @@
-"""Every kind of bad input and what the library answers: `python -m tests.messages` prints the table."""
+"""Every kind of bad input and what the library answers: `python -m tests.messages` prints the table.
 
+`python -m tests.messages cli` prints what the command line says to its mistakes (tests/cli_messages.py).
+"""
+
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -362,16 +366,25 @@ def in_inference_mode() -> Any:
         return per_example_grads(ell, W, X)
 
 
+ERRORS = (ValueError, RuntimeError, OSError)
+
+
 def message_of(case: Bad) -> str:
     """Return what the library says to a mistake."""
     try:
         case.call()
-    except ValueError as error:
+    except ERRORS as error:
         return str(error)
     return "(nothing was said)"
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "cli" in sys.argv[1:]:
+    from tests.cli_messages import print_all
+
+    print_all(*sys.argv[2:])
+elif __name__ == "__main__":
+    from tests import messages_training
+
     warnings.simplefilter("ignore")
-    for case in CASES:
+    for case in [*CASES, *messages_training.CASES]:
         print(f"* {case.name}:\n    {message_of(case)}")

@@ -1,17 +1,23 @@
-"""What each of two ranks does: train a Trainer on gloo, collecting."""
+"""What each of two ranks does: train a Trainer on gloo, collecting; be killed, and go on."""
 
 import os
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 
 from influence.train import GradientCollectorCallback
-from tests.test_train_callback import TARGETS, TRANSFORM, trainer_of
+from tests.test_train_callback import TARGETS, TRANSFORM, Crash, trainer_of
+
+
+def meet(rank: int, port: int) -> None:
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
 
 
 def collect(rank: int, port: int, path: Path) -> None:
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    meet(rank, port)
     callback = GradientCollectorCallback(
         path / "rows", TRANSFORM, targets=TARGETS, scale="optimizer", dtype="float64", shard_size=4
     )
@@ -22,4 +28,26 @@ def collect(rank: int, port: int, path: Path) -> None:
     if rank == 0:
         moments = {step: dict(m.second) for step, m in snapshots.moments.items()}
         torch.save({"weights": snapshots.weights, "moments": moments}, path / "snapshots.pt")
+    torch.distributed.destroy_process_group()
+
+
+def resume(rank: int, port: int, path: Path) -> None:
+    """Two epochs of two updates: never stopped, and killed at the fourth, to go on from the first or the third."""
+    meet(rank, port)
+
+    def trainer(name: str) -> transformers.Trainer:
+        callback = GradientCollectorCallback(
+            path / name, TRANSFORM, targets=TARGETS, scale="optimizer", dtype="float64", shard_size=4
+        )
+        settings = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1}
+        return trainer_of(path / f"{name}-trainer", callback, **settings)[0]
+
+    trainer("whole").train()
+    for name, step in (("early", 1), ("late", 3)):
+        killed = trainer(name)
+        killed.add_callback(Crash(4))
+        with pytest.raises(KeyboardInterrupt):
+            killed.train()
+        torch.distributed.barrier()
+        trainer(name).train(resume_from_checkpoint=str(path / f"{name}-trainer/trainer/checkpoint-{step}"))
     torch.distributed.destroy_process_group()

@@ -319,7 +319,7 @@ def test_what_stands_in_the_way_is_named(mean: Path, tmp_path: Path, capsys: Any
     score = made(mean, "score", "--query", str(mean))
     refused(capsys, score, "holds a finished run of influence reduce (index.h5)")
     refused(capsys, made(tmp_path / "a", "build", "--device", "nowhere"), "the device 'nowhere' cannot be used here")
-    refused(capsys, made(tmp_path / "a", "build", "--model-kwargs", "{a"), "model_kwargs is no JSON or YAML")
+    refused(capsys, made(tmp_path / "a", "build", "--model-kwargs", "{a"), "--model-kwargs is no JSON or YAML")
     assert run(capsys, *made(tmp_path / "s", "score", "--query", str(mean), "--top-k", "2"))[0] == 0
     export = ["export", "--run", tmp_path / "s", "--to"]
     refused(capsys, [*export, tmp_path / "x.npy"], "keeps the best and worst of its scores alone")
@@ -331,11 +331,11 @@ def test_what_stands_in_the_way_is_named(mean: Path, tmp_path: Path, capsys: Any
 
 def test_k_too_large_and_nothing_asked(corpus: Path, mean: Path, tmp_path: Path, capsys: Any) -> None:
     ask = ["query", "--index", str(corpus)]
-    refused(capsys, [*ask, "--text", "babo lives in", "--k", "26"], "k must be between 1 and the number of rows, 25")
+    refused(capsys, [*ask, "--text", "babo lives in", "--k", "26"], "--k must be between 1 and the number of rows, 25")
     refused(capsys, [*ask, "--text", "  "], "the query is empty")
     refused(capsys, [*ask, "--text", "babo"], "1 token", "longer text")
     flags = made(tmp_path / "s", "score", "--query", str(mean), "--top-k", "26")
-    refused(capsys, flags, "top_k must be between 1 and the number of examples, 25; got 26")
+    refused(capsys, flags, "--top-k must be between 1 and the number of examples, 25; got 26")
     refused(capsys, [*ask, "--text", "babo lives in", "--blocks", "nothing"], "'nothing' matches none")
 
 
@@ -354,6 +354,51 @@ def test_what_is_not_understood(tmp_path: Path, capsys: Any) -> None:
     refused(capsys, ["build", "--config", str(file)], "is no YAML")
 
 
+def test_faiss_answers_from_the_command_line(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(corpus, tmp_path / "c")
+    ask = ["query", "--index", tmp_path / "c", "--text", "babo lives in", "--json"]
+    exact = run(capsys, *ask)[1]
+    for flags in (["Flat"], ["Flat", "--faiss.num-shards", "2"], ["IVF2,Flat", "--faiss.nprobe", "2"]):
+        status, out, err = run(capsys, *ask, "--faiss.index-factory", *flags)
+        assert (status, err) == (0, "")
+        found, expected = (json.loads(text)["answers"][0] for text in (out, exact))
+        for end in ("best", "worst"):
+            assert [hit["example"] for hit in found[end]] == [hit["example"] for hit in expected[end]]
+    assert len(list((tmp_path / "c" / "faiss").iterdir())) == 3
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """It was tried for a minute, file by file, without a word of ours."""
+    import time
+
+    import datasets.config
+    import huggingface_hub.constants
+
+    from influence.pipelines import hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    for flag, what in (("--model", "no model"), ("--dataset", "the dataset")):
+        flags = made(tmp_path / "a")
+        flags[flags.index(flag) + 1] = "nobody/nothing-at-all"
+        began = time.monotonic()
+        status, _, err = run(capsys, *flags)
+        assert time.monotonic() - began < 10
+        note, said = [line for line in err.splitlines() if line]
+        assert status == 1
+        assert note.startswith(
+            "influence: note: the Hub cannot be reached: 'nobody/nothing-at-all' is looked for among"
+        )
+        assert f"{what} 'nobody/nothing-at-all'" in said
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    assert not datasets.config.HF_HUB_OFFLINE
+    hub.reachable.cache_clear()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run directory"):
         main(["inspect", "--run", str(tmp_path / "nothing"), "--debug"])
@@ -364,3 +409,16 @@ def test_errors_are_one_paragraph_in_the_words_of_the_command_line() -> None:
     assert paragraph(OSError(28, "No space left on device", "x")) == "No space left on device: x"
     assert paragraph(KeyError("x")) == "unexpected KeyError: no 'x'. --debug shows where"
     assert "no message" in paragraph(ValueError())
+    names = {"unit_norm": "--unit-norm", "k": "--k", "index_factory": "--faiss.index-factory", "bias": "--bias"}
+    for text, said in (
+        ("put unit_norm() on both sides", "put --unit-norm on both sides"),
+        ("k must be at least 1; got 0", "--k must be at least 1; got 0"),
+        ("index_factory='Flut' is none", "--faiss.index-factory Flut is none"),
+        (
+            "made by chain(as_blocks(bias=True), unit_norm()): fit",
+            "made by chain(as_blocks(bias=True), unit_norm()): fit",
+        ),
+        ("there is no /data/unit_norm/x", "there is no /data/unit_norm/x"),
+        ("column 'unit_norm' is gone", "column 'unit_norm' is gone"),
+    ):
+        assert paragraph(ValueError(text), names) == said

@@ -15,7 +15,7 @@ from influence.index.lock import Lock
 from influence.models import load
 from influence.pipelines import build, hessian, reduce, score, trackstar
 from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.prepare import load_factors
+from influence.pipelines.views import load_factors
 from tests.pipeline_world import FAST, build_config, corpus, lines, model_config, questions, world
 
 WHOLE = TransformConfig(projection_dim=0)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from influence.index import open_index
-from influence.pipelines import build, hessian, reduce, score
+from influence.pipelines import build, collect, ends, hessian, reduce, score
 from influence.pipelines.configs import LossConfig, TransformConfig
-from influence.pipelines.prepare import load_factors
 from influence.pipelines.ranks import launched
+from influence.pipelines.views import load_factors
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, model_config, questions, world
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     for name in ("reduce", "mean"):
         a, b = (open_index(place / name).matrix() for place in (one, two))
         assert float((a - b).norm() / a.norm()) <= 1e-12
-    heaps = [score.read_best(place / "heap") for place in (one, two)]
+    heaps = [ends.read_best(place / "heap") for place in (one, two)]
     for name, heap in heaps[0].items():
         assert torch.equal(heap.indices, heaps[1][name].indices)
         assert torch.equal(heap.values, heaps[1][name].values)
@@ -144,6 +144,25 @@ def test_a_failing_rank_ends_the_others_and_the_run_resumes_alone(tmp_path: Path
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
+def test_an_error_before_the_pass_is_heard_too(tmp_path: Path) -> None:
+    """Only what failed inside `with ranks()` reached the others; torchrun alone noticed the rest."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time, pathlib\nfrom influence.pipelines import build\nfrom influence.pipelines.ranks import launched\n"
+        "from tests import pipeline_world\nfrom tests.test_ranks import ROOT\n"
+        f"pipeline_world.world = lambda: pathlib.Path({str(world())!r})\n"
+        "def failing(*args):\n"
+        f"    pathlib.Path({str(tmp_path / 'failed')!r}).write_text(str(time.time()))\n"
+        "    raise ArithmeticError('this rank cannot read')\n"
+        "if launched().rank: build.read_data = failing\n"
+        f"build.run(pipeline_world.build_config(pathlib.Path({str(tmp_path / 'a')!r})))\n"
+    )
+    ran = plainly(str(script))
+    assert time.time() - float((tmp_path / "failed").read_text()) < 10
+    assert "RankFailed: rank 1 failed, so rank 0 stops" in ran.stderr
+    assert "ArithmeticError: this rank cannot read" in ran.stderr
+
+
 def test_a_sum_resumed_by_another_number_of_ranks_counts_each_shard_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +178,7 @@ def test_a_sum_resumed_by_another_number_of_ranks_counts_each_shard_once(
     small = replace(FAST, shard_size=2, token_budget=128)
     config = replace(config, transform=TransformConfig(projection_dim=4), execution=small)
     with_losses, seen = PlannedRows.with_losses, [0]
+    monkeypatch.setattr(collect, "SAVE_EVERY", 0.0)
 
     def mortal(self: PlannedRows, params: Any, batch: Any) -> Any:
         seen[0] += 1

@@ -253,7 +253,7 @@ def test_chains_of_different_settings_step_together_as_alone(name: str, dtype: t
     stacked = sgmcmc.chains.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
     for t in (1, 2, 3):  # states stacked by hand: only the gradient is vmapped
         noise = sgmcmc.chains.stack([sampler.noise(7, g, t) for g in (0, 1)])
-        each = batch if t < 3 else sgmcmc.target.PerChain(torch.stack([batch, batch]))
+        each = batch if t < 3 else sgmcmc.gradients.PerChain(torch.stack([batch, batch]))
         stacked, _ = sampler.step(stacked, each, noise)
     exact = dtype == torch.float64
     rtol, atol = (1e-12, 1e-13) if exact else (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
@@ -308,13 +308,13 @@ def test_gradients_in_pieces_and_with_a_control_variate() -> None:
     w = moved(params)
     g = by_hand(w, batch)
     cut = sgmcmc.local_posterior(curved, params, 1.0, accumulate=3)  # 5 examples: 2, 2 and 1
-    torch.testing.assert_close(sgmcmc.target.gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(sgmcmc.gradients.gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
     full = sgmcmc.gradient_at(curved, params, [batch[:4], batch[4:]])
     torch.testing.assert_close(full, by_hand(params, batch), rtol=1e-13, atol=1e-14)
     target = sgmcmc.local_posterior(curved, params, 1.0, full_gradient=full)
-    torch.testing.assert_close(sgmcmc.target.gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(sgmcmc.gradients.gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
     one = batch[:1]
-    torch.testing.assert_close(sgmcmc.target.gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(sgmcmc.gradients.gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
 
 
 def test_noise_is_a_function_of_seed_chain_and_step_alone() -> None:
@@ -359,4 +359,4 @@ def test_a_mean_where_losses_should_be_is_refused() -> None:
     params, batch = setup()
     target = sgmcmc.local_posterior(lambda p, b: curved(p, b).mean(), params, 1.0)
     with pytest.raises(ValueError, match=r"batch of 5 examples has shape \[1, 1\].*not their mean"):
-        sgmcmc.target.mean_loss(target, params, batch)
+        sgmcmc.gradients.mean_loss(target, params, batch)

@@ -1,5 +1,6 @@
 """TracIn and LESS: against sums by hand, the loss decrease they trace, and a task whose helpful examples are known."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from influence import as_blocks, chain, functionalize, per_example_grads, project
 from influence.index import build, open_index
+from influence.pipelines import less as recipe
+from influence.pipelines.configs import DataConfig, ModelConfig, TransformConfig
 from influence.train import (
     Checkpoint,
     GradientCollectorCallback,
@@ -108,6 +111,10 @@ def test_adam_update_is_the_step_that_adam_takes_next() -> None:
         torch.testing.assert_close(rows[layer][0], expected.detach(), rtol=2e-4, atol=2e-5)
     with pytest.raises(ValueError, match=r"adam_update\(.*cannot follow project"):
         chain(as_blocks(), project(2), adam_update(state))
+    amsgrad = adam(model.parameters(), amsgrad=True)
+    amsgrad.step()
+    with pytest.raises(ValueError, match=r"adam_update: 0.weight, 0.bias, 2.weight is trained with amsgrad"):
+        adam_update(read_optimizer(model, amsgrad))
     few = read_optimizer(model, optimizer, "2.*")
     with pytest.raises(ValueError, match=r"adam_update: no moments of 0.bias, 0.weight: read them too"):
         per_example_grads(loss_fn, params, one, transform=chain(as_blocks(), adam_update(few)))
@@ -137,12 +144,36 @@ def stacked(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
+def same_by_the_recipe(path: Path, items: Any, wanted: Any, rates: list[float], scores: Tensor) -> float:
+    """How far the scores of the command line are from those of the library, over the same checkpoints."""
+    halves = [int(item["input_ids"][0] >= WORDS // 2) for item in wanted]
+    for name, some, subtasks in (("pool", items, [0] * len(items)), ("task", wanted, halves)):
+        rows = [{"input_ids": x["input_ids"].tolist(), "half": h} for x, h in zip(some, subtasks, strict=True)]
+        (path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pool, task = (DataConfig(str(path / f"{name}.jsonl")) for name in ("pool", "task"))
+    config = recipe.LessConfig(
+        str(path / "less"),
+        ModelConfig(str(path / "base")),
+        pool,
+        task,
+        tuple(str(place) for place in sorted((path / "warmup").glob("checkpoint-*"))),
+        tuple(rates),
+        subtask="half",
+        transform=TransformConfig(projection_dim=512, projection_target="global"),
+    )
+    recipe.run(config)
+    found = open_index(path / "less" / "scores").rows()["query0"][:, 0]
+    return float((found - scores).norm() / scores.norm())
+
+
 def test_less_recovers_the_helpful_examples(tmp_path: Path) -> None:
     """A warm-up of adapters on a quarter of the pool, its checkpoints with Adam's state, and two subtasks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         settings = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
         base = hf("LlamaForCausalLM", "LlamaConfig", **settings, num_attention_heads=2)().float()
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(base, config)
     items, names = pool(40, 0)
@@ -189,6 +220,7 @@ def test_less_recovers_the_helpful_examples(tmp_path: Path) -> None:
         "smallest loss": recovered(losses.argsort()),
         "largest loss": recovered(losses.argsort(descending=True)),
     }
+    assert same_by_the_recipe(tmp_path, items, wanted, rates, scores) < 1e-4
     print(shares)
     assert shares["LESS"] >= 0.8
     assert max(share for name, share in shares.items() if name != "LESS") <= 0.5

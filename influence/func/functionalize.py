@@ -1,6 +1,7 @@
 """From a module to a pure function: the one edge where modules become `(loss_fn, params)`."""
 
 import copy
+import types
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -167,7 +168,33 @@ def make_skeleton(model: nn.Module, mode: str = "eval") -> nn.Module:
     for module in skeleton.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             vars(module)["warn_if_padding_and_no_attention_mask"] = _no_reminder
+        own = {name: f for name, f in vars(module).items() if isinstance(f, types.FunctionType | types.MethodType)}
+        vars(module).update({name: _moved(f, memo) for name, f in own.items()})
     return skeleton
+
+
+def _moved(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a function with the copies of the modules that it closes over.
+
+    A forward that was put on a module (TRL's trainers and others do) calls the one before it, which is bound to the
+    module itself, weights and all: copying a module does not copy what a function on it closes over.
+    """
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(_moved(value.__func__, memo), _moved(value.__self__, memo))
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    if id(value) in memo:  # a function may close over itself
+        return memo[id(value)]
+    cells = tuple(types.CellType() for _ in value.__closure__)
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    made.__kwdefaults__, made.__dict__ = value.__kwdefaults__, value.__dict__
+    memo[id(value)] = made
+    for cell, held in zip(cells, value.__closure__, strict=True):
+        if held != types.CellType():  # nothing in it yet
+            cell.cell_contents = _moved(held.cell_contents, memo)
+    return made
 
 
 def _no_reminder(input_ids: Tensor, attention_mask: Tensor | None) -> None:

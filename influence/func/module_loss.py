@@ -235,6 +235,14 @@ class ModuleLoss:
         seen = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
         return torch.where(mask.bool() & seen.bool(), batch["input_ids"], IGNORED)
 
+    def counts(self, batch: Batch) -> Int[Tensor, " n"]:
+        """Return how many positions of each example have a loss."""
+        labels = self.labels(batch)
+        if labels.ndim == 1 or labels.is_floating_point():
+            number = labels.shape[1] if labels.ndim == 3 else 1
+            return torch.full((len(labels),), number, dtype=torch.int64, device=labels.device)
+        return (labels[:, 1:] if self._task == "causal" else labels).ne(IGNORED).sum(1)
+
     def reduce(self, losses: Float[Tensor, "n t"], labelled: Bool[Tensor, "n t"], batch: Batch) -> Float[Tensor, " n"]:
         """Reduce position losses to the example's loss, weights included."""
         return weighted(reduce_positions(losses, labelled, self.reduction), batch)

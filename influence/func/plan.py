@@ -212,12 +212,26 @@ def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> set[str]:
     check_losses(few, 2)
     check_losses(more, 3)
     check_unmixed(few, more)
-    if not few.requires_grad:
+    if not _reaches(few, leaves):
         raise ValueError(
             f"the losses have no gradient with respect to any of {', '.join(list(params)[:5])}: the function does not "
             "use these parameters, or computes under torch.no_grad() or detach()"
         )
     return inspection.routing
+
+
+def _reaches(out: Tensor, leaves: Params) -> bool:
+    """Whether a backward from a tensor would come to one of some leaves."""
+    wanted, seen, nodes = {id(leaf) for leaf in leaves.values()}, set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        seen.add(node)
+        nodes += [after for after, _ in node.next_functions]
+    return False
 
 
 def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, Exception | None]:

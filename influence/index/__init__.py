@@ -10,8 +10,9 @@ from influence.index.neighbours import FaissConfig
 from influence.index.reading import Index, Piece, Place, open_index
 from influence.index.recipe import rebuild, recipe
 from influence.index.root import About, finish
-from influence.index.run import Run, done, start
+from influence.index.run import Run, done
 from influence.index.shards import Collected, memory_sink, shard_sink
+from influence.index.starting import start
 
 __all__ = [
     "About",

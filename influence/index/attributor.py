@@ -1,6 +1,6 @@
 """Asking an index which training examples made a model behave as it did."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from influence.func.precondition import BlockCurvature
 from influence.func.similarity import Nearest
 from influence.func.transform import CollectedRows, Transform
 from influence.index import scan
+from influence.index.approximate import approximate, neighbours_of
 from influence.index.chosen import Chosen, choose
 from influence.index.fingerprints import Fingerprint, check, fingerprint_of
 from influence.index.hits import Hits
 from influence.index.matching import matched
-from influence.index.neighbours import FaissConfig, Neighbours, Stored, neighbours
+from influence.index.neighbours import FaissConfig, Neighbours
 from influence.index.reading import Index, Piece, open_index
 from influence.index.recipe import loss_of, rebuild
 from influence.index.texts import as_batch
@@ -111,7 +112,7 @@ class Attributor:
         if k is None:
             found = _sorted(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
         elif self.faiss is not None:
-            found = self._by_faiss(self.faiss, matrix, chosen, k, reverse)
+            found = approximate(self.index, self._neighbours, matrix, chosen, k, reverse, self.faiss.nprobe)
         else:
             found = scan.scan(self._pieces(len(matrix)), matrix, chosen, k, reverse)
         indices = found.indices.cpu()
@@ -350,34 +351,10 @@ class Attributor:
             raise ValueError(f"{len(bad)} of {len(matrix)} query rows are not finite, the first of them row {bad[0]}")
         return chosen, matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
 
-    def _by_faiss(
-        self, config: FaissConfig, matrix: Float[Tensor, "q d"], chosen: Chosen, k: int, reverse: bool
-    ) -> Nearest:
-        """Return what FAISS finds; queries for which it finds fewer than `k` are answered by the scan."""
-        whole = matrix.new_zeros(len(matrix), self.index.dim)
-        at = 0
-        for span in chosen.spans:
-            whole[:, span] = matrix[:, at : at + span.stop - span.start]
-            at += span.stop - span.start
-        found = self._neighbours.search(-whole if reverse else whole, k, config.nprobe)
-        values, indices = (-found.values if reverse else found.values).to(matrix.dtype), found.indices
-        lacking = (indices < 0).any(1)
-        if lacking.any():
-            exact = scan.scan(self._pieces(len(matrix)), matrix[lacking.to(matrix.device)], chosen, k, reverse)
-            values[lacking], indices[lacking] = exact.values.cpu(), exact.indices.cpu()
-        return Nearest(values, indices)
-
     @cached_property
     def _neighbours(self) -> Neighbours:
         assert self.faiss is not None
-        index = self.index
-        checksums = [
-            [shard.places[name].sha256 for name in ("rows", "scale") if name in shard.places]
-            for shard in index.about.shards
-        ]
-        identity: Mapping[str, Any] = {"fingerprint": index.fingerprint.json(), "shards": checksums}
-        stored = Stored(index.pieces, len(index), choose(index.blocks), identity)
-        return neighbours(stored, self.faiss, index.path)
+        return neighbours_of(self.index, self.faiss)
 
 
 def _sorted(scores: Float[Tensor, "q n"], k: int | None, reverse: bool) -> Nearest:

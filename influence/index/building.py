@@ -18,8 +18,8 @@ from influence.index.encoding import check_dtype
 from influence.index.fingerprints import fingerprint_of
 from influence.index.reading import Held, Index, open_index
 from influence.index.root import About, finish
-from influence.index.run import start
 from influence.index.shards import Collected, memory_sink, shard_sink
+from influence.index.starting import start
 from influence.types import Batch, LossFn, Params
 
 Step = Callable[[Params, Batch], Collected]

@@ -20,7 +20,7 @@ from influence.index.recipe import recipe
 from influence.types import LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
-SCALES = ("scale_by_adam", "scale_by_adafactor")
+SCALES = ("scale_by_adam", "scale_by_adafactor", "adam_update")
 PROJECTION = ("kind", "dim", "seed", "target", "signs", "reshape_to_square")
 
 
@@ -266,7 +266,8 @@ def _powers(steps: Iterable[Step]) -> Iterator[dict[str, Any]]:
 def _scaling(steps: Iterable[Step]) -> dict[str, Any] | None:
     for step in steps:
         if step.name in SCALES:
-            return {"step": step.name, "moments": hash_of(step.settings["moments"]), "eps": step.settings["eps"]}
+            kept = step.settings if step.name == "adam_update" else step.settings["moments"]
+            return {"step": step.name, "moments": hash_of(kept), "eps": step.settings["eps"]}
     return None
 
 

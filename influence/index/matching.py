@@ -83,9 +83,9 @@ def _read_at(fingerprint: Fingerprint, dim: int, rows: Rows) -> Fingerprint:
 
 
 def _restricted(fingerprint: Fingerprint, chosen: Chosen) -> Fingerprint:
-    """Return the fingerprint of some blocks of rows."""
+    """Return the fingerprint of some blocks of rows; a norm is over all blocks, so of rows that have one all count."""
     blocks = fingerprint.must_match.get("blocks")
-    if blocks is None:
+    if blocks is None or fingerprint.must_match.get("metric") == "cosine":
         return fingerprint
     kept = {name: shape for name, shape in blocks.items() if name in chosen.shapes}
     return replace(fingerprint, must_match={**fingerprint.must_match, "blocks": kept})

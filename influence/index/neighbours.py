@@ -7,6 +7,7 @@ all of them.
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -159,6 +160,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
     directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
     if not _is_whole(directory, key):
         _write(directory, key, stored, config)
+        _forget(directory, key)
     paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
     return Neighbours(tuple(_read(path, config) for path in paths), _begins(stored.number, config.num_shards))
 
@@ -201,7 +203,7 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
         empty = faiss.index_factory(dim, config.index_factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
-            f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {error}"
+            f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {_said(error)}"
         ) from error
     cells = faiss.try_extract_index_ivf(empty)
     learned = max(PER_LIST * (1 if cells is None else cells.nlist), PER_LIST * PER_LIST)
@@ -212,10 +214,15 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
             empty.train(_sample(stored, count, config.batch_size).numpy())
         except RuntimeError as error:
             raise ValueError(
-                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({error}): choose fewer cells or "
-                "codes, or 'Flat'"
+                f"FAISS cannot learn {config.index_factory!r} from {count} rows ({_said(error)}): choose fewer cells "
+                "or codes, or 'Flat'"
             ) from error
     return empty
+
+
+def _said(error: RuntimeError) -> str:
+    """Return what FAISS says, without the place in its source."""
+    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: '.*?' failed: )?", "", str(error))
 
 
 def _sample(stored: Stored, count: int, at_once: int) -> Float[Tensor, "r d"]:
@@ -276,6 +283,15 @@ def _write(directory: Path, key: Mapping[str, Any], stored: Stored, config: Fais
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _forget(directory: Path, key: Mapping[str, Any]) -> None:
+    """Remove what was kept of the same index before rows were appended: nothing will ask for it again."""
+    for about in directory.parent.glob("*/about.json"):
+        kept = json.loads(about.read_text())["key"]
+        same = {**kept, "rows": {**kept["rows"], "shards": key["rows"]["shards"]}}
+        if about.parent != directory and same == json.loads(json.dumps(key)):
+            shutil.rmtree(about.parent)
 
 
 def _is_whole(directory: Path, key: Mapping[str, Any]) -> bool:

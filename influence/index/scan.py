@@ -253,7 +253,7 @@ def decoded(piece: Piece, columns: Chosen, buffer: Float[Tensor, "r d"]) -> Iter
     if as_it_is and len(spans) == 1:
         yield from values[:, spans[0]].split(size)
         return
-    several = scale is not None and scale.shape[1] > 1
+    several = None if scale is None or scale.shape[1] == 1 else scale
     for number, stored in enumerate(values.split(size)):
         rows = buffer[: len(stored)] if len(stored) < size else buffer
         if columns.dim == values.shape[1]:
@@ -263,8 +263,8 @@ def decoded(piece: Piece, columns: Chosen, buffer: Float[Tensor, "r d"]) -> Iter
             for span in spans:
                 rows[:, at : at + span.stop - span.start] = stored[:, span]
                 at += span.stop - span.start
-        if several:
-            here = scale[number * size : number * size + len(stored)].to(buffer.device, buffer.dtype)
+        if several is not None:
+            here = several[number * size : number * size + len(stored)].to(buffer.device, buffer.dtype)
             for where, block in zip(columns.inside.values(), columns.numbers, strict=True):
                 rows[:, where] *= here[:, block : block + 1]
         yield rows

@@ -14,8 +14,9 @@ from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
-from influence.pipelines.prepare import batches_of, float_size, measure, own_shards, read_data
-from influence.pipelines.ranks import own_device, ranks
+from influence.pipelines.prepare import batches_of, float_size, measure, own_shards
+from influence.pipelines.ranks import among_ranks, own_device, ranks
+from influence.pipelines.reading import read_data
 from influence.pipelines.seen import collected, plan_step, total_dim
 
 
@@ -51,6 +52,7 @@ class BuildConfig:
     execution: Execution = field(default_factory=RunConfig)
 
 
+@among_ranks
 def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None = None) -> Outcome:
     """Build the index.
 

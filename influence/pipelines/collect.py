@@ -2,10 +2,11 @@
 
 Two laws. A *placed* sink writes one file per shard, so any number of ranks and any resume give the same bytes. A
 *summed* sink keeps a running state per process in `partial-*.h5`, with the list of shards that are in it, replaced
-after each shard; in the end, or when a run is resumed by another number of ranks, the states merge and the shards that
-are missing are dealt out again.
+after a shard but at most every 30 seconds; in the end, or when a run is resumed by another number of ranks, the states
+merge and the shards that are missing are dealt out again.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from influence.func.fold import Sink
 from influence.pipelines import states
 from influence.pipelines.progress import progress
 from influence.pipelines.ranks import Ranks
+
+SAVE_EVERY = 30.0
+"""Seconds between two writes of a running state: what a crash loses of a sum, beside the shard at hand."""
 
 
 class Placed(NamedTuple):
@@ -89,6 +93,7 @@ def collect(
     mine = directory / f"partial-{ranks.rank:05d}.h5"
     held, running = read_partial(mine, summed, work.device) if summed else ({}, {})
     total = sum(len(work.shards[n].ids) for n, _ in todo)
+    saved, unsaved = time.monotonic(), False
     with progress(what, total, shown, ranks.rank) as seen:
         for number, names in todo:
             shard_sinks = {name: placed[name].sink(number) for name in names if name in placed}
@@ -103,8 +108,12 @@ def collect(
                 sink.finalize(state[name])
             running = {name: state[name] for name in summed}
             held = {name: sorted({*shards, number} if name in names else shards) for name, shards in held.items()}
-            if summed and set(names) & set(summed):
+            unsaved |= bool(set(names) & set(summed))
+            if unsaved and time.monotonic() - saved >= SAVE_EVERY:
                 write_partial(mine, held, running)
+                saved, unsaved = time.monotonic(), False
+        if unsaved:
+            write_partial(mine, held, running)
     ranks.barrier()
     return _merged(directory, summed) if ranks.first else {}
 

@@ -3,21 +3,29 @@
 Every field is a flag of the command line under its own name, and a key of the YAML file under its group's.
 """
 
-import contextlib
 import dataclasses
-import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-C = TypeVar("C")
+from influence.index.neighbours import FaissConfig
+
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp64", "int8", "int4"]
 Stored: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "int8"]
 Inversion: TypeAlias = Literal["damped", "absolute", "tikhonov", "pseudoinverse", "factored"]
+
+
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Refuse numbers that are too small; `None` is none.
+
+    Raises:
+        ValueError: naming the flag and the value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value is not tyro.MISSING and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,10 @@ class DataConfig:
     advantage_column: str | None = None
     skip_nan_rewards: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "max_examples", "max_length", "max_tokens", "chunk_length")
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -110,7 +122,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What is wanted of each gradient, in this order: blocks, heads, curvature, projection, unit norm.
+    """What is wanted of each gradient, in this order: blocks, heads, optimizer, curvature, projection, unit norm.
 
     Attributes:
         targets: globs over parameter names to attribute to; default the matrices of the repeated layers.
@@ -123,6 +135,8 @@ class TransformConfig:
         projection_target: project block by block, or all blocks together.
         projection_seed: another seed draws other matrices.
         projection_signs: non-zeros per column of a sparse sketch.
+        optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
+        optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
         hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
         power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
         whiten: project what is whitened: eigen keeps the strongest eigenvectors, kfac sketches at random; power -0.5.
@@ -141,6 +155,8 @@ class TransformConfig:
     projection_target: Literal["per_block", "global"] = "per_block"
     projection_seed: int = 0
     projection_signs: int = 1
+    optimizer: str | None = None
+    optimizer_view: Literal["scale", "update"] = "scale"
     hessian: str | None = None
     power: float = -0.5
     whiten: Literal["eigen", "kfac"] | None = None
@@ -148,6 +164,11 @@ class TransformConfig:
     inversion: Inversion = "damped"
     missing: Literal["error", "identity"] = "error"
     unit_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are too small."""
+        at_least(self, 0, "projection_dim", "damping")
+        at_least(self, 1, "projection_signs")
 
 
 @dataclass(frozen=True)
@@ -182,6 +203,41 @@ class RunConfig:
     progress: bool | None = None
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "token_budget", "max_rows", "shard_size")
+
+
+@dataclass(frozen=True)
+class NeighbourConfig:
+    """FAISS, which is faster where a miss may be missed.
+
+    Attributes:
+        index_factory: FAISS's own description: Flat is exact, IVF1024,Flat looks into nprobe of 1024 cells,
+            IVF1024,PQ64 stores 64 bytes per row; default no FAISS: all rows are scanned, which is exact.
+        mmap_index: leave the FAISS index on disk and map it, instead of holding it in memory.
+        max_train_examples: rows that cells and codes are learned from; default as many as FAISS looks at.
+        batch_size: rows added at a time.
+        num_shards: cut it into so many files.
+        nprobe: cells that are looked into; more are more exact.
+    """
+
+    index_factory: str | None = None
+    mmap_index: bool = False
+    max_train_examples: int | None = None
+    batch_size: int = 1024
+    num_shards: int = 1
+    nprobe: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "max_train_examples", "batch_size", "num_shards", "nprobe")
+
+    def made(self) -> FaissConfig | None:
+        """Return what a search takes; `None` scans."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return None if self.index_factory is None else FaissConfig(**fields)
+
 
 Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]
 """The run directory. Under torchrun write `-r`: Python 3.11 takes `--run` for an abbreviation of torchrun's options."""
@@ -190,115 +246,3 @@ Data: TypeAlias = Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
 Loss: TypeAlias = Annotated[LossConfig, tyro.conf.OmitArgPrefixes]
 View: TypeAlias = Annotated[TransformConfig, tyro.conf.OmitArgPrefixes]
 Execution: TypeAlias = Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """Return a configuration as JSON can write it."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_mapping(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", partial: bool = False) -> C:
-    """Return a configuration from what JSON or YAML hold.
-
-    Args:
-        kind: a dataclass of this package.
-        mapping: its fields; those left out have their defaults.
-        where: the group, for messages.
-        partial: let fields without a default be missing, for the command line to fill in.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ValueError: naming the unknown field, the missing one, or the one that holds something else.
-    """
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
-    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = [name for name in mapping if name not in fields]
-    if unknown:
-        raise ValueError(
-            f"unknown field {where}{unknown[0]}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
-        )
-    hints = get_type_hints(kind)
-    values = {}
-    for name, field in fields.items():
-        hint, inside = hints[name], f"{where}{name}."
-        if name not in mapping:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and dataclasses.is_dataclass(hint):
-                values[name] = from_mapping(hint, {}, inside, partial)  # type: ignore[arg-type]
-            elif required and not partial:
-                raise ValueError(f"field {where}{name} is missing, and it has no default")
-            elif required:
-                values[name] = tyro.MISSING
-        elif dataclasses.is_dataclass(hint):
-            values[name] = from_mapping(hint, mapping[name], inside, partial)  # type: ignore[arg-type]
-        else:
-            values[name] = _checked(mapping[name], hint, f"{where}{name}")
-    return kind(**values)
-
-
-def _checked(value: Any, hint: Any, name: str) -> Any:
-    """Return a value that is of its type, a list as the tuple it means."""
-    from beartype.door import is_bearable
-
-    value = tuple(value) if isinstance(value, list) else value
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-3, without a point, as a string
-    lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
-    if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
-        raise ValueError(f"field {name} must be {_said(hint)}; got {value!r}")
-    return value
-
-
-def _said(hint: Any) -> str:
-    """Return a type as a user would say it."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_said(part) for part in get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"a list of {_said(get_args(hint)[0])}"
-    if hint is type(None):
-        return "null"
-    return str(getattr(hint, "__name__", hint))
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of a configuration.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is no mapping.
-    """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file {path}")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(read, Mapping):
-        raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
-    return dict(read)
-
-
-def write_config(path: str | Path, config: Any, command: str) -> None:
-    """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    path = Path(path)
-    head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
-    temporary.replace(path)

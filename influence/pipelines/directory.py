@@ -10,10 +10,11 @@ from influence.data import Tokenized
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
 from influence.index.run import RUN, read_run
-from influence.pipelines.configs import to_mapping, write_config
+from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
-from influence.pipelines.prepare import Measured, data_hash, vocabulary_hash
+from influence.pipelines.prepare import Measured
 from influence.pipelines.ranks import Ranks
+from influence.pipelines.reading import data_hash, vocabulary_hash
 from influence.pipelines.seen import Step
 
 

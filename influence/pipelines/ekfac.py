@@ -16,9 +16,12 @@ from influence.pipelines.configs import (
     RunConfig,
     TransformConfig,
     View,
+    at_least,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.recipe import run_steps
+from influence.pipelines.ranks import among_ranks
+from influence.pipelines.reading import load_rows
+from influence.pipelines.recipe import fewer, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,12 @@ class EkfacConfig:
     transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0))
     execution: Execution = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "stats_examples", "compress", "top_k")
 
+
+@among_ranks
 def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
     """Run the recipe.
 
@@ -85,7 +93,7 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
         sides = both, both
 
     def fit(execution: RunConfig) -> Outcome:
-        few = replace(config.data, max_examples=config.stats_examples or config.data.max_examples)
+        few = fewer(config.data, config.stats_examples)
         made = hessian.HessianConfig(
             curvature,
             config.model,
@@ -100,12 +108,11 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
 
     def rows(execution: RunConfig) -> Outcome:
         to, model, query, loss = str(at / "query"), config.model, config.query, config.loss
+        view = without_what_is_not_there(sides[0], execution)
         if config.query_rows == "individual":
-            return build.run(
-                build.BuildConfig(to, model, query, loss=loss, transform=sides[0], execution=execution), say
-            )
+            return build.run(build.BuildConfig(to, model, query, loss=loss, transform=view, execution=execution), say)
         how = config.query_rows
-        return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, sides[0], execution), say)
+        return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, view, execution), say)
 
     def scores(execution: RunConfig) -> Outcome:
         made = score.ScoreConfig(
@@ -116,10 +123,11 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
             config.mode,
             top_k=config.top_k,
             loss=config.loss,
-            transform=sides[1],
+            transform=without_what_is_not_there(sides[1], execution),
             execution=execution,
         )
-        return score.run(made, say)
+        count = len(load_rows(config.query)) if config.query_rows == "individual" else 1
+        return score.run(made, say, ahead=count)
 
     outcomes = run_steps("ekfac", config, {"hessian": fit, "query": rows, "scores": scores}, say)
-    return score.of_recipe(config.run, outcomes)
+    return result(config, outcomes)

@@ -19,12 +19,14 @@ from influence.pipelines.configs import (
     RunConfig,
     TransformConfig,
     View,
+    at_least,
 )
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
-from influence.pipelines.prepare import Measured, batches_of, measure, own_shards, read_data
-from influence.pipelines.ranks import Ranks, own_device, ranks
+from influence.pipelines.prepare import Measured, batches_of, measure, own_shards
+from influence.pipelines.ranks import Ranks, among_ranks, own_device, ranks
+from influence.pipelines.reading import read_data
 
 SCRATCH = ("kfac.h5", "eigenvalues")
 """What is kept between EK-FAC's two passes."""
@@ -63,7 +65,12 @@ class HessianConfig:
     transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0))
     execution: Execution = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "label_draws", "max_side")
 
+
+@among_ranks
 def run(config: HessianConfig, say: Say = quiet) -> Outcome:
     """Fit the factors.
 

@@ -10,13 +10,15 @@ from influence import store
 from influence.index import done, open_index
 from influence.index.run import read_run
 from influence.index.shards import KIND, SCHEMA, shard_name
-from influence.pipelines import hessian
-from influence.pipelines.configs import Run, read_config
+from influence.pipelines import hessian, sample
+from influence.pipelines.configs import Run
 from influence.pipelines.directory import kind_command
+from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.plain import command_of, read_config
 from influence.pipelines.planning import size
-from influence.pipelines.prepare import load_factors
-from influence.pipelines.score import read_best
+from influence.pipelines.sampled import SHARE, read_samples
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         facts |= {"kind": "scores", "finished": True}
         rows = [[name, *heap.values.shape] for name, heap in read_best(directory).items()]
         text = f"scores at {directory}\n" + table(["heap", "queries", "kept"], rows)
+    elif (directory / "run.h5").exists():
+        found = sample.outcome(read_samples(directory))
+        facts |= {**found.facts, "kind": command_of(directory / "config.yaml"), "finished": True}
+        text = f"chains at {directory}\n{found.text}"
+    elif shares := sorted(path.name for path in directory.glob(SHARE)):
+        facts |= {"kind": command_of(directory / "config.yaml"), "finished": False, "shares": shares}
+        text = f"chains at {directory}: not finished ({', '.join(shares)})"
     elif (directory / "run.json").exists():
         text = _unfinished(directory, config.verify, facts)
     else:

@@ -1,13 +1,16 @@
 """Mix two curvatures: the queries' plays down what is common to all queries (TrackStar, appendix A.1.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from influence import hessians
+from influence.index import Fingerprint, start
 from influence.pipelines import hessian
-from influence.pipelines.configs import Run, write_config
+from influence.pipelines.configs import Run, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.prepare import load_factors
+from influence.pipelines.plain import to_mapping, write_config
+from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.views import load_factors
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class MixConfig:
     weight: float | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "components")
 
+
+@among_ranks
 def run(config: MixConfig, say: Say = quiet) -> Outcome:
     """Mix the factors.
 
@@ -45,13 +53,24 @@ def run(config: MixConfig, say: Say = quiet) -> Outcome:
         FileExistsError: if there is a mix already.
     """
     file = Path(config.run) / "factors.h5"
+    with ranks() as place:
+        if place.first:
+            _write(config, file, say)
+    return hessian.outcome(config.run, hessians.load(file))
+
+
+def _write(config: MixConfig, file: Path, say: Say) -> None:
     if file.exists() and not config.overwrite:
         raise FileExistsError(f"{config.run} holds factors already: pass --overwrite to replace them, or another --run")
     query, index = load_factors(config.query), load_factors(config.index)
     mixed = hessians.mix(query, index, components=config.components, weight=config.weight)
     say(f"plan: mix of {query!r} and {index!r} → {config.run}")
     say(f"      {mixed.notes['mix']}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_config(file.parent / "config.yaml", config, "mix")
-    mixed.save(file)
-    return hessian.outcome(config.run, hessians.load(file))
+    kept = replace(config, overwrite=False)
+    command = ["influence", "mix", "--config", str(file.parent / "config.yaml"), "--run", "ANOTHER_RUN"]
+    plan = {"shards": [], "query": query.digest, "index": index.digest, "components": config.components}
+    plan["weight"] = config.weight
+    how = {"overwrite": config.overwrite, "results": ["factors.h5"]}
+    with start(file.parent, "mix", to_mapping(kept), command, plan, Fingerprint(), **how):  # type: ignore[arg-type]
+        write_config(file.parent / "config.yaml", kept, "mix")
+        mixed.save(file)

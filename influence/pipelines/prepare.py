@@ -1,32 +1,26 @@
-"""From a configuration to values: the model as a pure function, the data as tokens, the transform."""
+"""From a configuration to values: the model as a pure function, the transform, the batches."""
 
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from influence import data, hessians, models
-from influence.data.sources import mapping_of
-from influence.func.blocks import as_blocks, split_heads
-from influence.func.fingerprint import fingerprint, weights_hash
+from influence import data, models
+from influence.func.fingerprint import weights_hash
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import LOSSES, ModuleLoss
-from influence.func.normalize import unit_norm
-from influence.func.precondition import precondition
-from influence.func.project import project
-from influence.func.transform import Transform, chain
-from influence.func.whiten import eigen_whiten, kfac_whiten
-from influence.hessians import Factors
+from influence.func.transform import Transform
 from influence.index import Index
-from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.configs import LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.loading import load_model, load_tokenizer, usable
 from influence.pipelines.ranks import own_device
+from influence.pipelines.views import load_factors, optimizer_step, transform_of
 from influence.types import ExampleLoss, Params
 
 
@@ -65,9 +59,15 @@ def measure(
     Raises:
         ValueError: if an option does not fit, or the curvature is of other weights.
     """
-    device = _usable(own_device("cpu" if execution is None else execution.device))
+    device = usable(own_device("cpu" if execution is None else execution.device))
     factors = None if transform.hessian is None else load_factors(transform.hessian)
-    made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
+    made = Transform()
+    if transform.optimizer is None:
+        made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
+    else:
+        from influence.train.checkpoints import find_state
+
+        find_state(transform.optimizer)
     module = load_model(model, device)
     targets = transform.targets or models.layer_matrices(module)
     reference = None if loss.reference is None else load_model(ModelConfig(loss.reference, task=model.task), device)
@@ -80,71 +80,14 @@ def measure(
         label_smoothing=loss.label_smoothing,
         reference=reference,
     )
+    if transform.optimizer is not None:
+        made = transform_of(transform, factors, optimizer_step(transform, module, params))
     if factors is not None and factors.weights != (weights := weights_hash(loss_fn, params)):
         raise ValueError(
             f"the factors in {transform.hessian} were fitted at other weights (hash {factors.weights[:12]}…, this "
             f"model has {weights[:12]}…): fit them on this model, or load the checkpoint they belong to"
         )
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
-
-
-def _usable(device: str) -> str:
-    """Refuse a device that is not there, before anything is loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        said = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the device {device!r} cannot be used here ({said}): pass --device cpu, or another"
-        ) from error
-    return device
-
-
-def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
-    """Load a model.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs, "peft_init_kwargs")
-    with _found(config.model, "model"):
-        return models.load(
-            config.model,
-            task=config.task,
-            precision=config.precision,
-            revision=config.revision,
-            model_kwargs=mapping_of(config.model_kwargs, "model_kwargs"),
-            adapter=config.adapter,
-            peft_init_kwargs=fresh,
-            device=device,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """Load a model's tokenizer; `None` where it has none and none is named."""
-    from transformers import AutoTokenizer
-
-    path = config.tokenizer or config.model
-    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
-    if config.tokenizer is None and Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
-        return None
-    with _found(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
-
-
-@contextlib.contextmanager
-def _found(path: str, what: str) -> Iterator[None]:
-    """Say in a line that there is no such thing, where transformers needs a page."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or Path(path).is_dir():
-            raise
-        raise ValueError(
-            f"no {what} {path!r}: it is no folder here, and the Hub has none that can be reached "
-            f"({str(error).splitlines()[0]}). Give a folder which save_pretrained wrote, or the id of a Hub model"
-        ) from error
 
 
 def _with_biases(module: nn.Module, targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -191,81 +134,6 @@ def _importable(folder: str) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def transform_of(config: TransformConfig, factors: Factors | None = None) -> Transform:
-    """Return the transform that a configuration describes.
-
-    Curvature comes where its factors were fitted: on whole blocks, before the projection, or on projected rows.
-
-    Args:
-        config: the configuration.
-        factors: those of its `hessian`, if they are loaded already.
-
-    Returns:
-        The transform.
-
-    Raises:
-        ValueError: if the factors belong to other rows, or options exclude one another.
-    """
-    blocks = as_blocks(config.bias)
-    start = chain(blocks, split_heads()) if config.heads else blocks
-    sketch = Transform()
-    if config.projection_dim:
-        sketch = project(
-            config.projection_dim,
-            config.projection_seed,
-            config.projection_kind,
-            config.projection_target,
-            signs=config.projection_signs,
-        )
-    end = unit_norm() if config.unit_norm else Transform()
-    if config.hessian is None:
-        if config.whiten:
-            raise ValueError(
-                "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
-            )
-        return chain(start, sketch, end)
-    factors = load_factors(config.hessian) if factors is None else factors
-    if factors.under == start.fingerprint:
-        return chain(start, *_preconditioned(config, factors, sketch), end)
-    if factors.under != chain(start, sketch).fingerprint:
-        raise ValueError(
-            f"the factors in {config.hessian} were fitted under {factors.description}; here rows are made by "
-            f"{chain(start, sketch)}. Pass the same bias, heads and projection options, or fit them under these"
-        )
-    if config.whiten:
-        raise ValueError(
-            "whiten chooses the projection by the curvature of whole blocks; these factors are of projected"
-        )
-    root = precondition(factors, config.power, config.damping, config.inversion, config.missing)
-    return chain(start, sketch, root, end)
-
-
-def _preconditioned(config: TransformConfig, factors: Factors, sketch: Transform) -> tuple[Transform, ...]:
-    """Return curvature and projection of whole blocks, one inside the other where that is asked for."""
-    dim = config.projection_dim or None
-    if config.whiten == "eigen":
-        return (eigen_whiten(factors, dim, config.damping, config.inversion, config.power, config.missing),)
-    if config.whiten == "kfac":
-        kind = config.projection_kind or "rademacher"
-        return (kfac_whiten(factors, config.damping, dim, config.projection_seed, kind, config.missing),)
-    return (precondition(factors, config.power, config.damping, config.inversion, config.missing), sketch)
-
-
-def load_factors(path: str | Path) -> Factors:
-    """Return the factors of a run of `hessian` or `mix`, or of a file.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    file = Path(path) / "factors.h5" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        state = (
-            "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
-        )
-        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
-    return hessians.load(file)
-
-
 def check_gradients(index: Index) -> None:
     """Refuse a run whose rows are no gradients.
 
@@ -274,89 +142,6 @@ def check_gradients(index: Index) -> None:
     """
     if index.about.kind == "scores":
         raise ValueError(f"{index.path} holds scores, and no gradients: give a run of influence build or reduce")
-
-
-def read_data(config: DataConfig, measured: Measured) -> data.Tokenized:
-    """Return a dataset's tokens.
-
-    Raises:
-        ValueError: if no document has a token to predict: every gradient would be zero.
-    """
-    tokens = tokens_of(config, load_rows(config), measured.tokenizer, measured.config)
-    seen = tokens.counts
-    if tokens.document is None and seen.empty + seen.single + seen.unlabelled == len(tokens):
-        raise ValueError(
-            f"none of the {len(tokens):,} documents of {config.dataset} has a token to predict, so every gradient is "
-            f"zero ({tokens.report()}): a conversation needs turns of the role assistant, a text two tokens"
-        )
-    return tokens
-
-
-def load_rows(config: DataConfig) -> Any:
-    """Return a dataset's rows.
-
-    Raises:
-        ValueError: if there is no such dataset.
-    """
-    with _read(config.dataset):
-        rows = data.load(config.dataset, split=config.split, subset=config.subset, data_kwargs=config.data_kwargs)
-    return rows if config.max_examples is None else rows.select(range(min(config.max_examples, len(rows))))
-
-
-@contextlib.contextmanager
-def _read(dataset: str) -> Iterator[None]:
-    """Say in a line what datasets could not read."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"the dataset {dataset!r} cannot be read: {said}") from error
-
-
-def text_format(config: DataConfig) -> data.TextFormat:
-    """Return which columns hold the text."""
-    return data.TextFormat(
-        config.prompt_column, config.completion_column, config.conversation_column, config.template, config.end_of_turn
-    )
-
-
-def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data.Tokenized:
-    """Return the tokens of rows.
-
-    Args:
-        config: how they become tokens.
-        rows: what `load_rows` returns.
-        tokenizer: the tokenizer.
-        model: transformers' config of the model, which knows its longest document.
-
-    Returns:
-        The tokens.
-    """
-    limit = config.max_length if config.max_length is not None else data.context_length(tokenizer, model)
-    return data.tokenize(
-        rows,
-        tokenizer,
-        text_format(config),
-        max_length=None if config.chunk_length is not None else limit,
-        truncation=config.truncation,
-        chunk_length=config.chunk_length,
-        max_tokens=config.max_tokens,
-        reward_column=config.reward_column,
-        advantage_column=config.advantage_column,
-        skip_nan_rewards=config.skip_nan_rewards,
-    )
-
-
-def vocabulary_hash(tokenizer: Any) -> str | None:
-    """Return the hash of which number a tokenizer gives to which token; `None` where there is no tokenizer."""
-    return None if tokenizer is None else fingerprint(tokenizer.get_vocab())
-
-
-def data_hash(tokens: data.Tokenized) -> str:
-    """Return the hash of everything a pass sees of its data."""
-    return fingerprint({name: getattr(tokens, name) for name in ("ids", "labels", "offsets", "weight")})
 
 
 def batches_of(execution: RunConfig) -> Callable[[data.Tokenized], Iterator[dict[str, Tensor]]]:

@@ -1,9 +1,8 @@
 """Ask an index in words: which examples help a text, and which hurt it."""
 
-import csv
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +13,22 @@ from influence.func.fingerprint import weights_hash
 from influence.func.per_example import per_example_grads_fn
 from influence.index import Fingerprint, Index, fingerprint_of, open_index
 from influence.index.attributor import Attributor
+from influence.pipelines.answers import Answer, Hit, as_facts, check_record, record, shown
 from influence.pipelines.configs import (
     DataConfig,
     Inversion,
     LossConfig,
     ModelConfig,
+    NeighbourConfig,
     RunConfig,
     TransformConfig,
-    from_mapping,
+    at_least,
 )
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.prepare import Measured, check_gradients, measure, predicted, tokens_of, vocabulary_hash
-from influence.pipelines.texts import by_part, highlighted, short, texts_of
+from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.plain import from_mapping
+from influence.pipelines.prepare import Measured, check_gradients, measure, predicted
+from influence.pipelines.reading import tokens_of, vocabulary_hash
+from influence.pipelines.texts import by_part, highlighted, texts_of
 from influence.types import Rows
 
 
@@ -36,7 +39,7 @@ class QueryConfig:
     influence query --index runs/corpus --text "where does babo live ?"
 
     Without --text and --file it is a prompt: type a text, or exit. The index's own model, tokenizer, loss and transform
-    are used, whatever they were.
+    are used, whatever they were; but a text is no step of training, so of Adam's updates it sees the plain gradient.
 
     Attributes:
         index: the run directory of build.
@@ -44,6 +47,7 @@ class QueryConfig:
         file: a file of texts, one a line.
         k: how many examples to show at either end.
         blocks: compare these blocks only (names or globs).
+        faiss: find neighbours by FAISS, which keeps its index beside the run, instead of scanning all rows.
         record: a CSV file to append every result to.
         model: another folder or Hub id of the same model; weights that differ are refused.
         hessian: factors of influence hessian to put on the query's side, as whole blocks or projected rows want.
@@ -60,6 +64,7 @@ class QueryConfig:
     file: str | None = None
     k: int = 5
     blocks: tuple[str, ...] = ()
+    faiss: NeighbourConfig = field(default_factory=NeighbourConfig)
     record: str | None = None
     model: str | None = None
     hessian: str | None = None
@@ -70,35 +75,15 @@ class QueryConfig:
     device: str = "cpu"
     width: int = 100
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that are too small."""
+        at_least(self, 0, "damping")
+        at_least(self, 2, "width")
+
     @property
     def asks(self) -> bool:
         """Whether the texts are given."""
         return bool(self.text) or self.file is not None
-
-
-class Hit(NamedTuple):
-    """An example that was found.
-
-    Attributes:
-        score: positive helps.
-        example: its row in the dataset, or its chunk's number.
-        position: where every token has a row, the token.
-        text: what it says.
-    """
-
-    score: float
-    example: int
-    position: int | None
-    text: str
-
-
-class Answer(NamedTuple):
-    """What was found for a text."""
-
-    query: str
-    loss: float
-    best: list[Hit]
-    worst: list[Hit]
 
 
 class Session(NamedTuple):
@@ -141,6 +126,8 @@ def open_session(config: QueryConfig) -> Session:
     Raises:
         ValueError: if the index holds scores, or was not made by a pipeline, or `k` is too large.
     """
+    if config.record is not None:
+        check_record(config.record)
     index = open_index(config.index)
     check_gradients(index)
     stored = index.about.config
@@ -163,6 +150,8 @@ def open_session(config: QueryConfig) -> Session:
             )
         curvature = {name: getattr(config, name) for name in ("hessian", "power", "damping", "inversion")}
         view = replace(view, **curvature)
+    if view.optimizer_view == "update":
+        view = replace(view, optimizer=None, optimizer_view="scale")
     loss = from_mapping(LossConfig, stored["loss"], "loss.")
     measured = measure(model, loss, view, RunConfig(device=config.device))
     begins, parts = _datasets(index, own)
@@ -171,7 +160,7 @@ def open_session(config: QueryConfig) -> Session:
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
     known = {"vocabulary": vocabulary_hash(measured.tokenizer)}
-    asked = Attributor(config.index)
+    asked = Attributor(config.index, faiss=config.faiss.made())
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
@@ -247,25 +236,6 @@ def _hits(session: Session, hits: Any, number: int) -> list[Hit]:
     return [Hit(*hit) for hit in zip(scores, examples, positions, texts, strict=True)]
 
 
-def shown(session: Session, answers: Sequence[Answer]) -> str:
-    """Return answers for a terminal."""
-    lines = []
-    for answer in answers:
-        lines.append(f"{answer.query!r} (loss {answer.loss:.4g})")
-        for title, hits in (("helps", answer.best), ("hurts", answer.worst)):
-            rows = [
-                [rank + 1, hit.score, hit.example, *_at(hit), short(hit.text, session.config.width)]
-                for rank, hit in enumerate(hits)
-            ]
-            token = ["token"] if hits and hits[0].position is not None else []
-            lines.append(table([title, "score", "example", *token, "text"], rows, "  "))
-    return "\n".join(lines)
-
-
-def _at(hit: Hit) -> list[int]:
-    return [] if hit.position is None else [hit.position]
-
-
 def run(config: QueryConfig, say: Say = quiet) -> Outcome:
     """Answer the texts that are given.
 
@@ -287,13 +257,7 @@ def run(config: QueryConfig, say: Say = quiet) -> Outcome:
     if config.record is not None:
         record(config.record, answers)
     facts = {"index": config.index, "answers": [as_facts(answer) for answer in answers]}
-    return Outcome(config.index, facts, shown(session, answers))
-
-
-def as_facts(answer: Answer) -> dict[str, Any]:
-    """Return an answer as JSON can write it."""
-    ends = {name: [hit._asdict() for hit in getattr(answer, name)] for name in ("best", "worst")}
-    return {"query": answer.query, "loss": answer.loss, **ends}
+    return Outcome(config.index, facts, shown(answers, config.width))
 
 
 def _lines(file: str | None) -> list[str]:
@@ -302,17 +266,3 @@ def _lines(file: str | None) -> list[str]:
     if file == "-":
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]
     return [line for line in Path(file).read_text().splitlines() if line.strip()]
-
-
-def record(path: str | Path, answers: Sequence[Answer]) -> None:
-    """Append answers to a CSV file, with a head if it is new."""
-    fresh = not Path(path).exists() or not Path(path).stat().st_size
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
-        for answer in answers:
-            for direction in ("best", "worst"):
-                for rank, hit in enumerate(getattr(answer, direction)):
-                    place = "" if hit.position is None else hit.position
-                    writer.writerow([answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text])

@@ -11,7 +11,10 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 EVERY = 0.5
 """Seconds between two looks at whether another rank failed."""
@@ -142,6 +145,21 @@ def ranks() -> Iterator[Ranks]:
     except BaseException as error:
         mine.fail(error)
         raise
+
+
+def among_ranks(run: Callable[P, R]) -> Callable[P, R]:
+    """Return a pipeline that tells the other ranks of an error wherever in it that comes.
+
+    Args:
+        run: the pipeline.
+    """
+
+    @functools.wraps(run)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ranks():
+            return run(*args, **kwargs)
+
+    return told
 
 
 def own_device(device: str) -> str:

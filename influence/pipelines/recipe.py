@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from influence.index import Fingerprint, start
-from influence.pipelines.configs import RunConfig, to_mapping, write_config
+from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
+from influence.pipelines.plain import to_mapping, write_config
+from influence.pipelines.planning import duration, size
 from influence.pipelines.ranks import Ranks, ranks
 
 RESULTS = ("index.h5", "factors.h5", "best.h5")
@@ -32,6 +35,7 @@ def run_steps(
 
     Raises:
         FileExistsError: if the recipe is finished already.
+        ValueError: if a file or a model that its finished steps read is another now, naming it.
     """
     directory, execution = Path(config.run), config.execution
     with ranks() as place, contextlib.ExitStack() as stack:
@@ -48,9 +52,41 @@ def run_steps(
             if not done:
                 outcomes[name] = work(inner)
                 place.barrier()
-            if execution.dry_run:
-                break
     return outcomes
+
+
+def result(config: Any, outcomes: Mapping[str, Outcome]) -> Outcome:
+    """Return a recipe's outcome: its scores; or of a dry run, what its steps take together."""
+    if not config.execution.dry_run:
+        return Outcome(config.run, {**outcomes["scores"].facts, "run": config.run}, outcomes["scores"].text)
+    facts = {name: dict(step.facts) for name, step in outcomes.items()}
+    seconds, disk = (sum(step.get(name, 0) for step in facts.values()) for name in ("seconds", "disk"))
+    text = f"all steps together: about {duration(seconds)}, disk {size(disk)}"
+    return Outcome(config.run, {**facts, "seconds": seconds, "disk": disk}, text)
+
+
+def planned(step: str, execution: RunConfig, say: Say) -> Outcome | None:
+    """Say that a step which is no pass will be done; of a run that is none, nothing."""
+    if not execution.dry_run:
+        return None
+    say(f"plan: {step}")
+    return Outcome("", {}, "")
+
+
+def without_what_is_not_there(view: TransformConfig, execution: RunConfig) -> TransformConfig:
+    """Return a transform as a dry run can plan it: curvature that an earlier step will fit is left out.
+
+    It is folded into the projection where it separates, so the plan's time is about right without it.
+    """
+    if execution.dry_run and view.hessian is not None and not finished(Path(view.hessian)):
+        return replace(view, hessian=None, whiten=None)
+    return view
+
+
+def fewer(data: DataConfig, count: int | None) -> DataConfig:
+    """Return a dataset's first rows: so many, and not more than it was cut to already."""
+    limits = [n for n in (data.max_examples, count) if n is not None]
+    return replace(data, max_examples=min(limits, default=None))
 
 
 def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contextlib.ExitStack) -> None:
@@ -67,6 +103,7 @@ def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contex
         settings.pop("run")
         command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
         plan = {"shards": [], "steps": names, "settings": settings}
+        plan |= {f"contents of {name}": found for name, found in contents(config).items()}
         how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume, "results": names}
         stack.enter_context(start(directory, kind, to_mapping(kept), command, plan, Fingerprint(), **how))
         write_config(directory / "config.yaml", kept, kind)

@@ -17,8 +17,9 @@ from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
-from influence.pipelines.prepare import batches_of, measure, own_shards, read_data
-from influence.pipelines.ranks import own_device, ranks
+from influence.pipelines.prepare import batches_of, measure, own_shards
+from influence.pipelines.ranks import among_ranks, own_device, ranks
+from influence.pipelines.reading import read_data
 from influence.pipelines.seen import Seen, plan_step, total_dim
 from influence.types import Rows
 
@@ -105,6 +106,7 @@ def reduced(sums: Totals, method: str, normalize: bool) -> Collected:
     return Collected(rows, torch.tensor([sums.loss / divisor]), torch.tensor([sums.tokens]))
 
 
+@among_ranks
 def run(config: ReduceConfig, say: Say = quiet) -> Outcome:
     """Reduce a dataset.
 

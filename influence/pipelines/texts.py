@@ -9,7 +9,7 @@ from influence.data import Tokenized
 from influence.data.documents import Document, reader
 from influence.data.sources import column_names
 from influence.pipelines.configs import DataConfig
-from influence.pipelines.prepare import load_rows, text_format, tokens_of
+from influence.pipelines.reading import load_rows, text_format, tokens_of
 
 
 def texts_of(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[str]]:

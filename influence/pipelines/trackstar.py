@@ -15,10 +15,12 @@ from influence.pipelines.configs import (
     RunConfig,
     TransformConfig,
     View,
+    at_least,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import ranks
-from influence.pipelines.recipe import run_steps
+from influence.pipelines.ranks import among_ranks
+from influence.pipelines.reading import load_rows
+from influence.pipelines.recipe import fewer, planned, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class TrackstarConfig:
     transform: View = field(default_factory=TransformConfig)
     execution: Execution = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        at_least(self, 1, "components", "stats_examples", "top_k")
 
+
+@among_ranks
 def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
     """Run the recipe.
 
@@ -74,21 +81,19 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
     white = replace(plain, hessian=curvature, power=-0.5, unit_norm=True)
 
     def fit(name: str, data: DataConfig, execution: RunConfig) -> Outcome:
-        few = replace(data, max_examples=_fewer(data.max_examples, config.stats_examples))
+        few = fewer(data, config.stats_examples)
         made = hessian.HessianConfig(
             str(at / name), config.model, few, "autocorrelation", loss=config.loss, transform=plain, execution=execution
         )
         return hessian.run(made, say)
 
-    def mixed(execution: RunConfig) -> Outcome | None:
+    def mixed(execution: RunConfig) -> Outcome:
         made = mix.MixConfig(str(at / "mixed"), str(at / "query_hessian"), str(at / "index_hessian"), config.components)
-        with ranks() as place:
-            return mix.run(made, say) if place.first else None
+        return planned(f"mix of both curvatures → {made.run}", execution, say) or mix.run(made, say)
 
     def rows(execution: RunConfig) -> Outcome:
-        made = build.BuildConfig(
-            str(at / "query"), config.model, config.query, loss=config.loss, transform=white, execution=execution
-        )
+        to, view = str(at / "query"), without_what_is_not_there(white, execution)
+        made = build.BuildConfig(to, config.model, config.query, loss=config.loss, transform=view, execution=execution)
         return build.run(made, say)
 
     def scores(execution: RunConfig) -> Outcome:
@@ -100,10 +105,10 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
             config.mode,
             top_k=config.top_k,
             loss=config.loss,
-            transform=white,
+            transform=without_what_is_not_there(white, execution),
             execution=execution,
         )
-        return score.run(made, say)
+        return score.run(made, say, ahead=len(load_rows(config.query)))
 
     both = {"query_hessian": lambda e: fit("query_hessian", config.query, e)} if config.mix else {}
     steps = {
@@ -113,8 +118,4 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
         "query": rows,
         "scores": scores,
     }
-    return score.of_recipe(config.run, run_steps("trackstar", config, steps, say))
-
-
-def _fewer(one: int | None, other: int | None) -> int | None:
-    return min((n for n in (one, other) if n is not None), default=None)
+    return result(config, run_steps("trackstar", config, steps, say))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from influence.index import Collected, Columns, done, finish, open_index, shard_sink, start
-from influence.pipelines import build, hessian, score
+from influence.index import Columns, Index, open_index
+from influence.pipelines import build, ends, hessian, score
+from influence.pipelines.checkpoints import model_at
 from influence.pipelines.configs import (
     Data,
     DataConfig,
@@ -26,8 +27,11 @@ from influence.pipelines.configs import (
     View,
 )
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import ranks
-from influence.pipelines.recipe import run_steps
+from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.reading import load_rows
+from influence.pipelines.recipe import planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.sums import over_checkpoints, write_scores
+from influence.types import Rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class TrakConfig:
         model: the model; its tokenizer serves every checkpoint.
         data: the corpus.
         query: the queries.
-        checkpoints: folders or Hub ids of the same architecture to average over; default the model alone.
+        checkpoints: folders or Hub ids of the same architecture, or adapters on the model, to average over; default the
+            model alone.
         loss: TRAK's output function.
         transform: the projection and the damping.
         execution: every pass.
@@ -59,6 +64,7 @@ class TrakConfig:
     execution: Execution = field(default_factory=RunConfig)
 
 
+@among_ranks
 def run(config: TrakConfig, say: Say = quiet) -> Outcome:
     """Run the recipe.
 
@@ -73,24 +79,28 @@ def run(config: TrakConfig, say: Say = quiet) -> Outcome:
     plain = replace(config.transform, hessian=None, whiten=None, unit_norm=False)
     steps: dict[str, Callable[[RunConfig], Outcome]] = {}
     checkpoints = config.checkpoints or (config.model.model,)
-    tokenizer = config.model.tokenizer or config.model.model
 
     def add(number: int, path: str) -> str:
-        model = replace(config.model, model=path, tokenizer=tokenizer)
+        model = model_at(config.model, path) if config.checkpoints else config.model
         names = [f"checkpoint{number}-{what}" for what in ("hessian", "query", "scores")]
         curvature, query, scores = (str(at / name) for name in names)
         inverse = replace(plain, hessian=curvature, power=-1.0)
         fitted = hessian.HessianConfig(curvature, model, config.data, "autocorrelation", "data", transform=plain)
-        rows = build.BuildConfig(query, model, config.query, loss=config.loss, transform=inverse)
+        rows = build.BuildConfig(query, model, config.query, loss=config.loss)
         scored = score.ScoreConfig(scores, model, config.data, (query,), loss=config.loss, transform=plain)
+
+        def asked(e: RunConfig) -> Outcome:
+            return build.run(replace(rows, transform=without_what_is_not_there(inverse, e), execution=e), say)
+
         steps[names[0]] = lambda e: hessian.run(replace(fitted, loss=config.loss, execution=e), say)
-        steps[names[1]] = lambda e: build.run(replace(rows, execution=e), say)
-        steps[names[2]] = lambda e: score.run(replace(scored, execution=e), say)
+        steps[names[1]] = asked
+        steps[names[2]] = lambda e: score.run(replace(scored, execution=e), say, ahead=len(load_rows(config.query)))
         return scores
 
     parts = [add(number, path) for number, path in enumerate(checkpoints)]
-    steps["scores"] = lambda execution: average(parts, str(at / "scores"))
-    return score.of_recipe(config.run, run_steps("trak", config, steps, say))
+    mean = f"mean of the scores of {len(parts)} checkpoints → {at / 'scores'}"
+    steps["scores"] = lambda execution: planned(mean, execution, say) or average(parts, str(at / "scores"))
+    return result(config, run_steps("trak", config, steps, say))
 
 
 def average(parts: list[str], to: str) -> Outcome:
@@ -106,19 +116,36 @@ def average(parts: list[str], to: str) -> Outcome:
     with ranks() as place:
         if place.first:
             indexes = [open_index(part) for part in parts]
-            first = indexes[0]
-            about = first.about
-            plan = {**about.plan, "parts": [index.fingerprint.digest for index in indexes]}
-            with start(to, "scores", about.config, about.command, plan, first.fingerprint):
-                ready = done(to)
-                for number, (begin, end) in enumerate(about.plan["shards"]):
-                    if number in ready:
-                        continue
-                    matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
-                    columns = Columns(first.blocks)
-                    value = Collected(columns.split(matrix), first.loss[begin:end], first.length[begin:end])
-                    sink = shard_sink(to, number, (begin, end), columns, first.dtype)
-                    sink.finalize(sink.update(sink.init(), first.index[begin:end], value))
-                finish(to)
+            for part, index in zip(parts[1:], indexes[1:], strict=True):
+                _check_alike(parts[0], indexes[0], part, index)
+
+            def mean(begin: int, end: int) -> Rows:
+                matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
+                return Columns(indexes[0].blocks).split(matrix)
+
+            plan = {"parts": [index.fingerprint.digest for index in indexes]}
+            write_scores(to, indexes[0], mean, plan, over_checkpoints(indexes))
         place.barrier()
-    return score.outcome_of(to)
+    return ends.outcome_of(to)
+
+
+def _check_alike(one: str, first: Index, other: str, index: Index) -> None:
+    """Refuse scores of other examples or queries: their mean means nothing.
+
+    Raises:
+        ValueError: naming what differs, and both values.
+    """
+    said: dict[str, tuple[object, object]] = {
+        "scores a row": (dict(first.blocks), dict(index.blocks)),
+        "examples": (first.examples, index.examples),
+    }
+    if first.examples == index.examples and not torch.equal(first.index, index.index):
+        at = int((first.index != index.index).nonzero()[0])
+        said[f"document of example {at}"] = int(first.index[at]), int(index.index[at])
+    data = [each.fingerprint.recorded.get("data") for each in (first, index)]
+    for name, (mine, theirs) in {**said, "data": (data[0], data[1])}.items():
+        if mine != theirs:
+            raise ValueError(
+                f"the scores of {one} and {other} cannot be averaged: their {name} differ, {mine} and {theirs}. Remove "
+                "the runs of the checkpoint that is not of this corpus, and run the same command again"
+            )

@@ -16,12 +16,15 @@ from influence.sgmcmc import (
     theory,
 )
 from influence.sgmcmc.drive import DivergedError
+from influence.sgmcmc.gradients import gradient_at
+from influence.sgmcmc.joining import join
 from influence.sgmcmc.langevin import Info, Sampler
+from influence.sgmcmc.options import Options
 from influence.sgmcmc.order import Source
 from influence.sgmcmc.restrict import masks, preview
 from influence.sgmcmc.run import Observed, Run
-from influence.sgmcmc.sampling import Options, sample, sample_restrictions
-from influence.sgmcmc.target import Target, default_n_beta, gradient_at, local_posterior
+from influence.sgmcmc.sampling import sample, sample_restrictions
+from influence.sgmcmc.target import Target, default_n_beta, local_posterior
 from influence.sgmcmc.traces import load
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "default_n_beta",
     "diagnostics",
     "gradient_at",
+    "join",
     "leimkuhler_matthews",
     "llc",
     "load",

@@ -1,13 +1,15 @@
 """The loss of each step's batch at the anchor: looked up by row, computed beside the step, or the dataset's mean."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from influence.sgmcmc.gradients import mean_loss, position_losses
 from influence.sgmcmc.order import Source
-from influence.sgmcmc.target import Target, mean_loss, position_losses
+from influence.sgmcmc.target import Target
 from influence.types import Batch
 
 KINDS = ("auto", "lookup", "paired")
@@ -38,17 +40,19 @@ def build(target: Target, source: Source | None, kind: str, batch: int, steps: i
             return float(mean_loss(target, target.anchor, batch))
 
     if source is None:
-        value = paired(None, None)
-        return lambda rows, batch: value, "once"
+        once = cache(lambda: paired(None, None))
+        return lambda rows, batch: once(), "once"
+    # a table is made when it is first asked for: a plan, or a run that is read, needs none
     if batch == source.size:
-        sums, counts = anchor_table(target, source, min(batch, 256))
-        mean = float(sums.sum() / counts.sum())
-        return lambda rows, batch: mean, "once"
+        table = cache(lambda: anchor_table(target, source, min(batch, 256)))
+        mean = cache(lambda: float(table()[0].sum() / table()[1].sum()))
+        return lambda rows, batch: mean(), "once"
     if kind == "paired" or (kind == "auto" and source.size > steps * batch):
         return paired, "paired"
-    sums, counts = anchor_table(target, source, batch)
+    table = cache(lambda: anchor_table(target, source, batch))
 
     def lookup(rows: Int[Tensor, " n"] | None, batch: Batch) -> float:
+        sums, counts = table()
         return float(sums[rows].sum() / counts[rows].sum())
 
     return lookup, "lookup"

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from influence.func.attention import under_vmap
+from influence.sgmcmc.gradients import PerChain, position_losses
 from influence.sgmcmc.langevin import Info, Sampler
-from influence.sgmcmc.target import PerChain, Target, position_losses
+from influence.sgmcmc.target import Target
 from influence.types import Batch, Params
 
 WORK = 1 << 25

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +93,8 @@ def advance(
         Where it stands then; an earlier step where a chain diverged and the prefix is to be kept.
 
     Raises:
-        DivergedError: if a chain diverged and nothing else was asked for, or none is left.
+        ValueError: if a batch has no loss at the anchor.
+        DivergedError: if a chain diverged and nothing else was asked for, or none is left of the whole run.
     """
     states, alive = list(progress.states), progress.alive.clone()
     for t in range(progress.step, until):
@@ -101,6 +103,8 @@ def advance(
         for chain, index in rows.items():
             batch = None if plan.source is None or index is None else plan.source.fetch(index)
             fetched[chain] = batch, plan.baseline(index, batch)
+            if not isfinite(fetched[chain][1]):
+                raise ValueError(_without_loss(t, chain, index, fetched[chain][1]))
         draw, rest = divmod(t - plan.burn_in - plan.between + 1, plan.between)
         after, drawn = [], []
         for k, chunk in enumerate(plan.chunks):
@@ -121,8 +125,10 @@ def advance(
             if plan.on_divergence == "prefix":
                 return Progress(t, states, alive)
             alive = alive & good
-            if plan.on_divergence == "raise" or not bool(alive.any()):
+            if plan.on_divergence == "raise" or (plan.whole and not bool(alive.any())):
                 raise DivergedError(_diverged(plan, record, lost, t))
+        if not bool(alive.any()):
+            break
         for chunk, part in zip(plan.chunks, drawn, strict=False):
             _write_draw(plan, record, chunk, part, draw, alive)
         states = after
@@ -158,6 +164,14 @@ def _write_draw(plan: Plan, record: Record, chunk: Chunk, drawn: Mapping[str, Dr
     observe.folded(record.moments, drawn, chunk.at, alive[chunk.at])
 
 
+def _without_loss(t: int, chain: int, index: Tensor | None, value: float) -> str:
+    rows = "" if index is None else f" (rows {', '.join(map(str, index[:4].tolist()))}{' …' if len(index) > 4 else ''})"
+    return (
+        f"the batch of step {t} of chain {chain}{rows} has the loss {value} at the anchor itself: where no position is "
+        "labelled there is none. Leave examples that predict nothing out of the dataset, or raise batch_size"
+    )
+
+
 def _diverged(plan: Plan, record: Record, lost: Tensor, t: int) -> str:
     at = int(lost.nonzero()[0])
     replica = plan.replicas[at]
@@ -165,19 +179,21 @@ def _diverged(plan: Plan, record: Record, lost: Tensor, t: int) -> str:
     before = [f"{x:.4g}" for x in record.arrays["loss"][at, max(0, t - 4) : t].tolist()]
     where = f"chain {replica.chain}" + (f" of {group!r}" if group else "")
     loss = float(record.arrays["loss"][at, t])
+    raising = plan.on_divergence == "raise"
+    instead = ", or pass on_divergence='drop' or 'prefix'" if raising else ": no chain is left"
     what = f"its loss is {loss}" if loss != loss or abs(loss) == float("inf") else "an observable's loss is no number"
     return (
         f"{where} diverged: at step {t} {what}, after {', '.join(before) or 'no step'}. "
-        "Lower lr (a quadratic is stable for lr · (n_beta · curvature + localization) < 4), raise localization, or "
-        "pass on_divergence='drop' or 'prefix'"
+        "Lower lr (a quadratic is stable for lr · (n_beta · curvature + localization) < 4), raise localization"
+        f"{instead}"
     )
 
 
 def results(plan: Plan, progress: Progress, record: Record) -> dict[str, Run]:
-    """Return the run of every group, without the chains that diverged, up to where it stands.
+    """Return the run of every group that has a chain left, without those that diverged, up to where it stands.
 
     Raises:
-        DivergedError: if no chain of a group is left, or no step.
+        DivergedError: if no step is left.
     """
     steps = progress.step
     draws = max(0, (steps - plan.burn_in) // plan.between)
@@ -193,9 +209,9 @@ def results(plan: Plan, progress: Progress, record: Record) -> dict[str, Run]:
     for g, (group, own) in enumerate(plan.groups.items()):
         at = slice(g * count, (g + 1) * count)
         kept = progress.alive[at].nonzero().flatten().tolist()
-        dropped = [c for c in range(count) if c not in kept]
+        dropped = [plan.replicas[at][c].chain for c in range(count) if c not in kept]
         if not kept:
-            raise DivergedError(f"every chain of {group!r} diverged: lower lr, or raise localization")
+            continue
         facts: dict[str, Any] = {
             **plan.facts,
             **own,

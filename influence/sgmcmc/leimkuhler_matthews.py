@@ -2,6 +2,7 @@ r"""Langevin dynamics whose step size biases no quadratic (Leimkuhler & Matthews
 
 from typing import NamedTuple
 
+from influence.sgmcmc.gradients import gradient
 from influence.sgmcmc.langevin import (
     Info,
     Sampler,
@@ -14,7 +15,7 @@ from influence.sgmcmc.langevin import (
     restrict,
     start,
 )
-from influence.sgmcmc.target import Hyper, Setting, Target, gradient
+from influence.sgmcmc.target import Hyper, Setting, Target
 from influence.types import Batch, Params
 
 

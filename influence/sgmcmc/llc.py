@@ -4,6 +4,7 @@ $$\hatλ = nβ\,\bigl(E_{w \mid w^*, γ}[L_n(w)] - L_n(w^*)\bigr)$$
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.sgmcmc import diagnostics
+from influence.sgmcmc.options import Options
 from influence.sgmcmc.run import Run
-from influence.sgmcmc.sampling import Options, run_groups
-from influence.sgmcmc.target import Loss, local_posterior
+from influence.sgmcmc.sampling import run_groups, target_of
+from influence.sgmcmc.target import Loss
 from influence.types import Params
 
 ESTIMATORS = ("paired", "steps", "draws")
@@ -142,30 +144,16 @@ class Calibration(NamedTuple):
 
     lrs: Sequence[float]
     localizations: Sequence[float]
-    estimates: Mapping[tuple[float, float], LLC]
+    estimates: Mapping[tuple[float, float], LLC | None]
 
     def __str__(self) -> str:
         head = "lr \\ localization" + "".join(f"{gamma:>20g}" for gamma in self.localizations)
         lines = [head]
         for lr in self.lrs:
             cells = [self.estimates[lr, gamma] for gamma in self.localizations]
-            lines.append(f"{lr:<17g}" + "".join(f"{f'{e.mean:.4g} ± {e.stderr:.2g}':>20}" for e in cells))
+            said = ("diverged" if e is None else f"{e.mean:.4g} ± {e.stderr:.2g}" for e in cells)
+            lines.append(f"{lr:<17g}" + "".join(f"{cell:>20}" for cell in said))
         return "\n".join(lines)
-
-    def plot(self) -> Any:
-        """Return a figure of the plateau: LLC over step size, a line per localization (needs the extra `viz`)."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs the extra: pip install 'influence[viz]'") from error
-        figure = Figure(layout="constrained")
-        axes = figure.subplots()
-        for gamma in self.localizations:
-            found = [self.estimates[lr, gamma] for lr in self.lrs]
-            axes.errorbar(self.lrs, [e.mean for e in found], [2 * e.stderr for e in found], label=f"γ = {gamma:g}")
-        axes.set(xscale="log", xlabel="step size ε", ylabel="LLC ± 2 standard errors")
-        axes.legend()
-        return figure
 
 
 def calibrate(
@@ -177,9 +165,12 @@ def calibrate(
     localizations: Sequence[float],
     n_beta: float,
     seed: int = 0,
+    output_path: str | Path | None = None,
     **options: Any,
 ) -> Calibration:
     """Run a grid of step sizes and localizations as one computation, every point a group of chains.
+
+    Chains that diverge are dropped, unless another policy is asked for: a grid is there to find where they do.
 
     Look for a plateau: an LLC that neither falls with a smaller step (not mixed yet) nor rises with a larger one (its
     bias is `ε · nβ · curvature / 4`).
@@ -192,10 +183,11 @@ def calibrate(
         localizations: localizations.
         n_beta: inverse temperature.
         seed: of noise and order, which are the same at all points.
+        output_path: a folder to checkpoint in, as in `sample`.
         options: the fields of `Options`.
 
     Returns:
-        The estimates; `print` and `.plot()` show them.
+        The estimates; `print` and `viz.plateau` show them.
 
     Example:
         >>> import torch
@@ -206,15 +198,36 @@ def calibrate(
         >>> grid.estimates[1e-2, 0.0].mean > grid.estimates[1e-2, 100.0].mean
         True
     """
+    steps, pulls, groups = grid(lrs, localizations)
+    settings = Options(**{"on_divergence": "drop", **options})
+    target = target_of(loss_fn, params, dataset, n_beta, pulls, 0.0, None, settings)
+    runs = run_groups(target, params, dataset, {}, steps, groups, seed, output_path, settings)
+    return calibration(runs, lrs, localizations)
+
+
+def grid(
+    lrs: Sequence[float], localizations: Sequence[float]
+) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"], dict[str, dict[str, Any]]]:
+    """Return the step sizes and localizations of a grid's points, and the points as groups of chains."""
     points = [(lr, gamma) for lr in lrs for gamma in localizations]
-    if not points:
-        raise ValueError("the grid is empty: pass at least one lr and one localization")
+    if not points or len(set(points)) < len(points):
+        raise ValueError("a grid is of at least one lr and one localization, each once: correct lrs and localizations")
     steps, pulls = (torch.tensor(column, dtype=torch.float64) for column in zip(*points, strict=True))
-    settings = Options(**options)
-    target = local_posterior(loss_fn, params, n_beta, pulls, accumulate=settings.accumulate)
-    groups: dict[str, dict[str, Any]] = {f"lr={lr:g} localization={gamma:g}": {} for lr, gamma in points}
-    runs = run_groups(target, params, dataset, {}, steps, groups, seed, None, settings)
-    return Calibration(lrs, localizations, dict(zip(points, map(estimate, runs.values()), strict=True)))
+    return steps, pulls, {_point(*point): {} for point in points}
+
+
+def calibration(runs: Mapping[str, Run], lrs: Sequence[float], localizations: Sequence[float]) -> Calibration:
+    """Return the estimates of a grid's runs, `None` where no chain is left."""
+    found = {
+        (lr, gamma): estimate(runs[_point(lr, gamma)]) if _point(lr, gamma) in runs else None
+        for lr in lrs
+        for gamma in localizations
+    }
+    return Calibration(lrs, localizations, found)
+
+
+def _point(lr: float, localization: float) -> str:
+    return f"lr={lr!r} localization={localization!r}"
 
 
 def _trace(run: Run, estimator: str, init_loss: float | None) -> Float[Tensor, "c s"]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.sgmcmc.gradients import gradient
 from influence.sgmcmc.langevin import (
     Info,
     Sampler,
@@ -20,7 +21,7 @@ from influence.sgmcmc.langevin import (
     start,
 )
 from influence.sgmcmc.noise import generator, normals
-from influence.sgmcmc.target import Hyper, Setting, Target, gradient
+from influence.sgmcmc.target import Hyper, Setting, Target
 from influence.types import Batch, Params
 
 

@@ -11,10 +11,11 @@ from torch.nn.functional import pad
 
 from influence.sgmcmc import moments
 from influence.sgmcmc.chains import Chunk, Replica, losses_along
+from influence.sgmcmc.gradients import position_losses
 from influence.sgmcmc.moments import Moments
-from influence.sgmcmc.order import Data, check_size, sample_rows, source_of
+from influence.sgmcmc.order import Data, Source, sample_rows, source_of
 from influence.sgmcmc.run import Observed
-from influence.sgmcmc.target import Target, position_losses
+from influence.sgmcmc.target import Target
 from influence.types import Batch, Params
 
 KEEPS = ("auto", "sequences", "tokens", "moments")
@@ -71,9 +72,11 @@ def watch(target: Target, observables: Mapping[str, Data | tuple[Data, int]], ba
             data, count = given
         source = source_of(data)
         if count is not None:
-            check_size(source, batch * count, f"observable {name!r}")
+            _check_count(name, source, batch, count)
         rows = torch.arange(source.size) if count is None else sample_rows(seed, source.size, batch * count)
         batches = tuple(source.fetch(part) for part in rows.split(batch))
+        if all(isinstance(part, Mapping) and "index" in part for part in batches):
+            rows = torch.cat([part["index"].cpu() for part in batches])
         alone = Chunk((Replica(0, 0),), slice(0, 1), False)
         anchor, labelled = _evaluate(target, alone, target.anchor, batches, with_labels=True)
         assert labelled is not None
@@ -83,6 +86,15 @@ def watch(target: Target, observables: Mapping[str, Data | tuple[Data, int]], ba
         texts = None if any(x is None or x.shape[1] != ids[0].shape[1] for x in ids) else torch.cat(ids)  # type: ignore
         watched.append(Watched(name, batches, anchor[0], labelled, rows, texts, source.identity))
     return watched
+
+
+def _check_count(name: str, source: Source, batch: int, count: int) -> None:
+    """Refuse more batches of an observable than it has."""
+    if count < 1 or batch * count > source.size:
+        raise ValueError(
+            f"the observable {name!r} has {source.size} examples, and {count} batches of {batch} are asked for: "
+            "ask for fewer, at least one, lower observable_batch, or pass the data alone for all of them"
+        )
 
 
 def draw(target: Target, chunk: Chunk, params: Params, watched: Watched) -> Drawn:

@@ -57,7 +57,7 @@ def source_of(data: Data) -> Source:
     return Source(batch_size(data), fetch, identity)
 
 
-def check_size(source: Source, batch_size: int | None, what: str = "dataset") -> int:
+def check_size(source: Source, batch_size: int | None) -> int:
     """Return the batch size, all of the data where it is `None`.
 
     Raises:
@@ -68,7 +68,7 @@ def check_size(source: Source, batch_size: int | None, what: str = "dataset") ->
         raise ValueError(f"batch_size must be at least 1, or None for all data at every step; got {size}")
     if size > source.size:
         raise ValueError(
-            f"the {what} has {source.size} examples, fewer than one batch of {size}: lower batch_size, or pass "
+            f"the dataset has {source.size} examples, fewer than one batch of {size}: lower batch_size, or pass "
             "batch_size=None for all of it at every step"
         )
     return size

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from influence.sgmcmc.gradients import gradient
 from influence.sgmcmc.langevin import (
     Info,
     Sampler,
@@ -19,7 +20,7 @@ from influence.sgmcmc.langevin import (
     start,
 )
 from influence.sgmcmc.metrics import step_terms
-from influence.sgmcmc.target import Hyper, Target, gradient
+from influence.sgmcmc.target import Hyper, Target
 from influence.types import Batch, Params
 
 

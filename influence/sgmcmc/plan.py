@@ -10,6 +10,9 @@ from influence.sgmcmc.langevin import Sampler
 from influence.sgmcmc.observe import Watched
 from influence.sgmcmc.order import Source
 
+SHOWN = 4
+"""Groups that are printed."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,6 +63,11 @@ class Plan:
         """Steps of every chain."""
         return self.burn_in + self.draws * self.between
 
+    @property
+    def whole(self) -> bool:
+        """Whether all chains of the run are here, and none are another process's."""
+        return len(self.facts["chains"]) == self.facts["num_chains"]
+
     def bytes(self) -> int:
         """Return how much the traces and moments take."""
         chains = len(self.replicas)
@@ -73,6 +81,8 @@ class Plan:
         moving = sum(p.numel() for p in self.sampler.target.anchor.values())
         examples = sum(len(w.rows) for w in self.watched)
         lines = [
+            *(_hypers(name, said) for name, said in [*self.groups.items()][:SHOWN]),
+            *([f"… and {len(self.groups) - SHOWN} groups more"] if len(self.groups) > SHOWN else []),
             f"{len(self.replicas)} chains of {moving:,} weights, {self.steps:,} steps: {self.burn_in:,} of burn-in, "
             f"then {self.draws:,} draws of {self.between}",
             f"stepped {', '.join(str(len(chunk.replicas)) for chunk in self.chunks[:8])} at a time, "
@@ -81,3 +91,13 @@ class Plan:
             f"{self.bytes() / 2**20:,.1f} MiB",
         ]
         return "\n".join([*lines, *self.notes])
+
+
+def _hypers(name: str, said: Mapping[str, Any]) -> str:
+    """Return a group's hyper-parameters, in a line."""
+    parts = [f"lr {said['lr']:g}, n_beta {said['n_beta']:.6g}, localization {said['localization']:g}"]
+    if said["weight_decay"]:
+        parts.append(f"weight decay {said['weight_decay']:g}")
+    if said.get("restriction", "full") not in ("full", name):
+        parts.append(f"restricted to {said['restriction']}")
+    return f"{name}: {', '.join(parts)}" if name else ", ".join(parts)

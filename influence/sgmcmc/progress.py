@@ -14,10 +14,12 @@ EVERY = 0.5
 
 
 @contextmanager
-def bar(plan: Plan, done: int, shown: bool) -> Iterator[Callable[[int, Record], None]]:
-    """Yield what is to be called after every step."""
+def bar(
+    plan: Plan, done: int, shown: bool, look: Callable[[], None] | None = None
+) -> Iterator[Callable[[int, Record], None]]:
+    """Yield what is to be called after every step; it calls `look` too."""
     if not shown:
-        yield lambda t, record: None
+        yield lambda t, record: None if look is None else look()
         return
     from tqdm import tqdm
 
@@ -26,6 +28,8 @@ def bar(plan: Plan, done: int, shown: bool) -> Iterator[Callable[[int, Record], 
 
         def said(t: int, record: Record) -> None:
             drawn.update(1)
+            if look is not None:
+                look()
             if monotonic() - last[0] > EVERY:
                 last[0] = monotonic()
                 drawn.set_postfix_str(summary(plan, t, record))

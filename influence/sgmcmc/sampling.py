@@ -2,86 +2,24 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from influence.func.fingerprint import fingerprint, weights_hash
-from influence.sgmcmc import baselines, chains, drive, observe, restrict, sgld, traces
-from influence.sgmcmc.chains import Chunk, Replica
-from influence.sgmcmc.langevin import Sampler
-from influence.sgmcmc.order import Data, Source, check_size, source_of
+from influence.func.fingerprint import fingerprint
+from influence.sgmcmc import drive, restrict, traces
+from influence.sgmcmc.gradients import gradient_at
+from influence.sgmcmc.options import Options
+from influence.sgmcmc.order import Data, check_size, source_of
 from influence.sgmcmc.plan import Plan
+from influence.sgmcmc.planning import make_plan
 from influence.sgmcmc.progress import bar
 from influence.sgmcmc.restrict import Restriction
 from influence.sgmcmc.run import Run
-from influence.sgmcmc.target import Hyper, Loss, Target, default_n_beta, gradient_at, local_posterior
+from influence.sgmcmc.target import Hyper, Loss, Mask, Target, local_posterior
 from influence.types import Params
-
-POLICIES = ("raise", "drop", "prefix")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How chains are run: what `sample` takes beside what is sampled.
-
-    Attributes:
-        sampler: builds the sampler, `(target, lr=…) -> Sampler`: `functools.partial(rmsprop_sgld.build, alpha=0.9)`.
-        batch_size: examples of a step; `None` for all data at every step.
-        num_chains: chains.
-        num_draws: draws of each, at which observables are measured.
-        num_burnin_steps: steps before the first draw's block; no estimator sees them.
-        num_steps_bw_draws: steps of a draw.
-        shared_batches: whether all chains see the same batches. Their means then share its noise, and the spread
-            between chains is less than the error.
-        control_variate: take gradients as differences to the anchor's on the same batch.
-        accumulate: compute the gradient of a batch in that many pieces.
-        init_noise: start chains that far from the anchor, per entry.
-        baseline: where the anchor's loss of each batch comes from: `"auto"`, `"lookup"` or `"paired"`.
-        keep: what is kept of observables beside their moments: `"sequences"` (every draw's loss per example),
-            `"tokens"` (per position), `"moments"` (nothing); `"auto"` keeps sequences, or their co-moments where these
-            are smaller.
-        on_divergence: `"raise"`, `"drop"` the chain, or keep the `"prefix"` before it, of all chains.
-        chain_chunk: how many chains are stepped together; default by the size of the model.
-        observable_batch: examples of an observable evaluated at a time; default the batch size.
-        checkpoint_every: draws between checkpoints, where there is an `output_path`.
-        progress: show a bar.
-    """
-
-    sampler: Callable[..., Sampler] = sgld.build
-    batch_size: int | None = 32
-    num_chains: int = 4
-    num_draws: int = 200
-    num_burnin_steps: int = 0
-    num_steps_bw_draws: int = 1
-    shared_batches: bool = False
-    control_variate: bool = False
-    accumulate: int = 1
-    init_noise: float = 0.0
-    baseline: str = "auto"
-    keep: str = "auto"
-    on_divergence: str = "raise"
-    chain_chunk: int | None = None
-    observable_batch: int | None = None
-    checkpoint_every: int = 50
-    progress: bool = True
-
-    def check(self) -> None:
-        """Refuse what is out of range, before anything is computed.
-
-        Raises:
-            ValueError: naming it.
-        """
-        least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "checkpoint_every": 1}
-        for name, bound in {**least, **({"chain_chunk": 1} if self.chain_chunk is not None else {})}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
-        for name, values in (("keep", observe.KEEPS), ("on_divergence", POLICIES), ("baseline", baselines.KINDS)):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
 
 
 def sample(
@@ -134,9 +72,10 @@ def sample(
         >>> run.loss.shape, run.observables
         (torch.Size([4, 50]), {})
     """
-    target = _target(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
     groups = {"": {"restriction": _words(restriction)}}
-    return run_groups(target, params, dataset, observables, lr, groups, seed, output_path, Options(**options))[""]
+    found = run_groups(target, params, dataset, observables, lr, groups, seed, output_path, Options(**options))
+    return _complete(found, groups)[""]
 
 
 def sample_restrictions(
@@ -188,15 +127,37 @@ def sample_restrictions(
         {'full': (4, 3), 'bias': (4, 3)}
     """
     wanted = restrictions if isinstance(restrictions, Mapping) else {word: word for word in restrictions}
-    chosen = {name: restrict.masks(loss_fn, params, which) for name, which in wanted.items()}  # type: ignore[arg-type]
-    names = [name for name in params if any(name in masks for masks in chosen.values())]
-    joint = {
-        name: torch.stack([_whole(masks.get(name, False), params[name]) for masks in chosen.values()]) for name in names
-    }
+    masks, groups = together(loss_fn, params, wanted)
     settings = Options(**options)
-    target = _target(loss_fn, params, dataset, n_beta, localization, weight_decay, joint, settings)
-    groups = {name: {"restriction": _words(which)} for name, which in wanted.items()}
-    return run_groups(target, params, dataset, observables, lr, groups, seed, output_path, settings)
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, masks, settings)
+    return _complete(run_groups(target, params, dataset, observables, lr, groups, seed, output_path, settings), groups)
+
+
+def together(
+    loss_fn: Loss, params: Params, restrictions: Mapping[str, Restriction]
+) -> tuple[Mask, dict[str, dict[str, Any]]]:
+    """Return masks under which chains of several restrictions run at once, with a group axis, and the groups.
+
+    One restriction alone has no group axis: what it does not move is closed over.
+
+    Args:
+        loss_fn: the loss.
+        params: the parameters.
+        restrictions: by name.
+
+    Raises:
+        ValueError: if there is none, or one is unknown.
+    """
+    if not restrictions:
+        raise ValueError("there is no restriction to sample under: pass at least 'full'")
+    chosen = {name: restrict.masks(loss_fn, params, which) for name, which in restrictions.items()}  # type: ignore[arg-type]
+    groups = {name: {"restriction": _words(which)} for name, which in restrictions.items()}
+    if len(chosen) == 1:
+        return next(iter(chosen.values())), groups
+    names = [name for name in params if any(name in masks for masks in chosen.values())]
+    return {
+        name: torch.stack([_whole(masks.get(name, False), params[name]) for masks in chosen.values()]) for name in names
+    }, groups
 
 
 def run_groups(
@@ -210,8 +171,33 @@ def run_groups(
     output_path: str | Path | None,
     options: Options,
 ) -> dict[str, Run]:
-    """Run chains of several groups; the target and `lr` have theirs along a first axis of hyper-parameters or masks."""
+    """Run chains of several groups; the target and `lr` have theirs along a first axis of hyper-parameters or masks.
+
+    A group whose every chain diverged is missing in what is returned.
+    """
     plan = make_plan(target, params, dataset, observables, lr, groups, seed, options)
+    return execute(plan, params, output_path, options.progress)
+
+
+def execute(
+    plan: Plan,
+    params: Params,
+    output_path: str | Path | None,
+    shown: bool,
+    look: Callable[[], None] | None = None,
+) -> dict[str, Run]:
+    """Run what was planned.
+
+    Args:
+        plan: the run.
+        params: where chains start.
+        output_path: a folder to checkpoint in, and to go on from.
+        shown: whether to show a bar.
+        look: called after every step.
+
+    Returns:
+        A run per group that has a chain left.
+    """
     progress, record = drive.begin(plan, params)
     folder = None if output_path is None else Path(output_path)
     if folder is not None:
@@ -219,7 +205,7 @@ def run_groups(
         if isinstance(found, dict):
             return found
         progress = found
-    with bar(plan, progress.step, options.progress) as said:
+    with bar(plan, progress.step, shown, look) as said:
         while progress.step < plan.steps:
             until = plan.steps if folder is None else min(plan.steps, progress.step + plan.checkpoint * plan.between)
             before, progress = progress.step, drive.advance(plan, progress, record, until, said)
@@ -233,88 +219,7 @@ def run_groups(
     return runs
 
 
-def make_plan(
-    target: Target,
-    params: Params,
-    dataset: Data | None,
-    observables: Mapping[str, Any] | None,
-    lr: Hyper,
-    groups: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    options: Options,
-) -> Plan:
-    """Decide everything about a run; `print(plan)` says it."""
-    options.check()
-    source = None if dataset is None else source_of(dataset)
-    batch = 0 if source is None else check_size(source, options.batch_size)
-    shared = options.shared_batches or source is None or batch == source.size
-    sampler = options.sampler(target, lr=lr)
-    replicas = [Replica(g, c) for g in range(len(groups)) for c in range(options.num_chains)]
-    steps = options.num_burnin_steps + options.num_draws * options.num_steps_bw_draws
-    baseline, kind = baselines.build(
-        target, source, options.baseline, batch, steps * (1 if shared else options.num_chains)
-    )
-    evaluated = options.observable_batch or options.batch_size or 32
-    watched = observe.watch(target, observables or {}, evaluated, seed)
-    examples = sum(len(w.rows) for w in watched)
-    keep = options.keep
-    if keep == "auto":
-        keep = "pairs" if 0 < 2 * examples < options.num_draws else "sequences"
-    chunks, notes = _chunks(sampler, params, source, replicas, options, shared, batch, seed)
-    own = {name: {**said, **drive.hyper_facts(target, lr, g)} for g, (name, said) in enumerate(groups.items())}
-    return Plan(
-        sampler,
-        source,
-        batch,
-        shared,
-        seed,
-        own,
-        replicas,
-        chunks,
-        options.num_burnin_steps,
-        options.num_draws,
-        options.num_steps_bw_draws,
-        watched,
-        keep,
-        baseline,
-        options.on_divergence,
-        options.checkpoint_every,
-        _facts(target, source, batch, shared, seed, own, options, watched, keep),
-        [f"the anchor's loss of each batch: {kind}", *notes],
-    )
-
-
-def _chunks(
-    sampler: Sampler,
-    params: Params,
-    source: Source | None,
-    replicas: Sequence[Replica],
-    options: Options,
-    shared: bool,
-    batch: int,
-    seed: int,
-) -> tuple[list[Chunk], list[str]]:
-    """Return which chains are stepped together, and why not more."""
-    rows = [torch.arange(batch)] * (1 if shared else 2)
-    batches = [None if source is None else source.fetch(each) for each in rows]
-    size = options.chain_chunk
-    if size is None:
-        moving = sum(p.numel() for p in sampler.target.anchor.values())
-        on_cpu = all(p.device.type == "cpu" for p in sampler.target.anchor.values())
-        size = chains.size_of(moving, batches[0], len(replicas), on_cpu)
-    size = min(size, len(replicas))
-    if size == 1:
-        return chains.cut(replicas, 1), []
-    first = chains.cut(replicas[:2], 2)[0]
-    why = chains.refuses_vmap(sampler, first, chains.first_state(sampler, params, first, seed), batches, seed)
-    if why is None:
-        return chains.cut(replicas, size), []
-    if options.chain_chunk is not None:
-        raise ValueError(f"chain_chunk={size}: this loss cannot be run for several chains at once ({why}); pass 1")
-    return chains.cut(replicas, 1), [f"chains are stepped one by one, since vmap refuses this loss: {why}"]
-
-
-def _target(
+def target_of(
     loss_fn: Loss,
     params: Params,
     dataset: Data | None,
@@ -324,6 +229,7 @@ def _target(
     restriction: Restriction,
     options: Options,
 ) -> Target:
+    """Return what is sampled, with a control variate where the options ask for one."""
     mask = None if restriction is None else restrict.masks(loss_fn, params, restriction)  # type: ignore[arg-type]
     build = functools.partial(
         local_posterior, loss_fn, params, n_beta, localization, weight_decay, mask, init_noise=options.init_noise
@@ -338,6 +244,14 @@ def _target(
     return build(accumulate=options.accumulate, full_gradient=gradient_at(loss_fn, params, pieces))
 
 
+def _complete(runs: dict[str, Run], groups: Mapping[str, Any]) -> dict[str, Run]:
+    """Refuse a result in which a group is missing."""
+    missing = [name for name in groups if name not in runs]
+    if missing:
+        raise drive.DivergedError(f"every chain of {missing} diverged: lower lr, or raise localization")
+    return runs
+
+
 def _whole(mask: Tensor | bool, like: Tensor) -> Tensor:
     return mask if isinstance(mask, Tensor) else torch.full(like.shape, mask, dtype=torch.bool)
 
@@ -348,45 +262,3 @@ def _words(restriction: Restriction) -> str:
     if isinstance(restriction, Mapping):
         return f"masks {fingerprint(dict(restriction))[:12]}"
     return " | ".join(restriction)
-
-
-def _facts(
-    target: Target,
-    source: Source | None,
-    batch: int,
-    shared: bool,
-    seed: int,
-    own: Mapping[str, Any],
-    options: Options,
-    watched: Sequence[observe.Watched],
-    keep: str,
-) -> dict[str, Any]:
-    """Return everything that makes a run what it is."""
-    sampler = options.sampler
-    settings = dict(getattr(sampler, "keywords", {}))
-    function = getattr(sampler, "func", sampler)
-    return {
-        "weights": weights_hash(target.loss_fn, {**target.frozen, **target.anchor}),
-        "masks": fingerprint({**dict.fromkeys(target.anchor, True), **target.mask}),
-        "data": None if source is None else source.identity,
-        "size": None if source is None else source.size,
-        "observables": {w.name: [w.identity, fingerprint(w.rows)] for w in watched},
-        "sampler": f"{function.__module__}.{function.__qualname__}",
-        "sampler_settings": {name: repr(value) for name, value in settings.items()},
-        "groups": {name: dict(said) for name, said in own.items()},
-        "batch": batch,
-        "shared_batches": shared,
-        "seed": seed,
-        "num_chains": options.num_chains,
-        "num_draws": options.num_draws,
-        "num_burnin_steps": options.num_burnin_steps,
-        "num_steps_bw_draws": options.num_steps_bw_draws,
-        "control_variate": options.control_variate,
-        "accumulate": options.accumulate,
-        "init_noise": options.init_noise,
-        "keep": keep,
-        "on_divergence": options.on_divergence,
-    }
-
-
-__all__ = ["Options", "default_n_beta", "make_plan", "run_groups", "sample", "sample_restrictions"]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.sgmcmc.gradients import gradient
 from influence.sgmcmc.langevin import (
     Info,
     Leaf,
@@ -20,7 +21,7 @@ from influence.sgmcmc.langevin import (
     restrict,
     start,
 )
-from influence.sgmcmc.target import Hyper, Setting, Target, check_range, gradient
+from influence.sgmcmc.target import Hyper, Setting, Target, check_range
 from influence.types import Batch, Params
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.sgmcmc.gradients import gradient
 from influence.sgmcmc.langevin import (
     Info,
     Sampler,
@@ -18,7 +19,7 @@ from influence.sgmcmc.langevin import (
     start,
 )
 from influence.sgmcmc.sghmc import bounce, first_momenta, mean_square
-from influence.sgmcmc.target import Hyper, Setting, Target, check_range, gradient
+from influence.sgmcmc.target import Hyper, Setting, Target, check_range
 from influence.types import Batch, Params
 
 

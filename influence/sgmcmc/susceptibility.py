@@ -33,7 +33,7 @@ class Susceptibility(NamedTuple):
         value: per position and restriction; zero where no label is.
         covariance: their first term.
         shift: their second.
-        stderr: by deleting a chain at a time; NaN for one chain.
+        stderr: by deleting a chain at a time; NaN for one chain, or where the two runs lost different ones.
         restrictions: names along the last axis.
         labelled: which positions count.
     """
@@ -106,7 +106,7 @@ def estimate(
         for run in runs.values():
             terms = _terms(run, whole, name, place, offset, ddof, None)
             values = []
-            shared = len(run.chains) == len(whole.chains)
+            shared = run.chains == whole.chains
             for left_out in range(len(run.chains)) if shared and len(run.chains) > 1 else []:
                 some = _terms(run, whole, name, place, offset, ddof, left_out)
                 values.append(some.covariance + some.shift)
@@ -173,8 +173,9 @@ def _terms(run: Run, whole: Run, name: str, place: int, offset: float, ddof: int
     """Return both terms, of all chains or all but one, as `[1, n t]` each."""
     here, there = (_pooled(r.observable(name).moments, left_out) for r in (run, whole))
     count = float(here.draws[0])
-    if count - ddof < 1:
-        raise ValueError(f"susceptibilities need more than {ddof} draws; there are {count:.0f}: raise num_draws")
+    if count < 2 or count - ddof < 1:
+        need = max(2, ddof + 1)
+        raise ValueError(f"susceptibilities need at least {need} draws; there are {count:.0f}: raise num_draws")
     # shifted losses: a = A - A(w*), s = l - l(w*); the anchor's part cancels in every difference
     phi = here.x[0, place] + offset
     covariance = (here.xx[0, place] - here.xy[0, place]) / (count - ddof)

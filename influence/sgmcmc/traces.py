@@ -5,7 +5,8 @@ the last of them, replaced at once), and at the end `run.h5` alone. Whatever is 
 `state.h5`, so the run goes on as if nothing had happened.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from influence import store
 from influence.sgmcmc.drive import Progress, Record
+from influence.sgmcmc.gradients import mean_loss
 from influence.sgmcmc.moments import Moments
 from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.run import Observed, Run
 
 RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 2
+PAIRS = "-"
+"""What stands for all examples with one another; no observable is called so. HDF5 would drop an empty name."""
 TOLERANCE = 1e-3
 """How far the loss at the anchor may lie from what it was, relatively: the rounding of another machine."""
 
@@ -31,9 +35,7 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         ValueError: if the folder's run is another one.
     """
     if (folder / "run.h5").is_file():
-        tensors, about = store.read(folder / "run.h5", kind=RUN, schema=SCHEMA)
-        _refuse_other(folder, plan, about["plan"], tensors["probe"])
-        return {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
+        return read_planned(folder, plan)
     if not (folder / "state.h5").is_file():
         return progress
     tensors, about = store.read(folder / "state.h5", kind=STATE, schema=SCHEMA)
@@ -47,7 +49,7 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
             begin, end = said["steps"] if record.axes[key][1] == "step" else said["draws"]
             record.arrays[key][:, begin:end] = values
     for name in record.moments:
-        record.moments[name] = _moments(tensors, f"moments/{name}/")
+        record.moments[name] = _moments(tensors, f"moments/{name or PAIRS}/")
     leaves, spec = tree_flatten(progress.states)
     return Progress(
         about["step"],
@@ -56,6 +58,17 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         ),
         tensors["alive"],
     )
+
+
+def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
+    """Read the complete runs of a folder, if they are what was planned.
+
+    Raises:
+        ValueError: if they are of other settings, naming the field and both values.
+    """
+    runs, facts, then = read_runs(folder)
+    _refuse_other(folder, plan, facts, then)
+    return runs
 
 
 def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
@@ -75,7 +88,7 @@ def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record:
     leaves = tree_flatten(progress.states)[0]
     tensors = {f"leaf/{i}": leaf.reshape(-1) for i, leaf in enumerate(leaves)}
     for key, moments in record.moments.items():
-        tensors |= {f"moments/{key}/{field}": x for field, x in moments._asdict().items()}
+        tensors |= {f"moments/{key or PAIRS}/{field}": x for field, x in moments._asdict().items()}
     tensors |= {"alive": progress.alive, "probe": probe(plan)}
     about = {"step": progress.step, "segments": [*known, name], "plan": dict(plan.facts)}
     store.write(folder / "state.h5", tensors, about, kind=STATE, schema=SCHEMA)
@@ -83,40 +96,75 @@ def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record:
 
 def close_folder(folder: Path, plan: Plan, runs: Mapping[str, Run]) -> None:
     """Write the complete runs as one file, and remove what led to it."""
-    tensors, about = {"probe": probe(plan)}, {}
+    write_runs(folder, runs, plan.facts, probe(plan))
+    for path in [folder / "state.h5", *folder.glob("segment-*.h5")]:
+        path.unlink(missing_ok=True)
+
+
+def write_runs(folder: Path, runs: Mapping[str, Run], facts: Mapping[str, Any], probed: Tensor) -> None:
+    """Write complete runs as one file of a folder, with what made them."""
+    tensors, about = {"probe": probed}, {}
     dims: dict[str, tuple[str, ...]] = {}
     for g, (name, run) in enumerate(runs.items()):
         own, axes, about[name] = pack(run, f"{g}/")
         tensors |= own
         dims |= axes
-    said = {"runs": about, "plan": dict(plan.facts)}
+    said = {"runs": about, "plan": dict(facts)}
     store.write(folder / "run.h5", tensors, said, kind=RUN, schema=SCHEMA, dims=dims)
-    for path in [folder / "state.h5", *folder.glob("segment-*.h5")]:
-        path.unlink(missing_ok=True)
+
+
+def read_runs(folder: Path) -> tuple[dict[str, Run], dict[str, Any], Tensor]:
+    """Read what `write_runs` wrote: the runs, what made them, and what the loss said at the anchor."""
+    tensors, about = store.read(folder / "run.h5", kind=RUN, schema=SCHEMA)
+    runs = {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
+    return runs, about["plan"], tensors["probe"]
 
 
 def probe(plan: Plan) -> Tensor:
     """Return what the loss function says at the anchor: a cache of another one is known by it."""
     rows = None if plan.source is None else torch.arange(plan.batch)
     batch = None if plan.source is None or rows is None else plan.source.fetch(rows)
-    found = [plan.baseline(rows, batch), *(float((w.anchor.double() * w.labelled).sum()) for w in plan.watched)]
+    with torch.no_grad():
+        own = float(mean_loss(plan.sampler.target, plan.sampler.target.anchor, batch))
+    found = [own, *(float((w.anchor.double() * w.labelled).sum()) for w in plan.watched)]
     return torch.tensor(found, dtype=torch.float64)
 
 
 def _refuse_other(folder: Path, plan: Plan, facts: Mapping[str, Any], then: Tensor) -> None:
-    for name, now in plan.facts.items():
-        was = facts.get(name)
-        if _plain(now) != _plain(was):
-            raise ValueError(
-                f"{folder} holds a run of another {name}: it has {was!r}, this one {now!r}. Delete the folder, or pass "
-                "another output_path"
-            )
+    for name, was, now in differences(facts, plan.facts):
+        raise ValueError(
+            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. Delete the "
+            "folder, or pass another output_path"
+        )
     now = probe(plan)
     if then.shape != now.shape or not torch.allclose(then, now, rtol=TOLERANCE, atol=1e-9):
         raise ValueError(
             f"{folder} holds a run of another loss_fn: at the anchor it gave {then.tolist()}, this one {now.tolist()}. "
             "Delete the folder, or pass another output_path"
         )
+
+
+def differences(was: Any, now: Any, *path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the names of the facts that differ, and both values: of leaves, where both are mappings of the same keys.
+
+    Example:
+        >>> list(differences({"seed": 0, "groups": {"": {"lr": 1.0}}}, {"seed": 0, "groups": {"": {"lr": 2.0}}}))
+        [('lr', 1.0, 2.0)]
+    """
+    was, now = _plain(was), _plain(now)
+    if isinstance(was, dict) and isinstance(now, dict) and (not path or was.keys() == now.keys()):
+        for key in now:
+            yield from differences(was.get(key), now[key], *path, key)
+    elif was != now:
+        grouped = path[0] == "groups" and len(path) > 2
+        name = [f"{path[-1]} of {path[1]}" if path[1] else path[-1]] if grouped else path
+        yield " ".join(name), was, now
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message shows it: of a hash, enough to tell it from another."""
+    said = repr(value)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", said)
 
 
 def _plain(value: Any) -> Any:
@@ -135,8 +183,7 @@ def load(path: str | Path) -> Run | dict[str, Run]:
     """Read a run that `Run.save` wrote, or the runs of a folder."""
     path = Path(path)
     if path.is_dir():
-        tensors, about = store.read(path / "run.h5", kind=RUN, schema=SCHEMA)
-        runs = {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
+        runs = read_runs(path)[0]
         return runs[""] if list(runs) == [""] else runs
     tensors, about = store.read(path, kind=RUN, schema=SCHEMA)
     return _run(tensors, about, "")

@@ -4,6 +4,7 @@ from influence.train.adam_update import adam_update
 from influence.train.callback import GradientCollectorCallback, prepare_for_gradient_collection
 from influence.train.epochs import sum_epochs
 from influence.train.finite_diff import FiniteDiff, direction_of, step_for
+from influence.train.live import scale_by_optimizer
 from influence.train.optimizer import OptimizerState, load_from_optimizer, read_optimizer
 from influence.train.trajectory import Checkpoint, epoch_rates, less, subtask_means, tracin
 from influence.train.visits import Visits, read_order
@@ -22,6 +23,7 @@ __all__ = [
     "prepare_for_gradient_collection",
     "read_optimizer",
     "read_order",
+    "scale_by_optimizer",
     "step_for",
     "subtask_means",
     "sum_epochs",

@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.folding import Block, Folded, apply_part, with_rows
+from influence.func.losses import widen
 from influence.func.normalize import unfactor
 from influence.func.transform import Step, Transform
-from influence.train.optimizer import OptimizerState
+from influence.train.optimizer import EPS, OptimizerState
 
 
 def adam_update(state: OptimizerState) -> Transform:
@@ -29,14 +30,21 @@ def adam_update(state: OptimizerState) -> Transform:
         The transform; it follows `as_blocks()` and comes before any projection.
 
     Raises:
-        ValueError: if the optimizer keeps no first moment; when bound, if a parameter has no moments.
+        ValueError: if the optimizer keeps no first moment, or is an amsgrad; when bound, if a parameter has no moments.
     """
+    doing = [name for name, settings in state.settings.items() if settings.get("amsgrad")]
+    if doing:
+        raise ValueError(
+            f"adam_update: {', '.join(doing[:3])} is trained with amsgrad, whose update needs the largest moment and "
+            "the running one: use scale_by_optimizer, or train without amsgrad"
+        )
     first, second = state.first(), {name: unfactor(v) for name, v in state.moments().second.items()}
     settings = {
         "first": first,
         "second": second,
         "steps": {name: entry.step for name, entry in state.entries.items()},
         "betas": {name: list(state.settings[name]["betas"]) for name in first},
+        "eps": {name: float(state.settings[name].get("eps", EPS)) for name in first},
     }
 
     def extend(folded: Folded) -> Folded:
@@ -66,15 +74,16 @@ def _update(
     step = state.entries[name].step
     if step is None:
         raise ValueError(f"adam_update: the source does not say how many updates {name!r} had")
-    betas, eps = state.settings[name]["betas"], float(state.settings[name].get("eps", 1e-8))
+    betas, eps = state.settings[name]["betas"], float(state.settings[name].get("eps", EPS))
     one, two = (float(beta) for beta in betas)
     assert isinstance(m, Tensor)
     assert isinstance(v, Tensor)
 
     def update(rows: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        top = (one * m.to(rows) + (1 - one) * rows) / (1 - one ** (step + 1))
-        below = (two * v.to(rows) + (1 - two) * rows.square()) / (1 - two ** (step + 1))
-        return top / (torch.sqrt(below) + eps)
+        wide = widen(rows)  # squares leave the range of half precision
+        top = (one * m.to(wide) + (1 - one) * wide) / (1 - one ** (step + 1))
+        below = (two * v.to(wide) + (1 - two) * wide.square()) / (1 - two ** (step + 1))
+        return (top / (torch.sqrt(below) + eps)).to(rows)
 
     return update
 

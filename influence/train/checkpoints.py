@@ -15,6 +15,27 @@ SHARDS = ("optimizer_0", "optimizer", ".")
 """Folders of a checkpoint in which an optimizer's shards may be."""
 
 
+def find_state(path: str | Path) -> Path:
+    """Return the file of an optimizer's state, or the folder of its shards.
+
+    Raises:
+        FileNotFoundError: if there is none; saying what was looked for.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}: give a checkpoint's folder, or an optimizer's file")
+        return path
+    files = [path / name for name in FILES if (path / name).is_file()]
+    folders = [path / name for name in SHARDS if (path / name / CONTENTS).is_file()]
+    if not files and not folders:
+        raise FileNotFoundError(
+            f"{path} holds no optimizer: looked for {', '.join(FILES)}, and for DCP shards in {', '.join(SHARDS[:-1])} "
+            "and itself. Save the optimizer too (Trainer: save_only_model=False), or pass its file"
+        )
+    return files[0] if files else folders[0]
+
+
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return an optimizer's state dict, as it was saved.
 
@@ -28,16 +49,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is no optimizer in the folder; saying what was looked for.
         ValueError: if the file holds something else.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        files = [path / name for name in FILES if (path / name).is_file()]
-        folders = [path / name for name in SHARDS if (path / name / CONTENTS).is_file()]
-        if not files and not folders:
-            raise FileNotFoundError(
-                f"{path} holds no optimizer: looked for {', '.join(FILES)}, and for DCP shards in {', '.join(SHARDS)}. "
-                "Save the optimizer too (Trainer: save_only_model=False), or pass its file"
-            )
-        path = files[0] if files else folders[0]
+    path = find_state(path)
     if path.is_dir():
         found = read_shards(path)
     elif path.suffix == ".safetensors":

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from influence.func.axes import AnotherPath
 from influence.func.functionalize import functionalize
 from influence.func.module_loss import ModuleLoss
 from influence.func.per_example import LOSSES, eager_step, finite_rows
@@ -179,7 +180,12 @@ class Collector:
             assert plan.batched is not None
             return sharing.forward(whole, plan.batched, self._own(), self.loss_fn, inputs, n, **settings)
 
-        (loss, outputs, self.flight), _ = self._plans.run(self._values(), batch, tapped)
+        try:
+            (loss, outputs, self.flight), _ = self._plans.run(self._values(), batch, tapped)
+        except AnotherPath as error:
+            raise ValueError(
+                f"share=True: {error}; the plan is of its path in evaluation mode. Pass share=False"
+            ) from error
         return loss, outputs
 
     # Inside
@@ -193,6 +199,11 @@ class Collector:
 
     def _examples(self, inputs: Mapping[str, Any]) -> tuple[Int[Tensor, " n"], dict[str, Any]]:
         """Return which examples a micro-batch holds, and the batch."""
+        if INDEX not in inputs:
+            raise ValueError(
+                f"a micro-batch holds {', '.join(map(str, inputs))} and no {INDEX!r}, so it does not say which examples"
+                " it is of: train on the dataset and with the collator that the Trainer had when it was prepared"
+            )
         index, batch = inputs[INDEX], sharing.as_batch(inputs)
         sizes = {key: tuple(x.shape) for key, x in batch.items() if x.ndim == 0 or x.shape[0] != len(index)}
         if sizes:
@@ -271,8 +282,7 @@ class Collector:
     def _lengths(self, batch: dict[str, Any]) -> Tensor:
         if callable(self.settings.loss):
             return torch.ones(len(next(iter(batch.values()))), dtype=torch.int64)
-        labels = self.loss_fn.labels(batch)
-        return (labels != -100).flatten(1).sum(1) if labels.ndim > 1 else torch.ones(len(labels), dtype=torch.int64)
+        return self.loss_fn.counts(batch)
 
     def _wait(self) -> None:
         if self.world > 1:

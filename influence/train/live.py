@@ -7,7 +7,7 @@ from influence.func.batched import make_feeds
 from influence.func.normalize import scale_by_adafactor, scale_by_adam
 from influence.func.plan import Plan
 from influence.func.transform import Transform
-from influence.train.optimizer import read_optimizer
+from influence.train.optimizer import EPS, OptimizerState, read_optimizer
 
 BEFORE = ("as_blocks", "split_heads")
 """Steps that come before a scale."""
@@ -38,10 +38,35 @@ def live(
             )
         return transform, False
     state = read_optimizer(model, inner, names, copy=False)
-    kinds = {entry.kind for entry in state.entries.values()}
+    return scaled(transform, scale_by_optimizer(state)), True
+
+
+def scale_by_optimizer(state: OptimizerState) -> Transform:
+    r"""Divide by what the optimizer's next update divides by, before it adds that update's gradient.
+
+    $$g / (\sqrt{\hat v} + \varepsilon)$$
+
+    with Adam's bias correction and the optimizer's own `ε`; Adafactor's rank-one denominator for an Adafactor.
+
+    Args:
+        state: what `read_optimizer(model, checkpoint)` returns.
+
+    Returns:
+        `scale_by_adam` or `scale_by_adafactor`.
+
+    Raises:
+        ValueError: if the parameters' groups have different `ε`.
+    """
     moments = state.moments(bias_correction=True)
-    scale = scale_by_adafactor(moments) if kinds == {"adafactor"} else scale_by_adam(moments)
-    return scaled(transform, scale), True
+    if {entry.kind for entry in state.entries.values()} == {"adafactor"}:
+        return scale_by_adafactor(moments)
+    found = sorted({float(state.settings[name].get("eps", EPS)) for name in state.entries})
+    if len(found) > 1:
+        raise ValueError(
+            f"the optimizer's groups have eps {', '.join(map(str, found))}, and a scale has one: choose targets whose "
+            "parameters have the same"
+        )
+    return scale_by_adam(moments, found[0] if found else EPS)
 
 
 def scaled(transform: Transform, scale: Transform) -> Transform:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from influence.models.targets import active_adapters
 from influence.train.entries import check_entry
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -107,13 +108,16 @@ def _orders(model: nn.Module, count: int) -> Iterator[list[list[str]]]:
     """Yield the orders in which an optimizer may have got a model's parameters."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     every = [name for name, _ in model.named_parameters()]
+    own = active_adapters(model)
+    adapters = [name for name in every if name.startswith(own)]
+    some = [names for names in (trainable, adapters) if names]  # PEFT loads adapters frozen
     if count == 1:
-        yield [trainable]
-        yield [every]
+        yield from ([names] for names in (*some, every))
     elif count == 2:
         ndim = {name: p.ndim for name, p in model.named_parameters()}
         for decays in (*_decaying(model), {name for name in every if ndim[name] >= 2}):
-            yield [[name for name in trainable if (name in decays) == first] for first in (True, False)]
+            for names in some:
+                yield [[name for name in names if (name in decays) == first] for first in (True, False)]
 
 
 def _decaying(model: nn.Module) -> Iterator[set[str]]:

@@ -55,7 +55,8 @@ def numbered(trainer: Any) -> None:
             f"rows are kept in the order of the training set, and this Trainer has {what}: pass a dataset with a length"
         )
     columns = getattr(data, "column_names", None)
-    if columns is not None and hasattr(data, "add_column"):
+    made_late = getattr(data, "format", {}).get("type") == "custom"  # set_transform makes items of the columns it knows
+    if columns is not None and hasattr(data, "add_column") and not made_late:
         if INDEX in columns:
             raise ValueError(f"the training set has a column {INDEX!r} of its own: rename it, rows are numbered by it")
         trainer.train_dataset = data.add_column(INDEX, list(range(len(data))))

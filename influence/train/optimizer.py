@@ -14,6 +14,9 @@ from influence.train.entries import Entry, read_entry
 from influence.train.naming import name_entries, name_live
 from influence.types import Params
 
+EPS = 1e-8
+"""Adam's `ε` where the source says none."""
+
 
 class OptimizerState(NamedTuple):
     """What an optimizer knows of each parameter, in the parameter's own shape and orientation.
@@ -67,7 +70,7 @@ class OptimizerState(NamedTuple):
         return {name: float(self.settings[name]["lr"]) for name in self.entries}
 
     def _eps(self, name: str) -> float:
-        return float(self.settings[name].get("eps", 1e-8))
+        return float(self.settings[name].get("eps", EPS))
 
     def _second(self, name: str, bias_correction: bool) -> Tensor | Factored:
         entry = self.entries[name]
@@ -96,8 +99,8 @@ def load_from_optimizer(
         model: the model that it trained; with its adapters, if it trained adapters.
         source: a live optimizer; its state dict; or a path: a file of `torch.save` or safetensors, a checkpoint of the
             Trainer, of accelerate, or of DCP shards. Nothing is unpickled but tensors and plain data.
-        targets: globs over parameter names; default: every parameter that requires a gradient and that the optimizer
-            has.
+        targets: globs over parameter names; default: every parameter that the optimizer has, but for frozen ones
+            without a moment.
         bias_correction: divide Adam's moments by `1 - β₂^t`, as its update does.
 
     Returns:
@@ -158,7 +161,7 @@ def read_optimizer(
         entries, numbers = name_entries(model, held["state"], groups, where)
         kept = {name: held["state"].get(key, {}) for name, key in entries.items()}
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and name in kept}
+    trained = {name for name, p in model.named_parameters() if name in kept and (p.requires_grad or kept[name])}
     chosen = [name for name in names if name in trained] if targets is None else select(names, targets, None)
     missing = [name for name in chosen if not kept.get(name)]
     if missing:

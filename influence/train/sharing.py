@@ -33,10 +33,37 @@ class Whole(nn.Module):
     def __init__(self, model: nn.Module, compute_loss: Callable[..., Any]) -> None:
         super().__init__()
         self.model, self._compute_loss = model, compute_loss
+        self._outputs: list[Any] = []
+        self._view = _view_of(model, self._outputs)
 
     def forward(self, inputs: Mapping[str, Any], **settings: Any) -> Any:
-        """Return the loss and the outputs."""
-        return self._compute_loss(self.model, inputs, return_outputs=True, **settings)
+        """Return the loss and the model's outputs; TRL's trainers, asked for them, would run the model once more."""
+        self._outputs.clear()
+        loss = self._compute_loss(self._view[0], inputs, **settings)
+        if not self._outputs:
+            raise ValueError(
+                "share=True: the Trainer's loss does not call the model that it is given. Pass share=False"
+            )
+        return loss, self._outputs[0]
+
+
+def _view_of(model: nn.Module, outputs: list[Any]) -> tuple[nn.Module]:
+    """Return the same model under a type that notes what each differentiable call returns; no part of another module.
+
+    It has the model's own attributes, not copies: whatever a call changes, it changes there.
+    """
+    kind = type(model)
+
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        found = kind.__call__(module, *args, **kwargs)
+        if torch.is_grad_enabled():
+            outputs.append(found)
+        return found
+
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    view: nn.Module = object.__new__(type(kind.__name__, (kind,), {**named, "__call__": call}))
+    object.__setattr__(view, "__dict__", vars(model))
+    return (view,)
 
 
 class Shared(NamedTuple):
@@ -85,9 +112,20 @@ def forward(
     replaced = {places[id(params[name])]: value for name, value in probes.items()}
     loss, outputs = torch.func.functional_call(whole, replaced, (dict(inputs),), settings)
     with torch.no_grad():
-        losses, lengths = loss_fn.of_outputs(outputs, inputs)
+        losses, lengths = losses_of(loss_fn, outputs, inputs)
     seed = torch.zeros_like(loss, requires_grad=True)
     return loss + seed, outputs, Shared(run.zeros, seed, loss.detach(), losses, lengths)
+
+
+def losses_of(loss_fn: ModuleLoss, outputs: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return each example's summed loss, and its labelled positions, from what the Trainer's forward returned.
+
+    TRL's trainers never make the logits: their outputs hold the labels' log-probabilities, zero where there is none.
+    """
+    log_probs, smoothing = getattr(outputs, "log_probs", None), loss_fn.settings["label_smoothing"]
+    if log_probs is None or loss_fn.name != "cross_entropy" or smoothing:
+        return loss_fn.of_outputs(outputs, inputs)
+    return -widen(log_probs).sum(1), outputs.label_mask.sum(1)
 
 
 def rows_of(shared: Shared, plan: BatchedPlan, counts: Sequence[float], reduction: str) -> tuple[Rows, Tensor]:
@@ -127,9 +165,9 @@ def count_of(shared: Shared, counts: Sequence[float]) -> float:
     """
     loss, total = float(shared.loss), float(shared.losses.double().sum())
     limit = TOLERANCE.get(shared.loss.dtype, 2e-2)
-    for count in counts:
-        if abs(loss * count - total) <= limit * max(abs(total), 1e-6):
-            return count
+    nearest = min(counts, key=lambda count: abs(loss * count - total))  # of long documents two counts are near
+    if abs(loss * nearest - total) <= limit * max(abs(total), 1e-6):
+        return nearest
     listed = ", ".join(f"{count:g}" for count in dict.fromkeys(counts))
     raise ValueError(
         f"share=True: the Trainer's loss is {loss:.6g}, and the examples' losses sum to {total:.6g}: their sum over "

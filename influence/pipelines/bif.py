@@ -1,0 +1,271 @@
+"""Bayesian influence functions: which examples' losses move together under the posterior."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from influence import viz
+from influence.pipelines.chains import (
+    ChainConfig,
+    Chains,
+    Felt,
+    FeltConfig,
+    Pace,
+    PaceConfig,
+    Sampling,
+    no_data,
+    no_model,
+)
+from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.sampled import Samples, sampled, tokenizer_of
+from influence.pipelines.texts import short
+from influence.pipelines.words import examples, words_of
+from influence.sgmcmc import Run as Sampled
+from influence.sgmcmc import bif
+
+SHOWN = 3
+"""Queries that are shown, unless some are named."""
+
+
+@dataclass(frozen=True)
+class BifConfig:
+    r"""Bayesian influence functions: how the losses of two examples move together around the trained weights.
+
+    influence bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
+        --rows questions --columns train --run runs/bif --plot bif.png
+
+    A positive influence means that what lowers the one loss lowers the other. --sign -1 --scale N_BETA gives the
+    paper's: what upweighting one example does to the loss of the other.
+
+    Attributes:
+        run: the run directory; of a finished run with observables, it is read, and needs no model.
+        model: the model.
+        data: the data that chains are trained on.
+        observables: what is measured at every draw: name=dataset, or a word for the data themselves.
+        observed: use the first so many examples of each observable.
+        restriction: which weights move: full, embed, unembed, l0, 'l0 attn', 'l0 mlp', l0h1, l0g0, names and globs of
+            parameters; a plus joins them. Of a run with several, the one to read.
+        rows: observables whose examples are the queries; default all.
+        columns: observables whose examples are found; default those of --rows, or all.
+        level: of whole examples, or of every pair of tokens.
+        statistic: correlation, which a token's own scale does not change, or covariance.
+        pooling: within centres each chain by itself; stacked and mean are devinterp's.
+        average: at the token level, the mean over each pair's tokens, without forming them.
+        sign: multiplies the influences.
+        scale: multiplies them too.
+        top_k: examples that are shown at either end, for each query.
+        query: numbers of the queries to show, among --rows; default the first three.
+        pair: the two examples, among rows and columns, whose tokens --plot shows; default the first query and the
+            example it moves with most.
+        width: characters of an example that are shown.
+        save: write the whole matrix to this .npy file.
+        plot: draw a heat map into this file (.png, .pdf, .svg): of examples, or of the tokens of --pair.
+        chains: the chains.
+        loss: the loss.
+        pace: how they are run.
+    """
+
+    run: Run
+    model: Model = field(default_factory=no_model)
+    data: Data = field(default_factory=no_data)
+    observables: tuple[str, ...] = ("data",)
+    observed: int = 64
+    restriction: str = "full"
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    level: Literal["sequence", "token"] = "sequence"
+    statistic: Literal["correlation", "covariance"] = "correlation"
+    pooling: Literal["within", "stacked", "mean"] = "within"
+    average: bool = False
+    sign: Literal[1, -1] = 1
+    scale: float = 1.0
+    top_k: int = 5
+    query: tuple[int, ...] = ()
+    pair: tuple[int, int] | None = None
+    width: int = 80
+    save: str | None = None
+    plot: str | None = None
+    chains: Chains = field(default_factory=ChainConfig)
+    loss: Felt = field(default_factory=FeltConfig)
+    pace: Pace = field(default_factory=PaceConfig)
+
+
+def run(config: BifConfig, say: Say = quiet) -> Outcome:
+    """Sample if need be, and relate the examples.
+
+    Args:
+        config: the run.
+        say: where its lines go.
+
+    Returns:
+        The strongest influences of some queries.
+    """
+    _check(config)
+    c = config
+    kept: Literal["tokens", "sequences"] = "tokens" if c.level == "token" else "sequences"
+    chains = replace(c.chains, keep=kept) if c.chains.keep == "auto" else c.chains
+    what = Sampling(c.run, c.model, c.data, chains, c.loss, c.pace, c.observables, c.observed, (c.restriction,))
+    samples = sampled("bif", config, what, say)
+    if isinstance(samples, Outcome):
+        return samples
+    chosen = chosen_of(samples, c.restriction)
+    words = words_of(tokenizer_of(what))
+    left = examples(chosen, c.rows, words)
+    right = examples(chosen, c.columns or c.rows, words)
+    queries = c.query or tuple(range(min(SHOWN, len(left))))
+    wrong = [number for number in (*queries, *(c.pair or ())[:1]) if not 0 <= number < len(left)]
+    wrong += [number for number in (c.pair or ())[1:] if not 0 <= number < len(right)]
+    if wrong:
+        raise ValueError(
+            f"there is no example {wrong[0]}: rows have {len(left)} and columns {len(right)}, counted from 0"
+        )
+    facts: dict[str, Any] = {**samples.facts, "statistic": c.statistic, "level": c.level, "queries": []}
+    blocks = []
+    for number in queries:
+        row, error = related(config, chosen, number)
+        ends = strongest(row, c.top_k, exclude=number if left == right else None)
+        facts["queries"].append(
+            {
+                "query": left[number].facts(),
+                **{
+                    side: [
+                        {
+                            **right[i].facts(),
+                            "influence": float(row[i]),
+                            "stderr": None if error is None else float(error[i]),
+                        }
+                        for i in at
+                    ]
+                    for side, at in ends.items()
+                },
+            }
+        )
+        blocks.append(shown(config, left[number], right, row, error, ends))
+    text = "\n".join(blocks)
+    for path in (c.save, c.plot):
+        if path is not None:
+            (_save if path == c.save else _plot)(config, chosen, path, left, right, words)
+            text += f"\n{path}"
+    return Outcome(c.run, facts, text)
+
+
+def chosen_of(samples: Samples, restriction: str) -> Sampled:
+    """Return the run of a restriction.
+
+    Raises:
+        ValueError: listing those there are.
+    """
+    if restriction not in samples.runs:
+        raise ValueError(
+            f"{samples.directory} has no chains of the restriction {restriction!r}; it has {', '.join(samples.runs)}: "
+            "name one with --restriction"
+        )
+    return samples.runs[restriction]
+
+
+def related(config: BifConfig, run: Sampled, number: int) -> tuple[Tensor, Tensor | None]:
+    """Return a query's influences with every column, and their standard errors where they are known."""
+    averaged = config.level == "token"  # tokens of a pair are many: a query's list is of their mean
+    known = not averaged and run.pairs is None
+    found = bif.estimate(
+        run,
+        config.rows or None,
+        config.columns or config.rows or None,
+        level=config.level,
+        statistic=config.statistic,
+        pooling=config.pooling,
+        average=averaged,
+        row_range=slice(number, number + 1),
+        sign=config.sign,
+        scale=config.scale,
+        stderr=known,
+    )
+    return found.influences[0].double(), None if found.stderr is None else found.stderr[0].double()
+
+
+def strongest(row: Tensor, k: int, exclude: int | None) -> dict[str, list[int]]:
+    """Return the places of the largest and the smallest influences; a loss that does not vary has none."""
+    order = [i for i in row.argsort(descending=True).tolist() if i != exclude and bool(row[i].isfinite())]
+    k = min(k, len(order))
+    return {"most": order[:k], "least": order[len(order) - k :][::-1]}
+
+
+def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, error: Tensor | None, ends: Any) -> str:
+    """Return a query's strongest influences for a terminal."""
+    lines = [f"{query.title} {short(query.text, config.width)}"]
+    for title, side in (("moves with", "most"), ("moves against", "least")):
+        rows = [
+            [
+                float(row[i]),
+                "" if error is None else f"± {float(error[i]):.2g}",
+                right[i].title,
+                short(right[i].text, config.width),
+            ]
+            for i in ends[side]
+        ]
+        lines += [f"  {title}", table([config.statistic, "s.e.", "example", "text"], rows, "    ")]
+    return "\n".join(lines)
+
+
+def _matrix(config: BifConfig, run: Sampled, **some: Any) -> Tensor:
+    return bif.estimate(
+        run,
+        config.rows or None,
+        config.columns or config.rows or None,
+        level=config.level,
+        statistic=config.statistic,
+        pooling=config.pooling,
+        sign=config.sign,
+        scale=config.scale,
+        **some,
+    ).influences
+
+
+def _save(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
+    import numpy
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    numpy.save(path, _matrix(config, run, average=config.average).numpy())
+
+
+def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
+    if config.level == "sequence" or config.average:
+        labels = [f"{example.title} {short(example.text, 40)}" for example in left]
+        whole = _matrix(config, run, average=config.average)
+        viz.save(viz.heat_map(whole, labels, [example.title for example in right], label=config.statistic), path)
+        return
+    i, j = config.pair or _first_pair(config, run, left == right)
+    block = _matrix(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1))[0, 0]
+    block = block[[*left[i].labelled]][:, [*right[j].labelled]]
+    title = f"rows: {left[i].title}, columns: {right[j].title}"
+    viz.save(viz.heat_map(block, left[i].tokens, right[j].tokens, label=config.statistic, title=title), path)
+
+
+def _first_pair(config: BifConfig, run: Sampled, same: bool) -> tuple[int, int]:
+    """Return the first query and the example it moves with most, itself left out."""
+    first = config.query[0] if config.query else 0
+    row = related(config, run, first)[0]
+    most = strongest(row, 1, first if same else None)["most"]
+    return first, most[0] if most else first
+
+
+def _check(config: BifConfig) -> None:
+    """Refuse what does not fit, before the chains are run."""
+    if config.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1; got {config.top_k}")
+    if config.plot is not None:
+        viz.check(config.plot)
+    if config.save is not None and Path(config.save).suffix != ".npy":
+        raise ValueError(f"--save writes .npy files; got {config.save}")
+    if config.average and config.level != "token":
+        raise ValueError("--average is of the tokens of a pair: pass --level token")
+    need = {"sequence": ("auto", "sequences", "tokens"), "token": ("auto", "tokens")}[config.level]
+    if config.chains.keep not in need:
+        raise ValueError(
+            f"--keep {config.chains.keep} keeps no losses of {config.level}s, which --level {config.level} relates: "
+            f"leave --keep out, or pass --keep {need[-1]}"
+        )

@@ -1,0 +1,74 @@
+"""Models and tokenizers, from a folder or the Hub."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence import models
+from influence.data.sources import mapping_of
+from influence.pipelines.configs import ModelConfig
+from influence.pipelines.hub import looked_up
+
+
+def usable(device: str) -> str:
+    """Refuse a device that is not there, before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the device {device!r} cannot be used here ({said}): pass --device cpu, or another"
+        ) from error
+    return device
+
+
+def load_model(config: ModelConfig, device: str = "cpu") -> nn.Module:
+    """Load a model.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    fresh = None if config.peft_init_kwargs is None else mapping_of(config.peft_init_kwargs, "peft_init_kwargs")
+    with _found(config.model, "model"):
+        return models.load(
+            config.model,
+            task=config.task,
+            precision=config.precision,
+            revision=config.revision,
+            model_kwargs=mapping_of(config.model_kwargs, "model_kwargs"),
+            adapter=config.adapter,
+            peft_init_kwargs=fresh,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load a model's tokenizer; `None` where it has none and none is named."""
+    from transformers import AutoTokenizer
+
+    path = config.tokenizer or config.model
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    if config.tokenizer is None and Path(path).is_dir() and not any((Path(path) / name).exists() for name in files):
+        return None
+    with _found(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code)
+
+
+@contextlib.contextmanager
+def _found(path: str, what: str) -> Iterator[None]:
+    """Say in a line that there is no such thing, where transformers needs a page."""
+    try:
+        with looked_up(path):
+            yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or Path(path).is_dir():
+            raise
+        raise ValueError(
+            f"no {what} {path!r}: it is no folder here, and the Hub has none that can be reached "
+            f"({str(error).splitlines()[0]}). Give a folder which save_pretrained wrote, or the id of a Hub model"
+        ) from error

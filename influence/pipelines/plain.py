@@ -1,0 +1,143 @@
+"""Configurations as JSON and YAML hold them: written, read and checked field by field."""
+
+import contextlib
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+C = TypeVar("C")
+
+
+class FieldError(ValueError):
+    """A file of settings has what it cannot have; fields have the names that they have in files."""
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Return a configuration as JSON can write it."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", partial: bool = False) -> C:
+    """Return a configuration from what JSON or YAML hold.
+
+    Args:
+        kind: a dataclass of this package.
+        mapping: its fields; those left out have their defaults.
+        where: the group, for messages.
+        partial: let fields without a default be missing, for the command line to fill in.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: naming the unknown field, the missing one, or the one that holds something else.
+    """
+    if not isinstance(mapping, Mapping):
+        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
+    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = [name for name in mapping if name not in fields]
+    if unknown:
+        raise FieldError(
+            f"unknown field {where}{unknown[0]}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
+        )
+    hints = get_type_hints(kind)
+    values = {}
+    for name, field in fields.items():
+        hint, inside = hints[name], f"{where}{name}."
+        if name not in mapping:
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required and dataclasses.is_dataclass(hint):
+                values[name] = from_mapping(hint, {}, inside, partial)  # type: ignore[arg-type]
+            elif required and not partial:
+                raise FieldError(f"field {where}{name} is missing, and it has no default")
+            elif required:
+                values[name] = tyro.MISSING
+        elif dataclasses.is_dataclass(hint):
+            values[name] = from_mapping(hint, mapping[name], inside, partial)  # type: ignore[arg-type]
+        else:
+            values[name] = _checked(mapping[name], hint, f"{where}{name}")
+    return kind(**values)
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    """Return a value that is of its type, a list as the tuple it means."""
+    from beartype.door import is_bearable
+
+    value = tuple(value) if isinstance(value, list) else value
+    if hint is float:
+        value = _number(value)
+    elif get_origin(hint) is tuple and get_args(hint)[0] is float and isinstance(value, tuple):
+        value = tuple(map(_number, value))
+    lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
+    if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
+        raise FieldError(f"field {name} must be {_said(hint)}; got {value!r}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    """Return what can only mean a float as one: YAML reads 1e-3, without a point, as a string."""
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _said(hint: Any) -> str:
+    """Return a type as a user would say it."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_said(part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_said(get_args(hint)[0])}"
+    if hint is type(None):
+        return "null"
+    return str(getattr(hint, "__name__", hint))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of a configuration.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no mapping.
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    try:
+        read = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(read, Mapping):
+        raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
+    return dict(read)
+
+
+def command_of(path: str | Path) -> str:
+    """Return the command that wrote a configuration, as its first line says."""
+    return Path(path).read_text().split()[2]
+
+
+def write_config(path: str | Path, config: Any, command: str) -> None:
+    """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    path = Path(path)
+    head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
+    temporary.replace(path)

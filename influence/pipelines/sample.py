@@ -1,0 +1,84 @@
+"""Run chains around trained weights, and keep what the other commands of sampling read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from influence.pipelines.chains import (
+    ChainConfig,
+    Chains,
+    Felt,
+    FeltConfig,
+    Pace,
+    PaceConfig,
+    Sampling,
+    no_data,
+    no_model,
+)
+from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.llc import estimates, table_of
+from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.planning import size
+from influence.pipelines.sampled import RESULT, Samples, sampled
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Run chains around the trained weights, and keep what observables do along them.
+
+    influence sample --model gpt2 --dataset corpus.jsonl --observables code=code.jsonl prose=prose.jsonl --run runs/s
+
+    Then influence llc, bif and susceptibilities --run runs/s read it, as often as you like. A run that was killed goes
+    on when the same is typed again; torchrun shares its chains out among processes, and none of this changes a chain.
+
+    Attributes:
+        run: the run directory; run.h5 in it is the result, which netCDF-4 readers understand.
+        model: the model.
+        data: the data that chains are trained on.
+        observables: what is measured at every draw: name=dataset, or a word for the data themselves.
+        observed: use the first so many examples of each observable.
+        restrictions: which weights move, with chains for each: full, embed, unembed, l0, 'l0 attn', 'l0 mlp', l0h1,
+            l0g0, names and globs of parameters; a plus joins them: l0h0+l0h1.
+        chains: the chains.
+        loss: the loss.
+        pace: how they are run.
+    """
+
+    run: Run
+    model: Model = field(default_factory=no_model)
+    data: Data = field(default_factory=no_data)
+    observables: tuple[str, ...] = ()
+    observed: int = 64
+    restrictions: tuple[str, ...] = ("full",)
+    chains: Chains = field(default_factory=ChainConfig)
+    loss: Felt = field(default_factory=FeltConfig)
+    pace: Pace = field(default_factory=PaceConfig)
+
+
+def run(config: SampleConfig, say: Say = quiet) -> Outcome:
+    """Sample.
+
+    Args:
+        config: the run.
+        say: where its lines go.
+
+    Returns:
+        What was sampled, and its LLC.
+    """
+    c = config
+    what = Sampling(c.run, c.model, c.data, c.chains, c.loss, c.pace, c.observables, c.observed, c.restrictions)
+    samples = sampled("sample", config, what, say)
+    return outcome(samples) if isinstance(samples, Samples) else samples
+
+
+def outcome(samples: Samples) -> Outcome:
+    """Return what there is to say of finished chains."""
+    found = estimates(samples, "paired")
+    named = ", ".join(f"{name} ({n:,} examples)" for name, n in samples.facts["observables"].items())
+    steps, burn_in = samples.facts["steps"], samples.facts["burn_in"]
+    several = next(iter(samples.runs.values())).loss.shape[0]
+    text = (
+        f"{several} chains of {steps:,} steps, {burn_in:,} of them burn-in; observables: "
+        f"{named or 'none'}\n{table_of(found)}\n{Path(samples.directory) / RESULT}: "
+        f"{size((samples.directory / RESULT).stat().st_size)}"
+    )
+    return Outcome(str(samples.directory), samples.facts, text)

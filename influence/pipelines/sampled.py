@@ -1,0 +1,294 @@
+"""A run directory of chains: planned, shared out among ranks, resumed, joined, and read again."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from influence import sgmcmc
+from influence.index.lock import Lock
+from influence.pipelines.chains import Sampling
+from influence.pipelines.configs import ModelConfig
+from influence.pipelines.loading import load_tokenizer
+from influence.pipelines.outcome import Outcome, Say
+from influence.pipelines.plain import from_mapping, read_config, write_config
+from influence.pipelines.planning import duration, size
+from influence.pipelines.posterior import Posterior, posterior
+from influence.pipelines.ranks import Ranks, ranks
+from influence.sgmcmc import Run, chains, joining, llc, observe, planning, sampling, traces
+from influence.sgmcmc.plan import Plan
+
+RESULT, CONFIG, SHARE = "run.h5", "config.yaml", "chains-*-*"
+
+
+class Samples(NamedTuple):
+    """Finished chains.
+
+    Attributes:
+        directory: where they are.
+        runs: by restriction, or by point of a grid.
+        facts: of the sampling, for machines.
+    """
+
+    directory: Path
+    runs: Mapping[str, Run]
+    facts: Mapping[str, Any]
+
+
+def sampled(command: str, config: Any, what: Sampling, say: Say) -> Samples | Outcome:
+    """Sample, or go on, or read what is finished.
+
+    Args:
+        command: who asks.
+        config: its configuration, which is written down.
+        what: what is to be sampled.
+        say: where its lines go.
+
+    Returns:
+        The samples; the outcome of a dry run.
+
+    Raises:
+        FileNotFoundError: if there is neither a model nor a finished run.
+        ValueError: if the directory holds another run, naming the field and both values.
+    """
+    directory = Path(what.run)
+    if not what.model.model:
+        return read_samples(directory)
+    if not what.data.dataset:
+        raise ValueError("no dataset: chains need the data they are trained on; pass --dataset")
+    _check_foreign(directory)
+    made = posterior(what)
+    masks, lr, localization, groups = _groups(what, made)
+    target = sampling.target_of(
+        made.loss_fn, made.params, made.source, made.n_beta, localization, what.chains.weight_decay, masks, made.options
+    )
+
+    def planned(numbers: list[int] | None) -> Plan:
+        options = replace(made.options, chains=numbers)
+        options.check()
+        return planning.make_plan(
+            target, made.params, made.source, made.observables, lr, groups, what.chains.seed, options
+        )
+
+    with ranks() as place:
+        _check_ranks(what, place)
+        plan = planned(None)
+        told = _told(command, directory, plan, made, place.world)
+        if place.first:
+            say(told.text)
+        if what.pace.dry_run:
+            return told._replace(text="")
+        with _directory(command, config, directory, what.pace.overwrite, place):
+            shares = _shares(directory, what, place)
+            for begin, end in shares[place.rank :: place.world]:
+                folder = directory / f"chains-{begin}-{end}"
+                own = plan if end - begin == what.chains.num_chains else planned([*range(begin, end)])
+                with _readable():
+                    sampling.execute(own, made.params, folder, _shown(what, place), place.check)
+            place.barrier()
+            if place.first and shares:
+                _finish(directory)
+            elif place.first:
+                with _readable():
+                    traces.read_planned(directory, plan)
+            place.barrier()
+        return read_samples(directory)
+
+
+def tokenizer_of(what: Sampling) -> Any:
+    """Return the tokenizer of a run's model, to say what its tokens are; `None` where there is none."""
+    model = what.model
+    if not model.model:
+        stored = read_config(Path(what.run) / CONFIG) if (Path(what.run) / CONFIG).is_file() else {}
+        if "model" not in stored:
+            return None
+        model = from_mapping(ModelConfig, stored["model"], "model.")
+    return load_tokenizer(model)
+
+
+def read_samples(directory: Path) -> Samples:
+    """Read finished chains.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    if not (directory / RESULT).is_file():
+        raise FileNotFoundError(
+            f"{directory} has no finished chains ({RESULT}): pass --model and --dataset to sample, or --run of a "
+            "finished run of influence sample"
+        )
+    found = sgmcmc.load(directory)
+    runs = {str(found.facts.get("restriction", "full")): found} if isinstance(found, Run) else found
+    if not runs:
+        raise sgmcmc.DivergedError(f"every chain in {directory} diverged: lower --lr, or raise --localization")
+    some = next(iter(runs.values()))
+    facts = {
+        "run": str(directory),
+        "runs": {
+            name: {
+                **{key: run.facts.get(key) for key in ("lr", "n_beta", "localization", "weight_decay", "restriction")},
+                "chains": list(run.chains),
+                "dropped": run.facts.get("dropped", []),
+            }
+            for name, run in runs.items()
+        },
+        "steps": some.loss.shape[1],
+        "burn_in": some.burn_in,
+        "observables": {name: o.anchor.shape[0] for name, o in some.observables.items()},
+    }
+    return Samples(directory, runs, facts)
+
+
+def _check_foreign(directory: Path) -> None:
+    if (directory / "run.json").exists():
+        raise FileExistsError(f"{directory} holds a run of another kind (run.json): choose another --run")
+
+
+def _groups(what: Sampling, made: Posterior) -> tuple[Any, Any, Any, dict[str, dict[str, Any]]]:
+    """Return masks, step sizes, localizations and the groups of chains: restrictions, or a grid's points."""
+    if what.lrs or what.localizations:
+        lrs, pulls = what.lrs or (what.chains.lr,), what.localizations or (what.chains.localization,)
+        if len(what.restrictions) > 1:
+            raise ValueError("a grid is run under one restriction: pass one of --restrictions, or leave --lrs out")
+        masks, _ = sampling.together(made.loss_fn, made.params, _wanted(what))
+        steps, localizations, groups = llc.grid(lrs, pulls)
+        return masks, steps, localizations, groups
+    masks, groups = sampling.together(made.loss_fn, made.params, _wanted(what))
+    return masks, what.chains.lr, what.chains.localization, groups
+
+
+def _wanted(what: Sampling) -> dict[str, list[str] | str]:
+    """Return restrictions by name; words joined by a plus are a union."""
+    twice = [word for word in what.restrictions if what.restrictions.count(word) > 1]
+    if twice:
+        raise ValueError(f"--restrictions has {twice[0]!r} twice")
+    return {word: [part.strip() for part in word.split("+")] if "+" in word else word for word in what.restrictions}
+
+
+def _check_ranks(what: Sampling, place: Ranks) -> None:
+    if place.world > 1 and what.chains.on_divergence == "prefix":
+        raise ValueError(
+            "--on-divergence prefix stops every chain where one diverges, and chains of another process cannot be "
+            "stopped: pass --on-divergence drop, or start one process"
+        )
+
+
+def _told(command: str, directory: Path, plan: Plan, made: Posterior, world: int) -> Outcome:
+    """Return the plan in words and as facts, with the time it will take, measured on one step."""
+    seconds = _seconds(plan, made) / min(world, made.options.num_chains)
+    lines = [*str(plan).splitlines(), *made.notes]
+    head = f"plan: {command} → {directory}: about {duration(seconds)}"
+    head += f" on {world} ranks" if world > 1 else ""
+    facts = {
+        "run": str(directory),
+        "seconds": seconds,
+        "bytes": plan.bytes(),
+        "chains": len(plan.replicas),
+        "steps": plan.steps,
+        "n_beta": made.n_beta,
+        "groups": {name: dict(said) for name, said in plan.groups.items()},
+        "keep": plan.keep,
+        "observables": {w.name: len(w.rows) for w in plan.watched},
+    }
+    text = "\n".join([f"{head}; disk {size(plan.bytes())}", *(f"      {line}" for line in lines)])
+    return Outcome(str(directory), facts, text)
+
+
+def _seconds(plan: Plan, made: Posterior) -> float:
+    """Return how long a run takes: a step of the first chunk and a draw, timed once they are warm."""
+    chunk, taken = plan.chunks[0], 0.0
+    whose = 1 if plan.shared or plan.source is None else len(chunk.replicas)
+    batches = [made.source.fetch(torch.arange(plan.batch)) for _ in range(whose)]
+    state = chains.first_state(plan.sampler, made.params, chunk, plan.seed)
+    for _ in range(2):
+        began = time.perf_counter()
+        noise = chains.noise_of(plan.sampler, chunk, plan.seed, 1)
+        chains.step(plan.sampler, chunk, state, batches, noise)
+        taken = (time.perf_counter() - began) * plan.steps
+        began = time.perf_counter()
+        for watched in plan.watched:
+            observe.draw(plan.sampler.target, chunk, state.params, watched)
+        taken += (time.perf_counter() - began) * plan.draws
+    return taken * len(plan.replicas) / len(chunk.replicas)
+
+
+@contextlib.contextmanager
+def _directory(command: str, config: Any, directory: Path, overwrite: bool, place: Ranks) -> Iterator[None]:
+    """Hold the directory's lock, empty it where that is asked for, and write down what is run."""
+    with contextlib.ExitStack() as stack:
+        if place.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(Lock(directory))
+            if overwrite:
+                for name in (RESULT, CONFIG):
+                    (directory / name).unlink(missing_ok=True)
+                for folder in directory.glob(SHARE):
+                    shutil.rmtree(folder)
+            if not (directory / CONFIG).is_file():
+                kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
+                write_config(directory / CONFIG, kept, command)
+        place.barrier()
+        yield
+
+
+def _shares(directory: Path, what: Sampling, place: Ranks) -> list[list[int]]:
+    """Return which chains are run together: what an unfinished run decided, or a share for every rank.
+
+    So the run can be resumed by any number of processes.
+    """
+    count = what.chains.num_chains
+
+    def decided() -> list[list[int]]:
+        if (directory / RESULT).is_file():
+            return []
+        there = sorted([int(x) for x in path.name.split("-")[1:]] for path in directory.glob(SHARE))
+        if there and [n for begin, end in there for n in range(begin, end)] == [*range(count)]:
+            return there
+        if any((directory / f"chains-{begin}-{end}" / "state.h5").is_file() for begin, end in there):
+            raise ValueError(
+                f"{directory} holds an unfinished run of other chains ({there}), and this one has {count}: pass the "
+                "same --num-chains, --overwrite, or another --run"
+            )
+        shares = min(place.world, count)
+        edges = [count * k // shares for k in range(shares + 1)]
+        cut = [[begin, end] for begin, end in pairwise(edges)]
+        for folder in directory.glob(SHARE):
+            shutil.rmtree(folder)
+        for begin, end in cut:
+            (directory / f"chains-{begin}-{end}").mkdir()
+        return cut
+
+    return place.once(decided)
+
+
+def _finish(directory: Path) -> None:
+    """Join the shares into the run, and remove them."""
+    parts = sorted(directory.glob(SHARE), key=lambda path: int(path.name.split("-")[1]))
+    joining.join_folders(parts, directory)
+    for folder in parts:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Say in the words of the command line that a folder holds another run."""
+    try:
+        yield
+    except sgmcmc.DivergedError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("Delete the folder, or pass another output_path", "Pass --overwrite, or another --run")
+        ) from error
+
+
+def _shown(what: Sampling, place: Ranks) -> bool:
+    asked = what.pace.progress
+    return place.first and (sys.stderr.isatty() if asked is None else asked)

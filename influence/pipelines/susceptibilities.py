@@ -1,0 +1,185 @@
+"""Susceptibilities: how each part of a network answers to each token."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from influence import viz
+from influence.pipelines.chains import (
+    ChainConfig,
+    Chains,
+    Felt,
+    FeltConfig,
+    Pace,
+    PaceConfig,
+    Sampling,
+    no_data,
+    no_model,
+)
+from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.sampled import Samples, sampled, tokenizer_of
+from influence.pipelines.words import Example, examples, words_of
+from influence.sgmcmc import susceptibility
+from influence.sgmcmc.susceptibility import Susceptibility
+
+
+@dataclass(frozen=True)
+class SusceptibilitiesConfig:
+    r"""Susceptibilities: the covariance of a component's excess loss on a task with each token's loss.
+
+    influence susceptibilities --model gpt2 --dataset corpus.jsonl --observables task=corpus.jsonl code=code.jsonl \
+        --restrictions l0h0 l0h1 l1h0 l1h1 --run runs/chi --plot chi.png
+
+    For every restriction chains are run in which only it moves, and chains in which all weights do. Negative: the
+    component expresses the token; positive: it suppresses it.
+
+    Attributes:
+        run: the run directory; of a finished run with full among its restrictions, it is read, and needs no model.
+        model: the model.
+        data: the data that chains are trained on.
+        observables: what is measured at every draw: name=dataset, or a word for the data themselves.
+        observed: use the first so many examples of each observable.
+        restrictions: the components: l0, 'l0 attn', 'l0 mlp', l0h1, l0g0, embed, unembed, names and globs of
+            parameters; a plus joins them. full is always there.
+        sampling_task: the observable whose loss is the task's; default the first.
+        probes: observables whose tokens are probed; default all.
+        sign: multiplies the result.
+        scale: multiplies it too; the theory has n_beta there.
+        top_k: tokens that are shown at either end, for each restriction.
+        save: write every token's susceptibilities and their errors to this .csv file.
+        plot: draw tokens in the plane of the first two principal components into this file (.png, .pdf, .svg).
+        chains: the chains.
+        loss: the loss.
+        pace: how they are run.
+    """
+
+    run: Run
+    model: Model = field(default_factory=no_model)
+    data: Data = field(default_factory=no_data)
+    observables: tuple[str, ...] = ("data",)
+    observed: int = 64
+    restrictions: tuple[str, ...] = ()
+    sampling_task: str | None = None
+    probes: tuple[str, ...] = ()
+    sign: Literal[1, -1] = 1
+    scale: float = 1.0
+    top_k: int = 4
+    save: str | None = None
+    plot: str | None = None
+    chains: Chains = field(default_factory=ChainConfig)
+    loss: Felt = field(default_factory=FeltConfig)
+    pace: Pace = field(default_factory=PaceConfig)
+
+
+def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
+    """Sample if need be, and probe the tokens.
+
+    Args:
+        config: the run.
+        say: where its lines go.
+
+    Returns:
+        A summary of every restriction.
+    """
+    _check(config)
+    c = config
+    chains = replace(c.chains, keep="moments") if c.chains.keep == "auto" else c.chains
+    words = ("full", *(word for word in c.restrictions if word != "full"))
+    what = Sampling(c.run, c.model, c.data, chains, c.loss, c.pace, c.observables, c.observed, words)
+    samples = sampled("susceptibilities", config, what, say)
+    if isinstance(samples, Outcome):
+        return samples
+    return outcome(config, samples, examples_of(samples, words_of(tokenizer_of(what))))
+
+
+def examples_of(samples: Samples, words: Any) -> dict[str, list[Example]]:
+    """Return what the examples of every observable say."""
+    whole = next(iter(samples.runs.values()))
+    return {name: examples(whole, [name], words) for name in whole.observables}
+
+
+def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str, list[Example]]) -> Outcome:
+    """Return the susceptibilities of finished chains."""
+    c = config
+    if not said:
+        raise ValueError(
+            f"{samples.directory} has no observables, whose tokens may be probed: sample with --observables"
+        )
+    task = c.sampling_task or next(iter(said))
+    for name in (task, *c.probes):
+        if name not in said:
+            raise ValueError(f"there is no observable {name!r}; there are {', '.join(said)}")
+    found = susceptibility.estimate(samples.runs, task, c.probes or None, sign=c.sign, scale=c.scale)
+    names = list(next(iter(found.values())).restrictions)
+    matrix = torch.cat([each.matrix() for each in found.values()])
+    errors = torch.cat([each.stderr[each.labelled] for each in found.values()])
+    tokens = [word for name in found for example in said[name] for word in example.tokens]
+    groups = [name for name in found for example in said[name] for _ in example.tokens]
+    summary: list[list[Any]] = []
+    facts: dict[str, Any] = {**samples.facts, "sampling_task": task, "tokens": len(tokens), "restrictions": {}}
+    for k, name in enumerate(names):
+        column = matrix[:, k]
+        order = column.argsort()
+        low, high = order[: c.top_k].tolist(), order.flip(0)[: c.top_k].tolist()
+        clear = float((column.abs() > 2 * errors[:, k]).double().mean())
+        unclear = bool(errors[:, k].isnan().any())
+        facts["restrictions"][name] = {
+            "mean": float(column.mean()),
+            "mean_absolute": float(column.abs().mean()),
+            "mean_stderr": None if unclear else float(errors[:, k].mean()),
+            "clear": None if unclear else clear,
+            "expresses": [{"token": tokens[i], "value": float(column[i])} for i in low],
+            "suppresses": [{"token": tokens[i], "value": float(column[i])} for i in high],
+        }
+        summary.append(
+            [
+                name,
+                float(column.abs().mean()),
+                "" if unclear else f"{100 * clear:.0f} %",
+                " ".join(f"{tokens[i].strip()!r}" for i in low),
+                " ".join(f"{tokens[i].strip()!r}" for i in high),
+            ]
+        )
+    head = ["restriction", "mean |χ|", "beyond 2 s.e.", "expresses most", "suppresses most"]
+    text = f"{len(tokens):,} tokens, the loss on {task!r} as the task\n{table(head, summary)}"
+    if c.save is not None:
+        _save(c.save, found, said)
+        text += f"\n{c.save}"
+    if c.plot is not None:
+        viz.save(viz.susceptibility_plane(matrix, names, tokens, groups if len(found) > 1 else ()), c.plot)
+        text += f"\n{c.plot}"
+    return Outcome(c.run, facts, text)
+
+
+def _save(path: str, found: Mapping[str, Susceptibility], said: Mapping[str, list[Example]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    names = list(next(iter(found.values())).restrictions)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["observable", "index", "position", "token", *names, *(f"{name} s.e." for name in names)])
+        for name, each in found.items():
+            for row, example in enumerate(said[name]):
+                for position, token in zip(example.labelled, example.tokens, strict=True):
+                    values = [*each.value[row, position].tolist(), *each.stderr[row, position].tolist()]
+                    writer.writerow([name, example.number, position, token, *values])
+
+
+def _check(config: SusceptibilitiesConfig) -> None:
+    """Refuse what does not fit, before the chains are run."""
+    if config.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1; got {config.top_k}")
+    if config.plot is not None:
+        viz.check(config.plot)
+    if config.save is not None and Path(config.save).suffix != ".csv":
+        raise ValueError(f"--save writes .csv files; got {config.save}")
+    if config.model.model and not {*config.restrictions} - {"full"}:
+        raise ValueError("there is no component to probe: pass --restrictions, such as l0h0 l0h1 or 'l0 attn' 'l0 mlp'")
+    known = [word.partition("=")[0] for word in config.observables]
+    asked = [name for name in (config.sampling_task, *config.probes) if name is not None and name not in known]
+    if config.model.model and asked:
+        raise ValueError(f"there is no observable {asked[0]!r}; --observables has {', '.join(known)}")

@@ -1,0 +1,137 @@
+"""From a target, data and options to a plan: everything about a run is decided here, once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from influence.func.fingerprint import fingerprint, weights_hash
+from influence.sgmcmc import baselines, chains, drive, observe
+from influence.sgmcmc.chains import Chunk, Replica
+from influence.sgmcmc.langevin import Sampler
+from influence.sgmcmc.options import Options
+from influence.sgmcmc.order import Data, Source, check_size, source_of
+from influence.sgmcmc.plan import Plan
+from influence.sgmcmc.target import Hyper, Target
+from influence.types import Params
+
+
+def make_plan(
+    target: Target,
+    params: Params,
+    dataset: Data | None,
+    observables: Mapping[str, Any] | None,
+    lr: Hyper,
+    groups: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    options: Options,
+) -> Plan:
+    """Decide everything about a run; `print(plan)` says it."""
+    options.check()
+    source = None if dataset is None else source_of(dataset)
+    batch = 0 if source is None else check_size(source, options.batch_size)
+    shared = options.shared_batches or source is None or batch == source.size
+    sampler = options.sampler(target, lr=lr)
+    replicas = [Replica(g, c) for g in range(len(groups)) for c in options.numbers]
+    steps = options.num_burnin_steps + options.num_draws * options.num_steps_bw_draws
+    baseline, kind = baselines.build(
+        target, source, options.baseline, batch, steps * (1 if shared else options.num_chains)
+    )
+    evaluated = options.observable_batch or options.batch_size or 32
+    watched = observe.watch(target, observables or {}, evaluated, seed)
+    examples = sum(len(w.rows) for w in watched)
+    keep = options.keep
+    if keep == "auto":
+        keep = "pairs" if 0 < 2 * examples < options.num_draws else "sequences"
+    chunks, notes = _chunks(sampler, params, source, replicas, options, shared, batch, seed)
+    own = {name: {**said, **drive.hyper_facts(target, lr, g)} for g, (name, said) in enumerate(groups.items())}
+    return Plan(
+        sampler,
+        source,
+        batch,
+        shared,
+        seed,
+        own,
+        replicas,
+        chunks,
+        options.num_burnin_steps,
+        options.num_draws,
+        options.num_steps_bw_draws,
+        watched,
+        keep,
+        baseline,
+        options.on_divergence,
+        options.checkpoint_every,
+        _facts(target, source, batch, shared, seed, own, options, watched, keep),
+        [f"the anchor's loss of each batch: {kind}", *notes],
+    )
+
+
+def _chunks(
+    sampler: Sampler,
+    params: Params,
+    source: Source | None,
+    replicas: Sequence[Replica],
+    options: Options,
+    shared: bool,
+    batch: int,
+    seed: int,
+) -> tuple[list[Chunk], list[str]]:
+    """Return which chains are stepped together, and why not more."""
+    rows = [torch.arange(batch)] * (1 if shared else 2)
+    batches = [None if source is None else source.fetch(each) for each in rows]
+    size = options.chain_chunk
+    if size is None:
+        moving = sum(p.numel() for p in sampler.target.anchor.values())
+        on_cpu = all(p.device.type == "cpu" for p in sampler.target.anchor.values())
+        size = chains.size_of(moving, batches[0], len(replicas), on_cpu)
+    size = min(size, len(replicas))
+    if size == 1:
+        return chains.cut(replicas, 1), []
+    first = chains.cut(replicas[:2], 2)[0]
+    why = chains.refuses_vmap(sampler, first, chains.first_state(sampler, params, first, seed), batches, seed)
+    if why is None:
+        return chains.cut(replicas, size), []
+    if options.chain_chunk is not None:
+        raise ValueError(f"chain_chunk={size}: this loss cannot be run for several chains at once ({why}); pass 1")
+    return chains.cut(replicas, 1), [f"chains are stepped one by one, since vmap refuses this loss: {why}"]
+
+
+def _facts(
+    target: Target,
+    source: Source | None,
+    batch: int,
+    shared: bool,
+    seed: int,
+    own: Mapping[str, Any],
+    options: Options,
+    watched: Sequence[observe.Watched],
+    keep: str,
+) -> dict[str, Any]:
+    """Return everything that makes a run what it is."""
+    sampler = options.sampler
+    settings = dict(getattr(sampler, "keywords", {}))
+    function = getattr(sampler, "func", sampler)
+    return {
+        "groups": {name: dict(said) for name, said in own.items()},
+        "weights": weights_hash(target.loss_fn, {**target.frozen, **target.anchor}),
+        "masks": fingerprint({**dict.fromkeys(target.anchor, True), **target.mask}),
+        "data": None if source is None else source.identity,
+        "size": None if source is None else source.size,
+        "observables": {w.name: [w.identity, fingerprint(w.rows)] for w in watched},
+        "sampler": f"{function.__module__}.{function.__qualname__}",
+        "sampler_settings": {name: repr(value) for name, value in settings.items()},
+        "batch": batch,
+        "shared_batches": shared,
+        "seed": seed,
+        "num_chains": options.num_chains,
+        "chains": sorted(options.numbers),
+        "num_draws": options.num_draws,
+        "num_burnin_steps": options.num_burnin_steps,
+        "num_steps_bw_draws": options.num_steps_bw_draws,
+        "control_variate": options.control_variate,
+        "accumulate": options.accumulate,
+        "init_noise": options.init_noise,
+        "keep": keep,
+        "on_divergence": options.on_divergence,
+    }
