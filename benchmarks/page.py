@@ -69,7 +69,8 @@ def section(name: str, run: Mapping[str, Any]) -> str:
     memory = machine["memory_bytes"] / 2**30
     facts = [f"{machine['processor']} ({machine['capability']}), {machine['cores']} cores, {memory:.0f} GiB"]
     if settings:
-        facts.append(f"{settings['threads']} threads, {settings['rounds']} rounds, {settings['clock']} time")
+        clock = f", {settings['clock']} time" if "clock" in settings else ""
+        facts.append(f"{settings['threads']} threads, {settings['rounds']} rounds{clock}")
     versions = {key: value for key, value in run.get("versions", {}).items() if key not in ("influence", "numpy")}
     facts += [f"{package} {version}" for package, version in versions.items()]
     facts.append(f"load {machine['load'][0]:.1f} before")
@@ -178,11 +179,32 @@ def known(run: Mapping[str, Any]) -> str:
     return grid(["family", "widths", "rank", "closed form", "LLC", "error", "verdict"], rows)
 
 
+def indexed(run: Mapping[str, Any]) -> str:
+    """Return what searching and writing take, what building adds, and both beside Bergson's."""
+    lines = [[f["name"], f"{1e3 * f['p50']:.1f}", f"{1e3 * f['p99']:.1f}", number(f["over"])] for f in run["lines"]]
+    parts = [grid(["variant, queries", "p50 ms", "p99 ms", "÷ bare"], lines)]
+    speeds = [[name, ratio(value)] for name, value in run["building"]["of_bare"].items()]
+    parts.append(grid(["building", "speed ÷ bare collection's"], speeds))
+    if "beside bergson" in run:
+        both = run["beside bergson"]
+        rows = [
+            [name, f"{1e3 * sorted(seconds)[len(seconds) // 2]:,.1f}", over]
+            for line in both["lines"]
+            for name, seconds, over in line["rows"]
+        ]
+        parts.append(
+            f"Beside Bergson, {both['documents']:,} documents, whole processes; processor time of one thread:\n"
+        )
+        parts.append(grid(["variant, queries", "ms", "÷ bergson's"], rows))
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "collect": collected,
     "curvature": lambda run: variants(run["variants"]),
     "training": trained,
     "sgmcmc": sampled,
     "coefficients": known,
+    "index": indexed,
 }
 """How a benchmark's run is shown; one without an entry shows its targets alone."""

@@ -241,7 +241,7 @@ def run(
     ]
     print(f"\n{report.table(['variant, queries', 'p50 ms', 'p99 ms', 'over bare'], cells)}")
     return {
-        "benchmark": "search",
+        "benchmark": "index",
         "machine": measure.machine(),
         "versions": measure.versions("torch", "faiss-cpu", "h5py", "influence"),
         "settings": {"rows": rows, "dim": dim, "rounds": rounds, "threads": threads, "quick": quick, "k": K},
