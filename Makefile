@@ -7,7 +7,7 @@ TORCH = $(shell grep '^torch==' $(LOCK))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests compile-tests doctests docs bench-peers bench clean
+.PHONY: help demo test lint types tests compile-tests doctests notebooks docs bench-peers bench clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -40,6 +40,13 @@ compile-tests: .venv/.installed ## the tests of torch.compile, in a process with
 
 doctests: .venv/.installed ## the examples in docstrings
 	$(BIN)/pytest -q -o addopts= --doctest-modules influence
+
+notebooks: .venv/.notebooks ## the notebooks, each executed within two minutes; with their outputs in build/notebooks
+	$(BIN)/python notebooks/execute.py
+
+.venv/.notebooks: .venv/.installed requirements/notebooks.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/notebooks.txt
+	touch $@
 
 docs: .venv-docs/.installed ## the documentation, in build/site: a warning or a dead link is an error
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
