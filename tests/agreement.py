@@ -58,6 +58,8 @@ class Group(NamedTuple):
     def chi_square(self) -> tuple[float, int]:
         """Return `zᵀ R⁻¹ z` of the counted rows, and how many they are."""
         z = torch.tensor([row.off for row in self.rows if row.counted], dtype=torch.float64)
+        if not len(z):
+            return 0.0, 0
         whitened = z if self.correlation is None else torch.linalg.solve(self.correlation, z)
         return float(z @ whitened), len(z)
 
@@ -66,12 +68,17 @@ class Group(NamedTuple):
         value, count = self.chi_square()
         return survival(value, count) if count else float("nan")
 
+    @property
+    def plausible(self) -> bool:
+        """Whether the χ² is neither too large nor too small for errors so large."""
+        return not self.chi_square()[1] or RARE <= self.chance() <= 1 - RARE
+
     def faults(self) -> list[str]:
-        """Return what is wrong: rows that are off, and a χ² too large, or too small for errors so large."""
+        """Return what is wrong: rows that are off, and a χ² that is not plausible."""
         found = [f"{row.name}: {row.measured!r} for {row.oracle!r} ± {row.error!r}" for row in self.rows]
         found = [text for text, row in zip(found, self.rows, strict=True) if not row.agrees]
-        value, count = self.chi_square()
-        if count and not RARE <= self.chance() <= 1 - RARE:
+        if not self.plausible:
+            value, count = self.chi_square()
             found.append(f"χ² = {value:.2f} of {count}, which has a chance of {self.chance():.2g}")
         return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from influence import functionalize, sgmcmc
 from influence.sgmcmc import drive, llc, mala, planning, sghmc, traces
+from tests.agreement import Group, check, exact, worst
 from tests.cases import LLAMA, VOCAB, hf
 
 F64 = torch.float64
@@ -54,20 +55,28 @@ def same(a: sgmcmc.Run, b: sgmcmc.Run, tolerance: float = 0.0) -> None:
             assert torch.equal(x, two[name]), name
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_chain_is_the_same_whatever_runs_beside_it(shared: bool) -> None:
+def company(shared: bool) -> Group:
     """53 steps: together, in chunks that do not divide, alone, or as the third of a run of others."""
     loss_fn, params, data = classifier()
     settings = {**SETTINGS, "shared_batches": shared}
     observed = {"train": data, "some": (data, 2)}
+    measured = lambda run: traces.pack(run, "")[0]  # noqa: E731
     together = sgmcmc.sample(loss_fn, params, data, observed, **settings, num_chains=3)
+    name = f"chains, {'shared' if shared else 'own'} batches"
+    rows = []
     for chunk in (1, 2):
         alone = sgmcmc.sample(loss_fn, params, data, observed, **settings, num_chains=3, chain_chunk=chunk)
-        same(together, alone, 1e-10)
+        rows.append(worst(f"{name}, {chunk} at a time", measured(together), measured(alone), 1e-10, 1e-10))
     fewer = sgmcmc.sample(loss_fn, params, data, observed, **settings, num_chains=1)
-    same(together.keep([0]), fewer, 1e-10)
+    rows.append(worst(f"{name}, one alone", measured(together.keep([0])), measured(fewer), 1e-10, 1e-10))
     assert not torch.equal(together.loss[0], together.loss[1])
     assert torch.equal(together.baseline[0], together.baseline[1]) == shared
+    return Group(rows)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_chain_is_the_same_whatever_runs_beside_it(shared: bool) -> None:
+    check(company(shared))
 
 
 def test_restrictions_together_are_restrictions_alone() -> None:
@@ -93,14 +102,23 @@ def test_a_grid_is_its_points() -> None:
     assert str(grid).count("±") == 4
 
 
-def test_nothing_global_and_nothing_of_the_callers_changes() -> None:
+def global_state() -> Group:
+    """What a run changes outside itself."""
     loss_fn, params, data = classifier()
     before = {name: p.clone() for name, p in params.items()}
     state = torch.get_rng_state()
     sgmcmc.sample(loss_fn, params, data, {"all": data}, **SETTINGS)
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(p, params[name]) for name, p in before.items())
     assert list(data) == ["input", "labels"]
+    return Group(
+        [
+            exact("bytes of torch's generator that changed", 0, (state != torch.get_rng_state()).sum(), 0.0),
+            worst("the caller's parameters", before, params, 0.0, 0.0),
+        ]
+    )
+
+
+def test_nothing_global_and_nothing_of_the_callers_changes() -> None:
+    check(global_state())
 
 
 def test_baselines_agree_and_each_epoch_is_a_new_order() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from influence import sgmcmc
 from influence.sgmcmc import adam_sgld, leimkuhler_matthews, mala, rmsprop_sgld, sghmc, sgld, sgnht
 from influence.sgmcmc.metrics import NAMES
+from tests.agreement import Group, Row, check, exact, worst
 
 F64 = torch.float64
 SAMPLERS: dict[str, Callable[..., sgmcmc.Sampler]] = {
@@ -50,37 +51,54 @@ def by_hand(params: dict[str, Tensor], batch: Tensor) -> dict[str, Tensor]:
     return dict(zip(leaves, found, strict=True))
 
 
-def test_sgld_step_is_its_formula_exactly() -> None:
+def sgld_step() -> Group:
+    """With the noise injected."""
     params, batch = setup()
     w, lr, nb, gamma, decay = moved(params), 0.01, 7.0, 3.0, 0.5
     target = sgmcmc.local_posterior(curved, params, nb, gamma, decay)
     sampler = sgld.build(target, lr)
     noise = sampler.noise(1, 2, 3)
     state, info = sampler.step(sampler.init(w, sampler.noise(1, 2, 0)), batch, noise)
+    rows = []
     for name, g in by_hand(w, batch).items():
         d = nb * g + gamma * (w[name] - params[name]) + decay * w[name]
         expected = w[name] - lr / 2 * d + sqrt(lr) * noise[name]
-        torch.testing.assert_close(state.params[name], expected, rtol=1e-15, atol=1e-16)
-    torch.testing.assert_close(info.loss, curved(w, batch).mean())
+        rows.append(worst(f"SGLD step, {name}", expected, state.params[name], 1e-15, 1e-16))
+    rows.append(worst("SGLD step, loss", curved(w, batch).mean(), info.loss, 1e-7, 1e-7))
+    return Group(rows)
 
 
-def test_rmsprop_metric_is_the_one_computed_by_hand() -> None:
-    """Both published forms, three gradients: G = 2.5, 2.410792, 2.120305 and .0953079, .1339732, .1610587."""
-    grads = [3.0, 1.0, -2.0]
-    for start, corrected, expected in (
-        (0.0, False, [2.5, 2.410792, 2.120305]),
-        (1.0, True, [0.0953079, 0.1339732, 0.1610587]),
+def test_sgld_step_is_its_formula_exactly() -> None:
+    check(sgld_step())
+
+
+def rmsprop_metric() -> Group:
+    """Both published forms on the gradients 3, 1, -2: V̂ and G = 1/(√V̂ + 0.1), computed by hand."""
+    grads, rows = [3.0, 1.0, -2.0], []
+    for start, corrected, squares, metric in (
+        (0.0, False, [0.09, 0.0991, 0.138109], [2.5, 2.410792, 2.120305]),
+        (1.0, True, [108.0, 54.231156, 37.318878], [0.0953079, 0.1339732, 0.1610587]),
     ):
         w = {"w": torch.zeros(1, dtype=F64)}
         loss = lambda p, g: (p["w"] * g).sum(1)  # noqa: E731
         build = functools.partial(rmsprop_sgld.build, init=start, bias_correction=corrected)
         sampler = build(sgmcmc.local_posterior(loss, w, 1.0), lr=2.0)
-        state, found = sampler.init(w, sampler.noise(0, 0, 0)), []
-        for g in grads:
+        state = sampler.init(w, sampler.noise(0, 0, 0))
+        form = "corrected" if corrected else "plain"
+        for t, g in enumerate(grads):
             before = state.params["w"]
             state, _ = sampler.step(state, torch.full((1, 1), g, dtype=F64), {"w": torch.zeros(1, dtype=F64)})
-            found.append(float((before - state.params["w"]) / g))
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=2e-6, atol=0)
+            v = float(state.aux.second["w"]) / (1 - float(state.aux.power) if corrected else 1)
+            found = (before - state.params["w"]) / g
+            rows += [
+                exact(f"V̂ of RMSprop, {form}, step {t + 1}", squares[t], v, 2e-6 * squares[t]),
+                exact(f"G of RMSprop, {form}, step {t + 1}", metric[t], found, 2e-6 * metric[t]),
+            ]
+    return Group(rows)
+
+
+def test_rmsprop_metric_is_the_one_computed_by_hand() -> None:
+    check(rmsprop_metric())
 
 
 def test_rmsprop_at_alpha_one_and_eps_one_is_sgld() -> None:
@@ -93,7 +111,7 @@ def test_rmsprop_at_alpha_one_and_eps_one_is_sgld() -> None:
     torch.testing.assert_close(a.params, b.params, rtol=1e-14, atol=1e-15)
 
 
-def test_adam_step_is_its_formula() -> None:
+def adam_step() -> Row:
     params, batch = setup()
     target = sgmcmc.local_posterior(curved, params, 4.0, 3.0)
     sampler = adam_sgld.build(target, 0.02, beta1=0.8, beta2=0.95, eps=0.2)
@@ -111,10 +129,10 @@ def test_adam_step_is_its_formula() -> None:
             pull = 4.0 * m[name] / (1 - 0.8 ** (t + 1)) + 3.0 * (w[name] - params[name])
             w[name] = w[name] - 0.01 * scale * pull + sqrt(0.02) * scale.sqrt() * noise[name]
         state, _ = sampler.step(state, batch, noise)
-    torch.testing.assert_close(state.params, w, rtol=1e-13, atol=1e-14)
+    return worst("AdamSGLD, 3 steps", w, state.params, 1e-13, 1e-14)
 
 
-def test_leimkuhler_matthews_step_is_its_formula() -> None:
+def leimkuhler_matthews_step() -> Row:
     """It uses the mean of two neighbouring noises, so a sampler that forgets the last one is not it."""
     params, batch = setup()
     sampler = leimkuhler_matthews.build(sgmcmc.local_posterior(curved, params, 4.0, 3.0), 0.02)
@@ -126,13 +144,14 @@ def test_leimkuhler_matthews_step_is_its_formula() -> None:
             d = 4 * g + 3 * (w[name] - params[name])
             w[name] = w[name] - 0.01 * d + sqrt(0.02) / 2 * (old[name] + new[name])
         state, _ = sampler.step(state, batch, new)
-    torch.testing.assert_close(state.params, w, rtol=1e-14, atol=1e-15)
+    return worst("Leimkuhler-Matthews, 2 steps", w, state.params, 1e-14, 1e-15)
 
 
-def test_hamiltonian_steps_are_their_formulas() -> None:
+def hamiltonian_steps() -> list[Row]:
     """The peer's SGNHT never moves its momenta, and its test compares it with itself."""
     params, batch = setup()
     target, lr, a = sgmcmc.local_posterior(curved, params, 4.0, 3.0), 0.01, 0.2
+    rows = []
     for name, sampler in (
         ("sghmc", sghmc.build(target, lr, friction=a)),
         ("sgnht", sgnht.build(target, lr, diffusion=a)),
@@ -149,31 +168,44 @@ def test_hamiltonian_steps_are_their_formulas() -> None:
             w = {key: w[key] + v[key] for key in w}
             xi = xi + sum(float(x.square().sum()) for x in v.values()) / 4 - lr
             state, info = sampler.step(state, batch, noise)
-        torch.testing.assert_close(state.params, w, rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(state.momenta, v, rtol=1e-13, atol=1e-14)
+        rows.append(worst(f"{name.upper()}, 3 steps", w, state.params, 1e-13, 1e-14))
+        rows.append(worst(f"{name.upper()}, 3 steps, momenta", v, state.momenta, 1e-13, 1e-14))
         if name == "sgnht":
-            assert float(state.friction) == pytest.approx(xi, rel=1e-13)
-            assert float(info.terms["friction"]) == pytest.approx(xi, rel=1e-13)
+            rows.append(exact("SGNHT, 3 steps, friction", xi, state.friction, 1e-13 * xi))
+            rows.append(exact("SGNHT, 3 steps, friction that it states", xi, info.terms["friction"], 1e-13 * xi))
+    return rows
 
 
-@pytest.mark.parametrize(
-    ("here", "there", "potentials", "lr", "expected"),
-    [
+def other_steps() -> Group:
+    return Group([adam_step(), leimkuhler_matthews_step(), *hamiltonian_steps()])
+
+
+def test_steps_of_the_other_samplers_are_their_formulas() -> None:
+    check(other_steps())
+
+
+def acceptances() -> Group:
+    """MALA's, published; and of U = |w|²/2 in closed form: e^{-ε|c|²/8} from 0 to c."""
+    rows = []
+    for here, there, potentials, lr, published in (
         ((0.0, 0.0), (1.5, 5.5), (0.0, 16.25), 0.1, 0.6661436),
         ((1.0, 1.0), (1.5, 0.5), (1.0, 1.25), 0.5, 0.9692332),
         ((0.0, 0.0), (10.5, 5.5), (0.0, 70.25), 0.1, 0.17268492),
         ((0.0, 0.0), (10.5, 5.5), (0.0, 70.25), 0.5, 0.00015359),
-    ],
-)
-def test_acceptance_has_the_published_values(
-    here: Any, there: Any, potentials: Any, lr: float, expected: float
-) -> None:
-    a, b = {"w": torch.tensor(here, dtype=F64)}, {"w": torch.tensor(there, dtype=F64)}
-    u, v = (torch.tensor(x, dtype=F64) for x in potentials)
-    found = float(mala.log_acceptance(a, a, u, b, b, v, torch.tensor(lr, dtype=F64)).exp())
-    assert found == pytest.approx(expected, abs=1e-5)  # 0.17269124 was published as 0.17268492
-    if here == (0.0, 0.0):  # U = |w|²/2, a step from 0 to c: e^{-ε|c|²/8}
-        assert found == pytest.approx(exp(-lr * sum(x * x for x in there) / 8), rel=1e-9)
+    ):
+        a, b = {"w": torch.tensor(here, dtype=F64)}, {"w": torch.tensor(there, dtype=F64)}
+        u, v = (torch.tensor(x, dtype=F64) for x in potentials)
+        found = mala.log_acceptance(a, a, u, b, b, v, torch.tensor(lr, dtype=F64)).exp()
+        name = f"acceptance of {here} to {there}, ε={lr}"
+        rows.append(exact(f"{name}, published", published, found, 1e-5))  # 0.17269124 was published as 0.17268492
+        if here == (0.0, 0.0):
+            closed = exp(-lr * sum(x * x for x in there) / 8)
+            rows.append(exact(name, closed, found, 1e-9 * closed))
+    return Group(rows)
+
+
+def test_acceptance_has_the_published_values() -> None:
+    check(acceptances())
 
 
 def test_a_refused_proposal_keeps_the_bits() -> None:
@@ -207,7 +239,7 @@ def test_a_box_in_bfloat16_is_as_wide_as_it_was_asked_for(name: str) -> None:
     assert float(state.params["a"]) == pytest.approx(1.001, abs=1e-6)
 
 
-def test_a_step_without_noise_is_gradient_descent() -> None:
+def descent() -> Group:
     """w - ε/2 ∇(nβ L + γ/2 |w - w*|² + λ/2 |w|²)."""
     params, batch = setup()
     w = moved(params)
@@ -218,13 +250,17 @@ def test_a_step_without_noise_is_gradient_descent() -> None:
     away = sum((p - params[name]).square().sum() for name, p in leaves.items())
     size = sum(p.square().sum() for p in leaves.values())
     (6 * curved(leaves, batch).mean() + away + size / 4).backward()
-    descent = torch.optim.SGD(leaves.values(), lr=0.01)
-    descent.step()
-    torch.testing.assert_close(state.params, {name: p.detach() for name, p in leaves.items()}, rtol=1e-13, atol=1e-14)
+    torch.optim.SGD(leaves.values(), lr=0.01).step()
+    expected = {name: p.detach() for name, p in leaves.items()}
+    return Group([worst("a step without noise: SGD's", expected, state.params, 1e-13, 1e-14)])
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_masked_entries_keep_their_bits_and_frozen_ones_are_not_there(name: str) -> None:
+def test_a_step_without_noise_is_gradient_descent() -> None:
+    check(descent())
+
+
+def masked_entry(name: str) -> Group:
+    """A masked entry after five steps."""
     params, batch = setup()
     mask = {"a": torch.tensor([True, False, True])}
     sampler = SAMPLERS[name](sgmcmc.local_posterior(curved, params, 6.0, 2.0, mask=mask), 0.01)
@@ -232,8 +268,13 @@ def test_masked_entries_keep_their_bits_and_frozen_ones_are_not_there(name: str)
     for t in range(1, 6):
         state, _ = sampler.step(state, batch, sampler.noise(0, 0, t))
     assert list(state.params) == ["a"]
-    assert state.params["a"][1].equal(params["a"][1])
     assert bool((state.params["a"][[0, 2]] != params["a"][[0, 2]]).all())
+    return Group([exact(f"masked entry, {name}", params["a"][1], state.params["a"][1], 0.0)])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_masked_entries_keep_their_bits_and_frozen_ones_are_not_there(name: str) -> None:
+    check(masked_entry(name))
 
 
 @pytest.mark.parametrize("name", BOXED)
@@ -248,17 +289,22 @@ def test_masked_entries_keep_a_negative_zero_and_their_place_outside_the_box(nam
     assert float(state.params["a"][1]) == 9
 
 
-@pytest.mark.parametrize("name", BOXED)
-def test_the_box_comes_last(name: str) -> None:
-    """Clamped before the noise, an entry would leave its box."""
+def boxed(name: str) -> Group:
+    """The largest way from the anchor, after each of three steps that all want further."""
     params, batch = setup()
     sampler = SAMPLERS[name](sgmcmc.local_posterior(curved, params, 1.0), 0.5, 0.05)
-    state = sampler.init(params, sampler.noise(0, 0, 0))
+    state, rows = sampler.init(params, sampler.noise(0, 0, 0)), []
     for t in range(1, 4):
         state, _ = sampler.step(state, batch, sampler.noise(0, 0, t))
         gaps = torch.cat([(state.params[key] - params[key]).abs().reshape(-1) for key in params])
-        assert float(gaps.max()) <= 0.05 + 1e-12
-    assert float(gaps.max()) > 0.049
+        rows.append(exact(f"way within a box of 0.05, {name}, step {t}", 0.05, gaps.max(), 1e-12))
+    return Group(rows)
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_the_box_comes_last(name: str) -> None:
+    """Clamped before the noise, an entry would leave its box."""
+    check(boxed(name))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
