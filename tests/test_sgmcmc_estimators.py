@@ -434,6 +434,18 @@ def test_susceptibility_is_the_raw_moment_formula() -> None:
     )
 
 
+def test_susceptibilities_where_no_label_is_have_no_error() -> None:
+    """Their value is zero by agreement, and an error of zero would have said that they were measured exactly."""
+    labelled = torch.ones(5, 4, dtype=torch.bool)
+    labelled[0, 2:] = labelled[3, :1] = False
+    runs = {"full": run_of(traces(), labelled), "part": run_of(traces().flip(2), labelled)}
+    found = susceptibility.estimate(runs, "one", sign=-1, scale=2.0)["one"]
+    assert torch.equal(found.stderr.isnan(), ~labelled[..., None].expand(5, 4, 2))
+    assert bool((found.stderr[labelled] > 0).all())
+    assert bool((found.value[~labelled] == 0).all())
+    assert found.matrix().shape == (17, 2)
+
+
 def test_effective_sample_size_of_an_autoregression_is_its_closed_form() -> None:
     source = torch.Generator().manual_seed(0)
     for rho in (0.0, 0.6, 0.9):

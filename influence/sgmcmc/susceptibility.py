@@ -33,7 +33,8 @@ class Susceptibility(NamedTuple):
         value: per position and restriction; zero where no label is.
         covariance: their first term.
         shift: their second.
-        stderr: by deleting a chain at a time; NaN for one chain, or where the two runs lost different ones.
+        stderr: by deleting a chain at a time; NaN where no label is, for one chain, or where the two runs lost
+            different ones.
         restrictions: names along the last axis.
         labelled: which positions count.
     """
@@ -123,9 +124,8 @@ def estimate(
         labelled = whole.observable(name).labelled
         stacked = {key: torch.stack(each, -1).reshape(*shape, -1) * labelled[..., None] for key, each in parts.items()}
         covariance, shift = stacked["covariance"] * factor, stacked["shift"] * factor
-        found[name] = Susceptibility(
-            covariance + shift, covariance, shift, stacked["stderr"] * abs(factor), list(runs), labelled
-        )
+        stderr = (stacked["stderr"] * abs(factor)).masked_fill(~labelled[..., None], float("nan"))
+        found[name] = Susceptibility(covariance + shift, covariance, shift, stderr, list(runs), labelled)
     return found
 
 
