@@ -54,7 +54,8 @@ class BifConfig:
         columns: observables whose examples are found; default those of --rows, or all.
         level: of whole examples, or of every pair of tokens.
         statistic: correlation, which a token's own scale does not change, or covariance.
-        pooling: within centres each chain by itself; stacked and mean are devinterp's.
+        pooling: stacked takes all draws together; within centres each chain by itself, for chains that sit in
+            different places; mean is of the chains' average.
         average: at the token level, the mean over each pair's tokens, without forming them.
         sign: multiplies the influences.
         scale: multiplies them too.
@@ -80,7 +81,7 @@ class BifConfig:
     columns: tuple[str, ...] = ()
     level: Literal["sequence", "token"] = "sequence"
     statistic: Literal["correlation", "covariance"] = "correlation"
-    pooling: Literal["within", "stacked", "mean"] = "within"
+    pooling: Literal["stacked", "within", "mean"] = "stacked"
     average: bool = False
     sign: Literal[1, -1] = 1
     scale: float = 1.0
@@ -172,7 +173,7 @@ def chosen_of(samples: Samples, restriction: str) -> Sampled:
 def related(config: BifConfig, run: Sampled, number: int) -> tuple[Tensor, Tensor | None]:
     """Return a query's influences with every column, and their standard errors where they are known."""
     averaged = config.level == "token"  # tokens of a pair are many: a query's list is of their mean
-    known = not averaged and run.pairs is None
+    known = run.pairs is None or averaged or run.pairs.draws.numel() > 1  # of one chain's co-moments nobody knows them
     found = bif.estimate(
         run,
         config.rows or None,

@@ -3,8 +3,8 @@ r"""Bayesian influence functions: covariances of losses under the posterior (Kre
 Upweighting example `i` changes the expected loss of `j` by `-Cov(ℓ_i, ℓ_j)`. As in devinterp the sign here is plus: a
 large value means that the two losses move together. `sign=-1, scale=n_beta` gives the paper's.
 
-With `Z` the losses of all draws, centred per chain and divided by their deviation, the correlations are
-`Z^T Z / (n - c)`: rows, blocks and top-k are products with `Z`, and nothing of size N × N need exist.
+With `Z` the losses of all draws, centred and divided by their deviation, the correlations are `Z^T Z / (n - 1)`: rows,
+blocks and top-k are products with `Z`, and nothing of size N × N need exist.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from influence.sgmcmc import diagnostics, moments
+from influence.sgmcmc import batch_means, moments
 from influence.sgmcmc.run import Observed, Run
 
 STATISTICS = ("correlation", "covariance")
-POOLINGS = ("within", "stacked", "mean")
+POOLINGS = ("stacked", "within", "mean")
 
 
 class Draws(NamedTuple):
@@ -29,13 +29,13 @@ class Draws(NamedTuple):
         z: `[n, t, draws]` of examples and positions; one position where they are averaged.
         freedom: what products are divided by.
         names: `(observable, row of its dataset)` of each example.
-        effective: independent draws that they are worth, for standard errors.
+        chains: how many the draws are of, one after the other.
     """
 
     z: Float[Tensor, "n t r"]
     freedom: float
     names: Sequence[tuple[str, int]]
-    effective: float
+    chains: int
 
 
 class BIF(NamedTuple):
@@ -62,7 +62,7 @@ def estimate(
     level: str = "sequence",
     statistic: str = "correlation",
     average: bool = False,
-    pooling: str = "within",
+    pooling: str = "stacked",
     row_range: slice = slice(None),
     column_range: slice = slice(None),
     sign: int = 1,
@@ -71,11 +71,14 @@ def estimate(
 ) -> BIF:
     r"""Return Bayesian influences between the examples of a run's observables.
 
-    $$\mathrm{Cov}(\ell_i, \ell_j) =
-      \frac{1}{n - c} \sum_{c,d} (\ell_{icd} - \bar\ell_{ic})(\ell_{jcd} - \bar\ell_{jc})$$
+    $$\mathrm{Cov}(\ell_i, \ell_j) = \frac{1}{n - 1} \sum_{c,d} (\ell_{icd} - \bar\ell_i)(\ell_{jcd} - \bar\ell_j)$$
 
-    or with `pooling="stacked"` about the mean of all draws over `n - 1`, or with `"mean"` of the chains' average over
-    `d - 1`. The correlation divides by both deviations.
+    over `n` draws of all chains, or with `pooling="within"` about each chain's own mean over `n - c`, or with `"mean"`
+    of the chains' average over `d - 1`. The correlation divides by both deviations.
+
+    A covariance about an estimated mean is low by the share `τ / n` of it, `τ` the draws in which a loss forgets: of
+    all draws when stacked, but of *one chain's* within, since slow directions then move a chain's mean. Within is for
+    chains that sit in different places.
 
     Args:
         run: a run with `keep="sequences"`, or `"tokens"` for the token level.
@@ -84,12 +87,13 @@ def estimate(
         level: `"sequence"` correlates examples' mean losses; `"token"` positions'.
         statistic: `"correlation"` or `"covariance"`.
         average: at the token level, average each pair's block over its labelled positions, without forming it.
-        pooling: `"within"`, `"stacked"` or `"mean"`.
+        pooling: `"stacked"`, `"within"` or `"mean"`.
         row_range: which of the rows; a block of any size is asked for so.
         column_range: which of the columns.
         sign: multiplies the result.
         scale: multiplies the result.
-        stderr: also return standard errors, `√((σ_x² σ_y² + σ_xy²) / n_eff)`, and `(1 - ρ²) / √n_eff` of a correlation.
+        stderr: also return standard errors by `batch_means`; of an averaged correlation with the deviations taken for
+            known, which is too large where it is near one.
 
     Returns:
         The influences. At the token level unlabelled positions are zero. Where a loss does not vary, its correlation is
@@ -118,16 +122,15 @@ def estimate(
     left = draws(run, rows, level, statistic, pooling, averaged, row_range)
     same = others == rows and row_range == column_range
     right = left if same else draws(run, others, level, statistic, pooling, averaged, column_range)
-    value = product(left, right, sign * scale)
-    if averaged or level == "sequence":
-        value = value[:, :, 0, 0]
-    if statistic == "correlation" and not averaged and same:
-        _unit_diagonal(value, sign * scale)
-    error = None
+    correlation = statistic == "correlation" and not averaged
+    value, error = product(left, right), None
     if stderr:
-        if averaged:
-            raise ValueError("standard errors of averages are not known: pass average=False or stderr=False")
-        error = _errors(value, left, right, statistic, sign * scale)
+        error = batch_means.of_draws(left.z, right.z, value, left.chains, correlation).mul_(abs(scale))
+    value.mul_(sign * scale)
+    if averaged or level == "sequence":
+        value, error = value[:, :, 0, 0], None if error is None else error[:, :, 0, 0]
+    if correlation and same:
+        _unit_diagonal(value, sign * scale)
     return BIF(value, error, left.names, right.names)
 
 
@@ -136,7 +139,7 @@ def draws(
     observables: str | Sequence[str] | None,
     level: str = "sequence",
     statistic: str = "correlation",
-    pooling: str = "within",
+    pooling: str = "stacked",
     average: bool = False,
     of: slice = slice(None),
 ) -> Draws:
@@ -161,15 +164,12 @@ def draws(
     if average:
         counts = labelled.sum(1).clamp_min(1)[:, None]
         z = ((z * labelled[:, :, None]).sum(1) / counts)[:, None]
-    means = torch.stack([run.observable(name).mean for name in names]).mean(0)
-    means = means.mean(0, keepdim=True) if pooling == "mean" else means
-    effective = diagnostics.ess(means)
-    return Draws(z, freedom, who[of], effective if effective == effective else float(means.numel()))
+    return Draws(z, freedom, who[of], 1 if pooling == "mean" else x.shape[0])
 
 
-def product(left: Draws, right: Draws, scale: float = 1.0) -> Float[Tensor, "n m t u"]:
-    """Return all products of rows and columns times a scale: one matrix product, viewed with the positions last."""
-    flat = (left.z.flatten(0, 1) * (scale / left.freedom)) @ right.z.flatten(0, 1).T
+def product(left: Draws, right: Draws) -> Float[Tensor, "n m t u"]:
+    """Return all products of rows and columns: one matrix product, viewed with the positions last."""
+    flat = (left.z.flatten(0, 1) / left.freedom) @ right.z.flatten(0, 1).T
     return flat.view(*left.z.shape[:2], *right.z.shape[:2]).permute(0, 2, 1, 3)
 
 
@@ -241,20 +241,6 @@ def _unit_diagonal(value: Tensor, scale: float) -> None:
     diagonal.copy_(torch.where(diagonal.isnan() | (diagonal == 0), diagonal, scale))
 
 
-def _errors(value: Tensor, left: Draws, right: Draws, statistic: str, scale: float) -> Tensor:
-    effective = min(left.effective, right.effective)
-    if statistic == "correlation":
-        return (scale**2 - value.square()).clamp_min(0) / abs(scale) / effective**0.5
-
-    def variance(draws: Draws) -> Tensor:
-        return draws.z.double().square().sum(2) / draws.freedom * abs(scale)
-
-    x, y = variance(left), variance(right)
-    products = x[:, None, :, None] * y[None, :, None, :]
-    products = products[:, :, 0, 0] if value.ndim == 2 else products
-    return ((products + value.double().square()) / effective).sqrt().to(value.dtype)
-
-
 def _from_pairs(
     run: Run,
     rows: str | Sequence[str] | None,
@@ -268,22 +254,23 @@ def _from_pairs(
 ) -> BIF:
     """Return influences from streamed co-moments."""
     assert run.pairs is not None
-    if pooling == "mean" or stderr:
-        raise ValueError(
-            "the run kept co-moments, not traces: sample with keep='sequences' for pooling='mean' or stderr"
-        )
+    if pooling == "mean":
+        raise ValueError("the run kept co-moments, not traces: sample with keep='sequences' for pooling='mean'")
     whole = moments.covariance(run.pairs, pooling)
     if statistic == "correlation":
         deviation = whole.diagonal().sqrt()
         whole = whole / deviation[:, None] / deviation
+    errors = None
+    if stderr:
+        errors = batch_means.of_moments(run.pairs, whole, pooling == "within", statistic == "correlation")
     names = [(name, int(row)) for name, o in run.observables.items() for row in o.index]
 
     def at(which: str | Sequence[str] | None, of: slice) -> list[int]:
         return [i for want in _names(run, which) for i, (name, _) in enumerate(names) if name == want][of]
 
     left, right = at(rows, row_range), at(columns if columns is not None else rows, column_range)
-    value = whole[left][:, right] * scale
-    return BIF(value, None, [names[i] for i in left], [names[i] for i in right])
+    error = None if errors is None else errors[left][:, right] * abs(scale)
+    return BIF(whole[left][:, right] * scale, error, [names[i] for i in left], [names[i] for i in right])
 
 
 def _check(statistic: str, pooling: str, level: str, average: bool, run: Run) -> None:

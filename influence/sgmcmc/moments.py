@@ -97,7 +97,7 @@ def stacked(state: Moments) -> Moments:
     return total
 
 
-def covariance(state: Moments, pooling: str = "within") -> Float[Tensor, "p q"]:
+def covariance(state: Moments, pooling: str = "stacked") -> Float[Tensor, "p q"]:
     r"""Return the covariance of `x` and `y` over chains.
 
     $$\text{within: } \frac{\sum_c C_c}{\sum_c (n_c - 1)}, \qquad
@@ -105,8 +105,8 @@ def covariance(state: Moments, pooling: str = "within") -> Float[Tensor, "p q"]:
 
     Args:
         state: the moments.
-        pooling: `"within"` centres each chain by itself, which a drift between chains does not touch; `"stacked"`
-            takes all draws for one chain's.
+        pooling: `"stacked"` takes all draws for one chain's; `"within"` centres each chain by itself, which a distance
+            between chains does not touch, and is low by what a chain's own mean varies.
 
     Raises:
         ValueError: if there are too few draws, or the pooling is unknown.
