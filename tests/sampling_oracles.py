@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from tests import test_sgmcmc_estimators as estimators
+from tests import test_sgmcmc_regression as regression
 from tests import test_sgmcmc_runs as runs
 from tests import test_sgmcmc_steps as steps
 from tests import test_sgmcmc_targets as targets
@@ -42,13 +43,13 @@ TABLE: dict[str, tuple[str, list[Callable[[], Group]]]] = {
     "A5": (
         "influences and susceptibilities of a Gaussian regression",
         [
-            estimators.closed_forms,
-            partial(estimators.influences, "within"),
-            partial(estimators.influences, "stacked"),
-            estimators.normalized_influences,
-            estimators.posterior_influences,
-            estimators.susceptibilities,
-            estimators.coefficient,
+            regression.closed_forms,
+            partial(regression.influences, "within"),
+            partial(regression.influences, "stacked"),
+            regression.normalized_influences,
+            regression.posterior_influences,
+            regression.susceptibilities,
+            regression.coefficient,
         ],
     ),
     "A6": ("streaming moments", [estimators.streaming]),
