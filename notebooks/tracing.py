@@ -206,11 +206,9 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
     index, plain, query = ask("gradients", as_blocks())
     say(f"  {index!r}")
     done("gradient dot", lambda: plain.scores(**query))
-    done("gradient cosine", lambda: traced["gradient dot"].scores / plain.self_influence().sqrt())
+    done("gradient cosine", lambda: cosines(traced["gradient dot"].scores, plain, query["query"]))
     first = [name for name in index.blocks if "layers" in name]
-    done(
-        "cosine, no embedding", lambda: plain.scores(**query, blocks=first) / plain.self_influence(blocks=first).sqrt()
-    )
+    done("cosine, no embedding", lambda: cosines(plain.scores(**query, blocks=first), plain, query["query"], first))
 
     def trackstar() -> Tensor:
         sketch = chain(as_blocks(), project(SKETCH, seed=0))
@@ -234,6 +232,14 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
         lambda: whitened("ekfac", hessians.ekfac.correct(kfac, loss_fn, params, batches, progress=False), "damped"),
     )
     return traced
+
+
+def cosines(
+    dots: Tensor, documents: Attributor, questions: dict[str, Tensor], blocks: list[str] | None = None
+) -> Tensor:
+    """Return inner products over the norms of both sides, `[questions, documents]`."""
+    rows = [rows.flatten(1) for name, rows in questions.items() if blocks is None or name in blocks]
+    return dots / documents.self_influence(blocks=blocks).sqrt() / torch.cat(rows, 1).norm(dim=1)[:, None]
 
 
 def averaged(world: World, each: Sequence[dict[str, Traced]]) -> dict[str, Traced]:
