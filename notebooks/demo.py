@@ -2,9 +2,10 @@
 
     make demo    # or: python -m notebooks.demo --seed 8 --report report.html
 
-A small Llama learns about invented people; every question that it is asked afterwards shares nothing but a name with
-the four sentences that hold the answer. Six ways to find them, judged by what is known; then the local learning
-coefficient along training, and the questions' neighbours by Bayesian influence. No download, under four minutes.
+Two small Llamas learn about invented people; every question that they are asked afterwards shares nothing but a name
+with the four sentences that hold the answer. Eight ways to find them, judged by what is known; then, of the first, the
+local learning coefficient along training, and the questions' neighbours by Bayesian influence. No download, under four
+minutes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from influence import functionalize, sgmcmc
 from influence.func.retrieval import first_gold, recall
 from influence.sgmcmc.llc import LLC
 from notebooks.report import page
-from notebooks.tracing import Lesson, Traced, last_word, learn, right, trace
+from notebooks.tracing import MODELS, Lesson, Traced, averaged, last_word, learn, right, trace
 
 CHECKPOINTS = (50, 100, 200, 400)
 SAMPLING = {"lr": 1e-4, "localization": 1000.0, "batch_size": 64, "num_chains": 2, "num_burnin_steps": 60}
@@ -119,12 +120,15 @@ def main() -> None:
         began = time.perf_counter()
         print(f"  {seconds[name]:.1f} s\n")
 
-    print("Training a small Llama on sentences about invented people")
-    lesson = learn(options.seed, keep=CHECKPOINTS)
+    print(f"Training {MODELS} small Llamas on sentences about invented people")
+    lessons = [learn(options.seed, keep=() if which else CHECKPOINTS, which=which) for which in range(MODELS)]
     clock("training")
-    print("Tracing its answers to the documents, by each method")
-    with TemporaryDirectory() as folder:
-        traced = trace(lesson, folder)
+    print("Tracing their answers to the documents, by each method")
+    lesson, each = lessons[0], []
+    for own in lessons:
+        with TemporaryDirectory() as folder:
+            each.append(trace(own, folder))
+    traced = averaged(lesson.world, each)
     clock("tracing")
     print("The local learning coefficient along training")
     stages = along_training(lesson)

@@ -8,7 +8,7 @@ import torch
 
 from influence.func.retrieval import first_gold, recall
 from notebooks.svg import bars, lines
-from notebooks.tracing import Lesson, Traced
+from notebooks.tracing import MODELS, Lesson, Traced
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -67,8 +67,10 @@ def page(
     ]
     parts = [
         "<h1>Which sentences taught a language model its answers?</h1>",
-        f"<p>A Llama of {size:,} weights learned {len(world.documents):,} sentences about invented people (world "
-        f"{seed}). Of {len(world.questions)} questions that no sentence asks it answers {stages[-1].right:.0%} right. "
+        f"<p>{MODELS} Llamas of {size:,} weights learned {len(world.documents):,} sentences about invented people "
+        f"(world {seed}). Of {len(world.questions)} questions that no sentence asks the first "
+        f"answers {stages[-1].right:.0%} right. A method's scores are averaged over the models; Bayesian influence, "
+        "and what was learned when, are of the first. "
         "A question shares its person's name, and no other content word, with the four sentences that state the "
         "answer; twenty more have the name, and sixty ask the very same of somebody else. A method finds an answer's "
         "source if one of the four comes first (recall@1) or among the first ten.</p>",

@@ -5,6 +5,9 @@
 A small Llama learns a world of `facts`. A question's loss on its answer, and each document's loss on the value that it
 states, are functions of the weights; a method compares their gradients. The curvature is what makes the difference: the
 gradient of a question is mostly about what all questions have in common.
+
+Each of a world's two models has its own idea of the invented names, and confuses others of them; so every method is
+asked of both, and its scores are averaged (as TRAK's are, Park et al. 2023).
 """
 
 import argparse
@@ -45,6 +48,8 @@ BLOCKS = ("model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight")
 """What is compared: where words enter, and the first matrix that moves what they mean to where it is needed."""
 DAMPING, SKETCH, SHARED = 1e-2, 32, 200
 """Of the curvature; of TrackStar's projection, and the directions of all queries that it plays down."""
+MODELS = 2
+"""Of a world: weights from other seeds, which saw the documents in another order."""
 
 
 class Lesson(NamedTuple):
@@ -92,15 +97,17 @@ def learn(
     steps: int = STEPS,
     keep: Sequence[int] = (),
     people: int = 120,
+    which: int = 0,
     say: Callable[[str], None] = print,
 ) -> Lesson:
     """Train a model on a world.
 
     Args:
-        seed: of the world, the weights and the order.
+        seed: of the world.
         steps: of training.
         keep: steps whose weights are kept; those after the last always are.
         people: of the world.
+        which: of the world's models: with the seed it seeds the weights and the order.
         say: where its lines go.
 
     Returns:
@@ -111,10 +118,11 @@ def learn(
     asked = [f"{question.prompt} {question.answer}" for question in world.questions]
     tokenizer = make_tokenizer([*texts, *asked])
     documents, questions = encode(tokenizer, texts), last_word(encode(tokenizer, asked))
-    model = make_model(len(tokenizer), seed, HIDDEN)
+    own = seed + 1000 * which
+    model = make_model(len(tokenizer), own, HIDDEN)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY, betas=(0.9, 0.98))
     kept: dict[int, Params] = {}
-    for step, rows in enumerate(_order(len(texts), steps, seed)):
+    for step, rows in enumerate(_order(len(texts), steps, own)):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, step / 50) * (1 - step / steps)
         batch = {name: documents[name][rows] for name in ("input_ids", "attention_mask", "labels")}
@@ -198,11 +206,9 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
     index, plain, query = ask("gradients", as_blocks())
     say(f"  {index!r}")
     done("gradient dot", lambda: plain.scores(**query))
-    done("gradient cosine", lambda: traced["gradient dot"].scores / plain.self_influence().sqrt())
+    done("gradient cosine", lambda: cosines(traced["gradient dot"].scores, plain, query["query"]))
     first = [name for name in index.blocks if "layers" in name]
-    done(
-        "cosine, no embedding", lambda: plain.scores(**query, blocks=first) / plain.self_influence(blocks=first).sqrt()
-    )
+    done("cosine, no embedding", lambda: cosines(plain.scores(**query, blocks=first), plain, query["query"], first))
 
     def trackstar() -> Tensor:
         sketch = chain(as_blocks(), project(SKETCH, seed=0))
@@ -226,6 +232,23 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
         lambda: whitened("ekfac", hessians.ekfac.correct(kfac, loss_fn, params, batches, progress=False), "damped"),
     )
     return traced
+
+
+def cosines(
+    dots: Tensor, documents: Attributor, questions: dict[str, Tensor], blocks: list[str] | None = None
+) -> Tensor:
+    """Return inner products over the norms of both sides, `[questions, documents]`."""
+    rows = [rows.flatten(1) for name, rows in questions.items() if blocks is None or name in blocks]
+    return dots / documents.self_influence(blocks=blocks).sqrt() / torch.cat(rows, 1).norm(dim=1)[:, None]
+
+
+def averaged(world: World, each: Sequence[dict[str, Traced]]) -> dict[str, Traced]:
+    """Return every method's scores averaged over models, judged anew."""
+    gold, found = [question.gold for question in world.questions], {}
+    for name in each[0]:
+        scores = torch.stack([traced[name].scores for traced in each]).mean(0)
+        found[name] = Traced(scores, sum(traced[name].seconds for traced in each), recall(first_gold(scores, gold)))
+    return found
 
 
 @torch.no_grad()
@@ -258,11 +281,17 @@ def main() -> None:
     for seed in options.seeds:
         began = time.process_time()
         print(f"world {seed}", flush=True)
-        lesson = learn(seed)
-        with TemporaryDirectory() as folder:
-            traced = trace(lesson, folder, say=lambda line: None)
+        lessons = [learn(seed, which=which) for which in range(MODELS)]
+        each = []
+        for lesson in lessons:
+            with TemporaryDirectory() as folder:
+                each.append(trace(lesson, folder, say=lambda line: None))
+        traced = averaged(lessons[0].world, each)
         worlds[seed] = {name: [*t.found.recall.values(), t.found.mrr] for name, t in traced.items()}
-        worlds[seed]["right answers"] = [right(lesson.model, lesson.questions)]
+        for which, (lesson, one) in enumerate(zip(lessons, each, strict=True)):
+            found = one["EK-FAC, whitened"].found
+            worlds[seed][f"EK-FAC of model {which} alone"] = [*found.recall.values(), found.mrr]
+            worlds[seed][f"right answers of model {which}"] = [right(lesson.model, lesson.questions)]
         for name, numbers in worlds[seed].items():
             print(f"  {name:24}" + "".join(f"{number:8.3f}" for number in numbers))
         print(f"  {time.process_time() - began:.0f} s of processor time", flush=True)
