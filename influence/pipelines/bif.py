@@ -1,7 +1,7 @@
 """Bayesian influence functions: which examples' losses move together under the posterior."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,18 +9,7 @@ from torch import Tensor
 
 from influence import viz
 from influence.data.reading import pad_of
-from influence.pipelines.chains import (
-    ChainConfig,
-    Chains,
-    Felt,
-    FeltConfig,
-    Pace,
-    PaceConfig,
-    Sampling,
-    no_data,
-    no_model,
-)
-from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
 from influence.pipelines.texts import short
@@ -33,7 +22,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class BifConfig:
+class BifConfig(SamplingConfig):
     r"""Bayesian influence functions: how the losses of two examples move together around the trained weights.
 
     influence bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
@@ -70,9 +59,6 @@ class BifConfig:
         pace: how they are run.
     """
 
-    run: Run
-    model: Model = field(default_factory=no_model)
-    data: Data = field(default_factory=no_data)
     observables: tuple[str, ...] = ("data",)
     observed: int = 64
     restriction: str = "full"
@@ -90,9 +76,6 @@ class BifConfig:
     width: int = 80
     save: str | None = None
     plot: str | None = None
-    chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
-    pace: Pace = field(default_factory=PaceConfig)
 
 
 def run(config: BifConfig, say: Say = quiet) -> Outcome:
@@ -109,7 +92,7 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     c = config
     kept: Literal["tokens", "sequences"] = "tokens" if c.level == "token" else "sequences"
     chains = replace(c.chains, keep=kept) if c.chains.keep == "auto" else c.chains
-    what = Sampling(c.run, c.model, c.data, chains, c.loss, c.pace, c.observables, c.observed, (c.restriction,))
+    what = sampling_of(config, chains=chains, restrictions=(c.restriction,))
     samples = sampled("bif", config, what, say)
     if isinstance(samples, Outcome):
         return samples
