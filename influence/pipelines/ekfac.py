@@ -89,12 +89,12 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
         return hessian.run(made, say)
 
     def rows(execution: RunConfig) -> Outcome:
-        to, model, query, loss = str(at / "query"), config.model, config.query, config.loss
-        view = without_what_is_not_there(sides[0], execution)
-        if config.query_rows == "individual":
+        to, model, query, how = str(at / "query"), config.model, config.query, config.query_rows
+        loss, view = config.loss, without_what_is_not_there(sides[0], execution)
+        if how == "individual":
             return build.run(build.BuildConfig(to, model, query, loss=loss, transform=view, execution=execution), say)
-        how = config.query_rows
-        return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, view, execution), say)
+        made = reduce.ReduceConfig(to, model, query, how, loss=loss, transform=view, execution=execution)
+        return reduce.run(made, say)
 
     def scores(execution: RunConfig) -> Outcome:
         made = score.ScoreConfig(
