@@ -14,7 +14,7 @@ from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
 from influence.func.nested import unprojected
-from influence.func.project import NESTING
+from influence.func.sketch import NESTING
 from influence.func.transform import CollectedRows, Step, Transform
 from influence.index.recipe import recipe
 from influence.types import LossFn, Params

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from influence.func.nested import at_dim, projection, raise_project, unprojected
-from influence.func.project import down_project, project
+from influence.func.nested import at_dim, down_project, projection, raise_project, unprojected
+from influence.func.project import project
 from influence.func.transform import CollectedRows, Transform
 from influence.index.chosen import Chosen
 from influence.index.fingerprints import Fingerprint, check, fingerprint_of
