@@ -17,9 +17,10 @@ from influence.func.precondition import BlockCurvature
 from influence.func.similarity import Nearest
 from influence.func.transform import CollectedRows, Transform
 from influence.index import scan
+from influence.index.agreement import check
 from influence.index.approximate import approximate, neighbours_of
 from influence.index.chosen import Chosen, choose
-from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, fingerprint_of
 from influence.index.hits import Hits
 from influence.index.matching import matched
 from influence.index.neighbours import FaissConfig, Neighbours

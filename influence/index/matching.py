@@ -5,8 +5,9 @@ from dataclasses import replace
 from influence.func.nested import at_dim, down_project, projection, raise_project, unprojected
 from influence.func.project import project
 from influence.func.transform import CollectedRows, Transform
+from influence.index.agreement import check
 from influence.index.chosen import Chosen
-from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, fingerprint_of
 from influence.types import Rows
 
 
