@@ -156,19 +156,7 @@ def related(config: BifConfig, run: Sampled, number: int) -> tuple[Tensor, Tenso
     """Return a query's influences with every column, and their standard errors where they are known."""
     averaged = config.level == "token"  # tokens of a pair are many: a query's list is of their mean
     known = not averaged and run.pairs is None
-    found = bif.estimate(
-        run,
-        config.rows or None,
-        config.columns or config.rows or None,
-        level=config.level,
-        statistic=config.statistic,
-        pooling=config.pooling,
-        average=averaged,
-        row_range=slice(number, number + 1),
-        sign=config.sign,
-        scale=config.scale,
-        stderr=known,
-    )
+    found = estimated(config, run, average=averaged, row_range=slice(number, number + 1), stderr=known)
     return found.influences[0].double(), None if found.stderr is None else found.stderr[0].double()
 
 
@@ -196,7 +184,8 @@ def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, erro
     return "\n".join(lines)
 
 
-def _matrix(config: BifConfig, run: Sampled, **some: Any) -> Tensor:
+def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
+    """Return the influences that are asked for, or some of them."""
     return bif.estimate(
         run,
         config.rows or None,
@@ -207,24 +196,24 @@ def _matrix(config: BifConfig, run: Sampled, **some: Any) -> Tensor:
         sign=config.sign,
         scale=config.scale,
         **some,
-    ).influences
+    )
 
 
 def _save(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
     import numpy
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    numpy.save(path, _matrix(config, run, average=config.average).numpy())
+    numpy.save(path, estimated(config, run, average=config.average).influences.numpy())
 
 
 def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
     if config.level == "sequence" or config.average:
         labels = [f"{example.title} {short(example.text, 40)}" for example in left]
-        whole = _matrix(config, run, average=config.average)
+        whole = estimated(config, run, average=config.average).influences
         viz.save(viz.heat_map(whole, labels, [example.title for example in right], label=config.statistic), path)
         return
     i, j = config.pair or _first_pair(config, run, left == right)
-    block = _matrix(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1))[0, 0]
+    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[0, 0]
     block = block[[*left[i].labelled]][:, [*right[j].labelled]]
     title = f"rows: {left[i].title}, columns: {right[j].title}"
     viz.save(viz.heat_map(block, left[i].tokens, right[j].tokens, label=config.statistic, title=title), path)
