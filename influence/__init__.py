@@ -8,11 +8,12 @@ from influence.func.blocks import as_blocks, split_heads
 from influence.func.fold import Sink, fold
 from influence.func.functionalize import functionalize
 from influence.func.layout import Heads
+from influence.func.nested import down_project
 from influence.func.normalize import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
 from influence.func.per_example import explain, per_example_grads, per_example_grads_fn
 from influence.func.per_token import per_token_grads
 from influence.func.precondition import precondition
-from influence.func.project import down_project, project
+from influence.func.project import project
 from influence.func.score import Sides, one_sided, two_sided
 from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kept_energy, kfac_whiten

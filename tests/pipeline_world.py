@@ -77,7 +77,7 @@ def flat(rows: dict[str, Tensor]) -> Tensor:
 
 def sketched(rows: dict[str, Tensor], p: int) -> dict[str, Tensor]:
     """Project rows block by block with the library's own matrices, by dense products."""
-    from influence.func.project import sketch
+    from influence.func.sketch import sketch
 
     out = {}
     for name, g in rows.items():

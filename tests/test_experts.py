@@ -32,7 +32,7 @@ from influence import (
     unit_norm,
 )
 from influence.func.layout import Layout, ParamLayout
-from influence.func.project import sketch
+from influence.func.sketch import sketch
 from influence.models import describe, layer_matrices
 from tests.cases import LLAMA, causal_batch, hf
 from tests.oracles import error, per_example

@@ -19,10 +19,10 @@ from influence import (
     scale_by_adam,
     unit_norm,
 )
-from influence.func import project as room
+from influence.func import sketch as room
 from influence.func.layout import bare_layout
 from influence.func.normalize import Moments
-from influence.func.project import sketch
+from influence.func.sketch import sketch
 from influence.func.transform import Transform
 from tests.oracles import error
 

@@ -199,6 +199,16 @@ def test_standard_errors_of_influences_are_their_spread(chains: int, statistic: 
         torch.testing.assert_close(again.stderr, traced.stderr.double(), rtol=1e-3, atol=1e-5)
 
 
+def test_one_batch_has_no_standard_error() -> None:
+    short = run_of(traces()[:1, :3])
+    for run in (short, dataclasses.replace(short, pairs=pairs_of(short))):
+        for statistic in ("correlation", "covariance"):
+            found = bif.estimate(run, statistic=statistic, stderr=True)
+            assert found.stderr is not None
+            assert bool(found.stderr.isnan().all())
+            assert bool(found.influences.isfinite().all())
+
+
 def pairs_of(run: sgmcmc.Run) -> moments.Moments:
     losses = run.observables["one"].sequences
     assert losses is not None

@@ -36,7 +36,7 @@ from influence import (
     unit_norm,
 )
 from influence.func.layout import ParamLayout, bare_layout
-from influence.func.project import sketch
+from influence.func.sketch import sketch
 from influence.func.transform import Layout
 from tests.cases import CASES, GPT2, LLAMA, hf
 from tests.oracles import error

@@ -1,29 +1,17 @@
-r"""Random projection: sketches of each side of a block, or of everything at once.
+"""Random projection: each side of a block by a sketch of its own, or all blocks together."""
 
-Matrices come from torch's CPU generator keyed by (block, side, seed), row after row: the same on every device and in
-every dtype, and nested, so the `p = 8` matrix is the first half of the `p = 16` one up to its scale. The scale is
-Johnson-Lindenstrauss's, `E[L^T L] = I`: inner products of projected rows are unbiased.
-"""
-
-import hashlib
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from influence.func.folding import Block, Folded, Part, with_rows, with_sides
-from influence.func.layout import Layout
+from influence.func.sketch import KINDS, GlobalSketch, sketch
 from influence.func.transform import Step, Transform
 from influence.types import Rows
-
-KINDS = ("rademacher", "normal", "sparse", "srht")
-NESTING = ("rademacher", "normal")
-CHUNK = 1 << 22
-"""Entries of a dense global sketch that are alive at once."""
 
 
 def project(
@@ -104,89 +92,6 @@ def project(
     return Transform((Step("project", settings, extend, refuses, needs=("as_blocks",)),))
 
 
-def key_of(*parts: object) -> int:
-    """Return a 63-bit key of anything that prints the same everywhere."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def sketch(
-    name: str, side: str, p: int, size: int, seed: int = 0, kind: str = "rademacher", signs: int = 1
-) -> Float[Tensor, "p size"]:
-    """Return the sketch matrix of one side of a block, in float64 on the CPU.
-
-    Args:
-        name: the block.
-        side: `"left"` (output), `"right"` (input), or another name for another use.
-        p: rows.
-        size: columns.
-        seed: the seed.
-        kind: the kind of sketch.
-        signs: non-zeros per column of a sparse one.
-
-    Returns:
-        The matrix, JL-scaled.
-    """
-    generator = torch.Generator().manual_seed(key_of(name, side, seed, kind))
-    if kind == "rademacher":
-        rows = [torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8, device="cpu") for _ in range(p)]
-        return (2.0 * torch.stack(rows).double() - 1) / math.sqrt(p)
-    if kind == "normal":
-        rows = [torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") for _ in range(p)]
-        return torch.stack(rows) / math.sqrt(p)
-    out = torch.zeros(p, size, dtype=torch.float64, device="cpu")
-    if kind == "sparse":
-        places, values = sparse_columns(p, size, generator, signs)
-        return out.scatter_(0, places.T, values.T)
-    rows_at, row_signs, flips = hadamard_choice(p, size, generator)
-    columns = torch.arange(size, device="cpu")
-    bits = rows_at[:, None] & columns[None]
-    parity = torch.zeros_like(bits)
-    while bool(bits.any()):
-        parity ^= bits & 1
-        bits = bits >> 1
-    return (1.0 - 2.0 * parity) * row_signs[:, None] * flips[:size] / math.sqrt(p)
-
-
-def sparse_columns(
-    p: int, size: int, generator: torch.Generator, signs: int
-) -> tuple[Int[Tensor, "size signs"], Float[Tensor, "size signs"]]:
-    """Return the places and values of a sparse sketch's non-zeros: each column has one in each of `signs` bands."""
-    edges = [k * p // signs for k in range(signs + 1)]
-    places = [torch.randint(low, high, (size,), generator=generator, device="cpu") for low, high in pairwise(edges)]
-    return torch.stack(places, 1), coins(signs * size, generator).reshape(size, signs) / math.sqrt(signs)
-
-
-def coins(size: int, generator: torch.Generator) -> Float[Tensor, " size"]:
-    """Return random signs."""
-    return 2.0 * torch.randint(0, 2, (size,), generator=generator, device="cpu").double() - 1
-
-
-def hadamard_choice(
-    p: int, size: int, generator: torch.Generator
-) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"], Float[Tensor, " width"]]:
-    """Return which rows of a Hadamard matrix are sampled, their signs, and the signs of the columns.
-
-    Rows are drawn without replacement up to the matrix's width, then over again. Without signs of their own every
-    sketch would begin with the same column.
-    """
-    width = 1 << max(size - 1, 1).bit_length()
-    flips = coins(width, generator)
-    order = [torch.randperm(width, generator=generator, device="cpu") for _ in range(-(-p // width))]
-    return torch.cat(order)[:p], coins(p, generator), flips
-
-
-def hadamard(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-    """Return `x H`, unnormalised, for a power-of-two width, by butterflies."""
-    n, width = x.shape
-    step = 1
-    while step < width:
-        x = x.reshape(n, width // (2 * step), 2, step)
-        x = torch.stack((x[:, :, 0] + x[:, :, 1], x[:, :, 0] - x[:, :, 1]), 2)
-        step *= 2
-    return x.reshape(n, width)
-
-
 def _project_all(folded: Folded, dim: int, seed: int, kind: str, signs: int) -> Folded:
     if folded.finish:
         maps = {block.into: GlobalSketch(block.name, dim, seed, kind, signs) for block in folded.blocks}
@@ -207,56 +112,6 @@ GLOBAL = "global"
 def sum_rows(rows: Rows) -> Tensor:
     """Return the sum of all blocks' rows."""
     return torch.stack(list(rows.values())).sum(0)
-
-
-class GlobalSketch:
-    """One block's share of a global sketch, `[n, ...] -> [n, p]`, in at least float32.
-
-    It never holds a `p × parameters` matrix: dense kinds are drawn piece by piece at every call; the sparse kind keeps
-    five bytes per parameter and sign (where, and which sign), the Hadamard kind one.
-    """
-
-    def __init__(self, name: str, dim: int, seed: int, kind: str, signs: int) -> None:
-        """Hold the settings; what is drawn depends on them alone."""
-        self.name, self.dim, self.seed, self.kind, self.signs = name, dim, seed, kind, signs
-        self.drawn: tuple[Tensor, ...] | None = None
-
-    def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n p"]:
-        """Return the sketch of the block's gradient."""
-        flat = rows.flatten(1)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        if self.kind in NESTING:
-            return self._dense(flat)
-        drawn = self._draw(flat.shape[1], flat.device)
-        if self.kind == "srht":
-            rows_at, row_signs, flips = drawn
-            wide = torch.nn.functional.pad(flat, (0, flips.shape[0] - flat.shape[1])) * flips
-            return hadamard(wide)[:, rows_at] * row_signs / math.sqrt(self.dim)
-        places, values = drawn
-        out = flat.new_zeros(flat.shape[0], self.dim)
-        for k in range(self.signs):
-            out = out.index_add(1, places[k], flat * values[k])
-        return out / math.sqrt(self.signs)
-
-    def _draw(self, size: int, device: torch.device) -> tuple[Tensor, ...]:
-        if self.drawn is None or self.drawn[0].device != device:
-            generator = torch.Generator().manual_seed(key_of(self.name, "global", self.seed, self.kind))
-            if self.kind == "srht":
-                places, *signs = hadamard_choice(self.dim, size, generator)
-            else:
-                places, *signs = (x.mT.contiguous() for x in sparse_columns(self.dim, size, generator, self.signs))
-            self.drawn = (places.to(device, torch.int32), *(x.sign().to(device, torch.int8) for x in signs))
-        return self.drawn
-
-    def _dense(self, flat: Float[Tensor, "n d"]) -> Float[Tensor, "n p"]:
-        out = flat.new_zeros(flat.shape[0], self.dim)
-        width = max(CHUNK // self.dim, 1)
-        for piece, begin in enumerate(range(0, flat.shape[1], width)):
-            columns = flat[:, begin : begin + width]
-            name = f"{self.name}/{piece}"
-            matrix = sketch(name, "global", self.dim, columns.shape[1], self.seed, self.kind)
-            out = out + columns @ matrix.to(flat).mT
-        return out
 
 
 def _project_squares(folded: Folded, dim: int, seed: int, kind: str, signs: int) -> Folded:
@@ -299,103 +154,3 @@ def most_square(size: int) -> tuple[int, int]:
     """Return `(a, b)` with `a·b = size`, `a ≤ b`, `a` as large as possible."""
     a = next(a for a in range(math.isqrt(size), 0, -1) if size % a == 0)
     return a, size // a
-
-
-def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layout: Layout | None = None) -> Rows:
-    r"""Read projected rows at a smaller dim: the corner of each row, rescaled, `(p/p') P[:p', :p']`.
-
-    The result equals `project(dim)` with the stored seed and kind, so accuracy-against-p curves need one collection.
-
-    Args:
-        rows: projected rows; those of `per_example_grads` know their own transform and layout.
-        dim: the smaller dim.
-        stored: the transform the rows were collected under, where they do not know it.
-        layout: the layout they were collected from, likewise.
-
-    Returns:
-        The rows at the smaller dim.
-
-    Raises:
-        ValueError: if the sketch does not nest, or something followed it.
-
-    Example:
-        >>> import torch
-        >>> from influence import as_blocks, chain, down_project, per_example_grads, project
-        >>> def loss_fn(params, x):
-        ...     return (x @ params["w"]).square().sum(-1)
-        >>> w, x = {"w": torch.randn(9, 9)}, torch.randn(2, 9)
-        >>> wide, narrow = (per_example_grads(loss_fn, w, x, transform=chain(as_blocks(), project(p))) for p in (8, 4))
-        >>> torch.allclose(down_project(wide, 4)["w"], narrow["w"], rtol=1e-4)
-        True
-    """
-    stored = stored or getattr(rows, "transform", None)
-    layout = layout or getattr(rows, "layout", None)
-    if stored is None or layout is None:
-        raise ValueError(
-            "down_project: these rows do not know how they were made; pass stored=the transform they were collected "
-            "under and layout=loss_fn.layout"
-        )
-    names = [step.name for step in stored.steps]
-    if "project" not in names:
-        raise ValueError(f"down_project: these rows were not projected; they were collected under {stored}")
-    at = names.index("project")
-    settings = stored.steps[at].settings
-    p, kind = settings["dim"], settings["kind"]
-    if kind not in NESTING or settings.get("reshape_to_square") or settings["target"] == "global":
-        raise ValueError(
-            f"down_project: {stored.steps[at]} does not nest; only {' and '.join(NESTING)} sketches per block do. "
-            "Collect again at the smaller dim"
-        )
-    if dim < 1:
-        raise ValueError(f"down_project: dim must be at least 1; got {dim}")
-    if dim > p:
-        raise ValueError(f"down_project: the rows are stored at dim {p}, which cannot be read at the larger {dim}")
-    if names[at + 1 :]:
-        raise ValueError(
-            f"down_project: {', '.join(names[at + 1 :])} followed the projection and cannot be undone; "
-            "store the rows without it and apply it on reading"
-        )
-    blocks = {block.into: block for block in Transform(stored.steps[:at]).bind(layout).blocks}
-    found: Rows = {}
-    for name in rows:
-        if name not in blocks:
-            raise ValueError(f"down_project: {name!r} is no block of this layout; its blocks are {list(blocks)[:5]}")
-        block, row = blocks[name], rows[name]
-        expected = tuple(min(size, p) for size in block.shape)
-        if tuple(row.shape[1:]) != expected:
-            raise ValueError(f"down_project: row {name!r} is {list(row.shape[1:])}; stored at dim {p} it is {expected}")
-        found[name] = corner(row, block.name, block.shape, p, dim, settings["seed"], kind)
-    return found
-
-
-def corner(
-    row: Float[Tensor, "n ..."], name: str, shape: tuple[int, ...], p: int, dim: int, seed: int, kind: str
-) -> Float[Tensor, "n ..."]:
-    """Return one block's projected rows at a smaller dim.
-
-    Args:
-        row: the block's rows, projected.
-        name: the block.
-        shape: the block's shape before it was projected.
-        p: the dim it was projected to.
-        dim: the smaller dim.
-        seed: of the projection.
-        kind: its kind; one that nests.
-
-    Returns:
-        What `project(dim, seed, kind)` gives.
-    """
-    for axis, (size, side) in enumerate(zip(shape, ("left", "right"), strict=False)):
-        row = shrunk(row.movedim(axis + 1, -1), size, side, name, p, dim, seed, kind).movedim(-1, axis + 1)
-    return row
-
-
-def shrunk(
-    row: Shaped[Tensor, "... P"], size: int, side: str, name: str, p: int, dim: int, seed: int, kind: str
-) -> Shaped[Tensor, "... p"]:
-    """Read the last axis of a row, a side that was `size` long and is stored at dim `p`, at a smaller dim."""
-    if size <= dim:
-        return row
-    if size <= p:
-        return row @ sketch(name, side, dim, size, seed, kind).to(row).mT
-    return row[..., :dim] * math.sqrt(p / dim)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.func.batched import Captured, capture
+from influence.func.capture import Captured, capture
 from influence.func.folding import flat, same_dtype, vectors
 from influence.func.losses import widen
 from influence.func.plan import EngineError, make_plan

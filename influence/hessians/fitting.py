@@ -12,7 +12,7 @@ from torch import Tensor
 
 from influence.func.blocks import as_blocks
 from influence.func.covariates import add_grams
-from influence.func.curvature import Curvature, decompose
+from influence.func.curvature import Basis, Curvature, decompose
 from influence.func.fingerprint import weights_hash
 from influence.func.fold import Sink, fold
 from influence.func.losses import IGNORED
@@ -109,6 +109,38 @@ def diagonal(shape: tuple[int, ...], total: Tensor | None, documents: int, what:
     """Return the diagonal curvature of a block without factors; zero if no gradient reached it."""
     whole = torch.zeros(prod(shape)) if total is None else total / documents
     return Curvature(shape, (decompose(whole, what),))
+
+
+def kronecker(about: About, sums: Sums, divisor: Callable[[str], Tensor | int]) -> Factors:
+    """Turn sums of both sides into factors; a covariance that blocks share is decomposed once.
+
+    Args:
+        about: what the sums are sums of.
+        sums: of each block `left` and `right`, or the `diagonal` of one without factors.
+        divisor: what a block's right side is divided by, where it is not zero; the left is a mean over documents.
+
+    Returns:
+        The factors.
+    """
+    made: dict[tuple[int, float], Basis] = {}
+
+    def basis(total: Tensor, by: Tensor | int, what: str) -> Basis:
+        key = (id(total), float(by))
+        if key not in made:
+            made[key] = decompose(total / by, what)
+        return made[key]
+
+    blocks = {}
+    for name, shape in about.shapes.items():
+        mine, what = sums.blocks[name], f"block {name!r}"
+        if "left" not in mine or "right" not in mine:
+            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, what)
+            continue
+        by = divisor(name)
+        left = basis(mine["left"], sums.documents, f"{what} (left)")
+        right = basis(mine["right"], by if by > 0 else by + 1, f"{what} (right)")
+        blocks[name] = Curvature(shape, (left, right))
+    return about.factors(sums, blocks)
 
 
 Make: TypeAlias = Callable[[Params, Batch], tuple[Plan, Callable[[Params, Batch], Sums]]]

@@ -12,12 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from influence.func.anchored import watched
 from influence.func.batched import BatchedPlan, make_feeds
 from influence.func.batches import batch_size
-from influence.func.curvature import Basis, Curvature, decompose
 from influence.func.fold import Sink
 from influence.func.gather import Gather, GatherPlan, Joint, make_gather
 from influence.func.per_token import with_positions
@@ -31,7 +29,7 @@ from influence.hessians.fitting import (
     checked,
     default_transform,
     describe,
-    diagonal,
+    kronecker,
     lasts,
     padding,
     run,
@@ -130,25 +128,8 @@ def sink(step: FitStep) -> Sink:
 
 
 def finalize(about: About, sums: Sums) -> Factors:
-    """Turn sums into factors: means, then eigendecompositions, one for each covariance that blocks share."""
-    made: dict[tuple[int, int], Basis] = {}
-
-    def basis(total: Tensor, divisor: int, name: str) -> Basis:
-        key = (id(total), divisor)
-        if key not in made:
-            made[key] = decompose(total / divisor, name)
-        return made[key]
-
-    blocks = {}
-    for name, shape in about.shapes.items():
-        mine = sums.blocks[name]
-        if "left" not in mine or "right" not in mine:
-            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, f"block {name!r}")
-            continue
-        left = basis(mine["left"], sums.documents, f"block {name!r} (left)")
-        right = basis(mine["right"], max(sums.positions[name], 1), f"block {name!r} (right)")
-        blocks[name] = Curvature(shape, (left, right))
-    return about.factors(sums, blocks)
+    """Turn sums into factors; the right side is a mean over positions."""
+    return kronecker(about, sums, sums.positions.__getitem__)
 
 
 def plan_gather(

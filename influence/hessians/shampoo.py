@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from influence.func.curvature import Curvature, decompose
 from influence.func.fold import Sink
 from influence.func.folding import vectors
 from influence.func.plan import Plan, make_plan
@@ -25,7 +24,7 @@ from influence.hessians.fitting import (
     Sums,
     default_transform,
     describe,
-    diagonal,
+    kronecker,
     run,
     sum_sink,
 )
@@ -131,14 +130,9 @@ def _moments(max_side: int, name: str, row: Tensor) -> BlockSums:
 
 def finalize(about: About, sums: Sums) -> Factors:
     """Turn sums into factors; the trace is divided out of the right side."""
-    blocks = {}
-    for name, shape in about.shapes.items():
-        mine, what = sums.blocks[name], f"block {name!r}"
-        if "left" not in mine:
-            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, what)
-            continue
-        trace = mine["left"].trace() if mine["left"].ndim == 2 else mine["left"].sum()
-        left = decompose(mine["left"] / sums.documents, f"{what} (left)")
-        right = decompose(mine["right"] / (trace if trace > 0 else trace + 1), f"{what} (right)")
-        blocks[name] = Curvature(shape, (left, right))
-    return about.factors(sums, blocks)
+
+    def trace(name: str) -> Tensor:
+        left = sums.blocks[name]["left"]
+        return left.trace() if left.ndim == 2 else left.sum()
+
+    return kronecker(about, sums, trace)

@@ -16,13 +16,12 @@ from functools import partial, reduce
 import torch
 
 from influence.func.covariates import add_grams
-from influence.func.curvature import Curvature, decompose
 from influence.func.fold import Sink
 from influence.func.gather import BlockSums, Pair
 from influence.func.transform import Transform
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, diagonal, run, sum_sink
+from influence.hessians.fitting import About, FitStep, Sums, kronecker, run, sum_sink
 from influence.hessians.labels import Labels
 from influence.types import Batch, LossFn, Params
 
@@ -101,14 +100,4 @@ def sink(step: FitStep) -> Sink:
 
 def finalize(about: About, sums: Sums) -> Factors:
     """Turn sums into factors; the scale `δ` goes to the left side."""
-    blocks = {}
-    for name, shape in about.shapes.items():
-        mine, what = sums.blocks[name], f"block {name!r}"
-        if "traces" not in mine:
-            blocks[name] = diagonal(shape, mine.get("diagonal"), sums.documents, what)
-            continue
-        traces = mine["traces"] if mine["traces"] > 0 else mine["traces"] + 1
-        left = decompose(mine["left"] / sums.documents, f"{what} (left)")
-        right = decompose(mine["right"] / traces, f"{what} (right)")
-        blocks[name] = Curvature(shape, (left, right))
-    return about.factors(sums, blocks)
+    return kronecker(about, sums, lambda name: sums.blocks[name]["traces"])

@@ -1,9 +1,10 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
+from influence.index.agreement import FingerprintError, check
 from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
 from influence.index.columns import Columns, columns_of
-from influence.index.fingerprints import Fingerprint, FingerprintError, check, fingerprint_of, provenance
+from influence.index.fingerprints import Fingerprint, fingerprint_of, provenance
 from influence.index.hits import Hits
 from influence.index.narrowing import narrowed
 from influence.index.neighbours import FaissConfig

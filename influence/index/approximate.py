@@ -6,7 +6,8 @@ from torch import Tensor
 from influence.func.similarity import Nearest
 from influence.index import scan
 from influence.index.chosen import Chosen, choose
-from influence.index.neighbours import FaissConfig, Neighbours, Stored, neighbours
+from influence.index.keeping import neighbours
+from influence.index.neighbours import FaissConfig, Neighbours, Stored
 from influence.index.reading import Index
 
 

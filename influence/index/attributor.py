@@ -14,14 +14,14 @@ from influence.func.layout import Layout
 from influence.func.normalize import Moments
 from influence.func.per_example import per_example_grads
 from influence.func.precondition import BlockCurvature
-from influence.func.similarity import Nearest
 from influence.func.transform import CollectedRows, Transform
 from influence.index import scan
+from influence.index.agreement import check
 from influence.index.approximate import approximate, neighbours_of
 from influence.index.chosen import Chosen, choose
-from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, fingerprint_of
 from influence.index.hits import Hits
-from influence.index.matching import matched
+from influence.index.matching import matched, query_matrix
 from influence.index.neighbours import FaissConfig, Neighbours
 from influence.index.reading import Index, Piece, open_index
 from influence.index.recipe import loss_of, rebuild
@@ -106,11 +106,11 @@ class Attributor:
             raise ValueError(f"k must be from 1 to the number of {what}, {count:,}; got {k}. k=None returns all")
         if documents is not None and groups is not None:
             sums = scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, count)
-            found = _sorted(sums, k, reverse)
+            found = scan.ranked(sums, k, reverse)
             named = documents[found.indices]
             return Hits(found.values, named, named)
         if k is None:
-            found = _sorted(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
+            found = scan.ranked(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
         elif self.faiss is not None:
             found = approximate(self.index, self._neighbours, matrix, chosen, k, reverse, self.faiss.nprobe)
         else:
@@ -343,24 +343,10 @@ class Attributor:
         """Return the chosen blocks and the query's columns of them, having checked that they belong here."""
         chosen = choose(self.index.blocks, blocks)
         rows = matched(query, self.index.fingerprint, chosen, fingerprint, unchecked, force)
-        matrix = chosen.matrix(rows).detach()
-        if not len(matrix):
-            raise ValueError("the query is empty: it has no row")
-        bad = (~torch.isfinite(matrix)).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"{len(bad)} of {len(matrix)} query rows are not finite, the first of them row {bad[0]}")
+        matrix = query_matrix(rows, chosen)
         return chosen, matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
 
     @cached_property
     def _neighbours(self) -> Neighbours:
         assert self.faiss is not None
         return neighbours_of(self.index, self.faiss)
-
-
-def _sorted(scores: Float[Tensor, "q n"], k: int | None, reverse: bool) -> Nearest:
-    """Return scores in order, equal ones by row."""
-    if not torch.isfinite(scores).all():
-        row = int((~torch.isfinite(scores)).any(0).nonzero()[0])
-        raise ValueError(f"the score of row {row} is not finite: the stored row or the query overflows")
-    found = scores.cpu().sort(dim=1, descending=not reverse, stable=True)
-    return Nearest(found.values[:, :k], found.indices[:, :k])

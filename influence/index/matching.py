@@ -2,11 +2,16 @@
 
 from dataclasses import replace
 
-from influence.func.nested import at_dim, projection, raise_project, unprojected
-from influence.func.project import down_project, project
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from influence.func.nested import at_dim, down_project, projection, raise_project, unprojected
+from influence.func.project import project
 from influence.func.transform import CollectedRows, Transform
+from influence.index.agreement import check
 from influence.index.chosen import Chosen
-from influence.index.fingerprints import Fingerprint, check, fingerprint_of
+from influence.index.fingerprints import Fingerprint, fingerprint_of
 from influence.types import Rows
 
 
@@ -68,6 +73,21 @@ def matched(
     step = project(lower, fingerprint.must_match["seed"], fingerprint.must_match["projection"]).steps[0]
     shapes = {name: tuple(known[name]) for name in chosen.names}
     return raise_project({name: query[name] for name in chosen.names}, stored.dim, step, shapes)
+
+
+def query_matrix(rows: Rows, chosen: Chosen) -> Float[Tensor, "q d"]:
+    """Return the chosen columns of a query's rows.
+
+    Raises:
+        ValueError: if there is no row, or one that is not finite.
+    """
+    matrix = chosen.matrix(rows).detach()
+    if not len(matrix):
+        raise ValueError("the query is empty: it has no row")
+    bad = (~torch.isfinite(matrix)).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(matrix)} query rows are not finite, the first of them row {bad[0]}")
+    return matrix
 
 
 def _said(rows: Rows, transform: Transform, stored: Fingerprint) -> Fingerprint:

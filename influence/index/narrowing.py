@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from influence.func.project import NESTING, corner
+from influence.func.nested import corner
+from influence.func.sketch import NESTING
 from influence.index.columns import Columns
 from influence.index.encoding import Encoded, decode
 from influence.index.reading import Index, Part

@@ -1,15 +1,11 @@
-r"""Approximate neighbours: FAISS indexes of the stored rows, built once and kept beside them.
+r"""Approximate neighbours: FAISS indexes of the stored rows, and how they are made.
 
 What FAISS sees are the rows as stored, after their transform: preconditioned once, then normed, as the index was. A
 search over some blocks sets the query's other columns to zero, `⟨[q_b, 0], g⟩ = ⟨q_b, g_b⟩`, so one FAISS index serves
 all of them.
 """
 
-import json
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func import top
-from influence.func.fingerprint import fingerprint
 from influence.func.plan import human
 from influence.func.similarity import Nearest
 from influence.index.chosen import Chosen
-from influence.index.run import NEIGHBOURS
 from influence.index.scan import Piece, all_decoded
 
-SCHEMA = 1
 PER_LIST = 256
 """Rows that k-means looks at per centroid at most."""
 
@@ -129,52 +122,17 @@ class Neighbours:
         return Nearest(best.values, best.indices)
 
 
-def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neighbours:
-    """Return the FAISS index of some rows: the one that is kept, or a new one, which is then kept.
-
-    Args:
-        stored: the rows.
-        config: how.
-        beside: the directory of the run; `None` keeps it in memory alone.
-
-    Returns:
-        The FAISS index.
-
-    Raises:
-        ValueError: if FAISS does not understand the factory, or cannot learn it from so few rows.
-        MemoryError: if it would not fit.
-    """
-    import faiss
-
-    if beside is None:
-        made = [shard for _, shard in _made(stored, config)]
-        return Neighbours(tuple(made), _begins(stored.number, config.num_shards))
-    key = {
-        "schema": SCHEMA,
-        "faiss": faiss.__version__,
-        "index_factory": config.index_factory,
-        "max_train_examples": config.max_train_examples,
-        "num_shards": config.num_shards,
-        "rows": stored.identity,
-    }
-    directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
-    if not _is_whole(directory, key):
-        _write(directory, key, stored, config)
-        _forget(directory, key)
-    paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
-    return Neighbours(tuple(_read(path, config) for path in paths), _begins(stored.number, config.num_shards))
-
-
-def _begins(number: int, shards: int) -> tuple[int, ...]:
+def begins_of(number: int, shards: int) -> tuple[int, ...]:
+    """Return the first row of each shard."""
     return tuple(number * shard // shards for shard in range(shards))
 
 
-def _made(stored: Stored, config: FaissConfig) -> Iterator[tuple[int, Any]]:
+def shards_of(stored: Stored, config: FaissConfig) -> Iterator[tuple[int, Any]]:
     """Yield the number and the FAISS index of each shard; whoever takes them decides what stays in memory."""
     import faiss
 
     empty = _trained(stored, config)
-    begins = (*_begins(stored.number, config.num_shards), stored.number)
+    begins = (*begins_of(stored.number, config.num_shards), stored.number)
     rows = _matrices(stored, config.batch_size)
     left = torch.empty(0, stored.chosen.dim)
     for number in range(config.num_shards):
@@ -264,52 +222,3 @@ def available_memory() -> int | None:
         return None
     said = next((line for line in lines if line.startswith("MemAvailable:")), None)
     return None if said is None else int(said.split()[1]) << 10
-
-
-def _write(directory: Path, key: Mapping[str, Any], stored: Stored, config: FaissConfig) -> None:
-    """Write all shards to a temporary directory, then rename it."""
-    import faiss
-
-    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(8)}.partial"
-    temporary.mkdir(parents=True)
-    try:
-        for number, shard in _made(stored, config):
-            faiss.write_index(shard, str(temporary / f"{number}.faiss"))
-            del shard  # before the next is made
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        (temporary / "about.json").write_text(json.dumps({"key": key, "sizes": sizes}, indent=1))
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _forget(directory: Path, key: Mapping[str, Any]) -> None:
-    """Remove what was kept of the same index before rows were appended: nothing will ask for it again."""
-    for about in directory.parent.glob("*/about.json"):
-        kept = json.loads(about.read_text())["key"]
-        same = {**kept, "rows": {**kept["rows"], "shards": key["rows"]["shards"]}}
-        if about.parent != directory and same == json.loads(json.dumps(key)):
-            shutil.rmtree(about.parent)
-
-
-def _is_whole(directory: Path, key: Mapping[str, Any]) -> bool:
-    """Whether a directory holds the FAISS index of a key, and all of it."""
-    try:
-        about = json.loads((directory / "about.json").read_text())
-        sizes = {name: (directory / name).stat().st_size for name in about["sizes"]}
-    except (OSError, ValueError, KeyError):
-        return False
-    return about["key"] == json.loads(json.dumps(key)) and about["sizes"] == sizes
-
-
-def _read(path: Path, config: FaissConfig) -> Any:
-    import faiss
-
-    if not config.mmap_index:
-        return faiss.read_index(str(path))
-    cells = faiss.IO_FLAG_MMAP  # maps the lists of an IVF index, and reads any other whole
-    return faiss.read_index(
-        str(path), cells if "IVF" in config.index_factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
-    )

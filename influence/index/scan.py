@@ -102,6 +102,19 @@ def scan(
     return Nearest(-best.values if reverse else best.values, best.indices)
 
 
+def ranked(scores: Float[Tensor, "q n"], k: int | None, reverse: bool) -> Nearest:
+    """Return the first `k` of all scores in order, equal ones by row; `None` for all.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    if not torch.isfinite(scores).all():
+        row = int((~torch.isfinite(scores)).any(0).nonzero()[0])
+        raise ValueError(f"the score of row {row} is not finite: the stored row or the query overflows")
+    found = scores.cpu().sort(dim=1, descending=not reverse, stable=True)
+    return Nearest(found.values[:, :k], found.indices[:, :k])
+
+
 def scores(pieces: Iterable[Piece], queries: Float[Tensor, "q d"], columns: Chosen) -> Float[Tensor, "q n"]:
     """Return the score of every row.
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from influence import store
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.index.fingerprints import Fingerprint, differences
+from influence.index.agreement import differences
+from influence.index.fingerprints import Fingerprint
 from influence.index.lock import LOCK, Lock
 from influence.index.run import (
     NEIGHBOURS,

@@ -1,7 +1,7 @@
 """Bayesian influence functions: which examples' losses move together under the posterior."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,18 +9,7 @@ from torch import Tensor
 
 from influence import viz
 from influence.data.reading import pad_of
-from influence.pipelines.chains import (
-    ChainConfig,
-    Chains,
-    Felt,
-    FeltConfig,
-    Pace,
-    PaceConfig,
-    Sampling,
-    no_data,
-    no_model,
-)
-from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
 from influence.pipelines.texts import short
@@ -33,7 +22,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class BifConfig:
+class BifConfig(SamplingConfig):
     r"""Bayesian influence functions: how the losses of two examples move together around the trained weights.
 
     influence bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
@@ -71,9 +60,6 @@ class BifConfig:
         pace: how they are run.
     """
 
-    run: Run
-    model: Model = field(default_factory=no_model)
-    data: Data = field(default_factory=no_data)
     observables: tuple[str, ...] = ("data",)
     observed: int = 64
     restriction: str = "full"
@@ -91,9 +77,6 @@ class BifConfig:
     width: int = 80
     save: str | None = None
     plot: str | None = None
-    chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
-    pace: Pace = field(default_factory=PaceConfig)
 
 
 def run(config: BifConfig, say: Say = quiet) -> Outcome:
@@ -110,7 +93,7 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     c = config
     kept: Literal["tokens", "sequences"] = "tokens" if c.level == "token" else "sequences"
     chains = replace(c.chains, keep=kept) if c.chains.keep == "auto" else c.chains
-    what = Sampling(c.run, c.model, c.data, chains, c.loss, c.pace, c.observables, c.observed, (c.restriction,))
+    what = sampling_of(config, chains=chains, restrictions=(c.restriction,))
     samples = sampled("bif", config, what, say)
     if isinstance(samples, Outcome):
         return samples
@@ -173,21 +156,10 @@ def chosen_of(samples: Samples, restriction: str) -> Sampled:
 def related(config: BifConfig, run: Sampled, number: int) -> tuple[Tensor, Tensor | None]:
     """Return a query's influences with every column, and their standard errors where they are known."""
     averaged = config.level == "token"  # tokens of a pair are many: a query's list is of their mean
-    known = run.pairs is None or averaged or run.pairs.draws.numel() > 1  # of one chain's co-moments nobody knows them
-    found = bif.estimate(
-        run,
-        config.rows or None,
-        config.columns or config.rows or None,
-        level=config.level,
-        statistic=config.statistic,
-        pooling=config.pooling,
-        average=averaged,
-        row_range=slice(number, number + 1),
-        sign=config.sign,
-        scale=config.scale,
-        stderr=known,
-    )
-    return found.influences[0].double(), None if found.stderr is None else found.stderr[0].double()
+    found = estimated(config, run, average=averaged, row_range=slice(number, number + 1), stderr=True)
+    assert found.stderr is not None
+    known = bool(found.stderr.isfinite().any())
+    return found.influences[0].double(), found.stderr[0].double() if known else None
 
 
 def strongest(row: Tensor, k: int, exclude: int | None) -> dict[str, list[int]]:
@@ -214,7 +186,8 @@ def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, erro
     return "\n".join(lines)
 
 
-def _matrix(config: BifConfig, run: Sampled, **some: Any) -> Tensor:
+def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
+    """Return the influences that are asked for, or some of them."""
     return bif.estimate(
         run,
         config.rows or None,
@@ -225,24 +198,24 @@ def _matrix(config: BifConfig, run: Sampled, **some: Any) -> Tensor:
         sign=config.sign,
         scale=config.scale,
         **some,
-    ).influences
+    )
 
 
 def _save(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
     import numpy
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    numpy.save(path, _matrix(config, run, average=config.average).numpy())
+    numpy.save(path, estimated(config, run, average=config.average).influences.numpy())
 
 
 def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
     if config.level == "sequence" or config.average:
         labels = [f"{example.title} {short(example.text, 40)}" for example in left]
-        whole = _matrix(config, run, average=config.average)
+        whole = estimated(config, run, average=config.average).influences
         viz.save(viz.heat_map(whole, labels, [example.title for example in right], label=config.statistic), path)
         return
     i, j = config.pair or _first_pair(config, run, left == right)
-    block = _matrix(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1))[0, 0]
+    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[0, 0]
     block = block[[*left[i].labelled]][:, [*right[j].labelled]]
     title = f"rows: {left[i].title}, columns: {right[j].title}"
     viz.save(viz.heat_map(block, left[i].tokens, right[j].tokens, label=config.statistic, title=title), path)

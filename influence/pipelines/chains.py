@@ -1,11 +1,11 @@
 """What sampling is made of, as values: the chains, the loss they feel, and how they are run."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from influence.pipelines.configs import DataConfig, ModelConfig
+from influence.pipelines.configs import Data, DataConfig, Model, ModelConfig, Run
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,29 @@ def no_data() -> DataConfig:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
+    """What every command that samples takes.
+
+    Attributes:
+        run: the run directory; of a finished run, it is read, and needs no model.
+        model: the model.
+        data: the data that chains are trained on.
+        chains: the chains.
+        loss: the loss they feel.
+        pace: how they are run.
+    """
+
+    run: Run
+    model: Model = field(default_factory=no_model)
+    data: Data = field(default_factory=no_data)
+    _: KW_ONLY
+    chains: Chains = field(default_factory=ChainConfig)
+    loss: Felt = field(default_factory=FeltConfig)
+    pace: Pace = field(default_factory=PaceConfig)
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingConfig):
     """Everything that a run of chains is made of, whichever command asks for it.
 
     Attributes:
@@ -127,14 +149,14 @@ class Sampling:
         localizations: localizations of a grid.
     """
 
-    run: str
-    model: ModelConfig
-    data: DataConfig
-    chains: ChainConfig
-    loss: FeltConfig
-    pace: PaceConfig
     observables: tuple[str, ...] = ()
     observed: int = 64
     restrictions: tuple[str, ...] = ("full",)
     lrs: tuple[float, ...] = ()
-    localizations: tuple[float, ...] = field(default=())
+    localizations: tuple[float, ...] = ()
+
+
+def sampling_of(config: SamplingConfig, **instead: Any) -> Sampling:
+    """Return what a command's configuration asks to be sampled, with some of it replaced."""
+    asked = {f.name: getattr(config, f.name) for f in fields(Sampling) if hasattr(config, f.name)}
+    return Sampling(**{**asked, **instead})

@@ -4,7 +4,7 @@ Every field is a flag of the command line under its own name, and a key of the Y
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
@@ -235,7 +235,7 @@ class NeighbourConfig:
 
     def made(self) -> FaissConfig | None:
         """Return what a search takes; `None` scans."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return None if self.index_factory is None else FaissConfig(**fields)
 
 
@@ -246,3 +246,25 @@ Data: TypeAlias = Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
 Loss: TypeAlias = Annotated[LossConfig, tyro.conf.OmitArgPrefixes]
 View: TypeAlias = Annotated[TransformConfig, tyro.conf.OmitArgPrefixes]
 Execution: TypeAlias = Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """What every command takes that passes over a dataset.
+
+    Attributes:
+        run: the run directory to write.
+        model: the model.
+        data: the dataset.
+        loss: the loss.
+        transform: what is wanted of each gradient.
+        execution: the pass.
+    """
+
+    run: Run
+    model: Model
+    data: Data
+    _: KW_ONLY
+    loss: Loss = field(default_factory=LossConfig)
+    transform: View = field(default_factory=TransformConfig)
+    execution: Execution = field(default_factory=RunConfig)

@@ -5,27 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from influence.pipelines import build, hessian, reduce, score
-from influence.pipelines.configs import (
-    Data,
-    DataConfig,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-    at_least,
-)
+from influence.pipelines.configs import RunConfig, TransformConfig, View, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.ranks import among_ranks
 from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import fewer, result, run_steps, without_what_is_not_there
+from influence.pipelines.recipe import RecipeConfig, fewer, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)
-class EkfacConfig:
+class EkfacConfig(RecipeConfig):
     """Score a corpus by influence functions: query gradient, inverse curvature, training gradient.
 
     influence ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/ekfac
@@ -50,10 +38,6 @@ class EkfacConfig:
         execution: every pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
-    query: DataConfig
     method: Literal["ekfac", "kfac", "tkfac", "shampoo"] = "ekfac"
     labels: Literal["sampled", "data", "exact"] = "sampled"
     stats_examples: int | None = None
@@ -61,9 +45,7 @@ class EkfacConfig:
     compress: int | None = None
     mode: score.Mode = "individual"
     top_k: int | None = None
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0))
-    execution: Execution = field(default_factory=RunConfig)
+    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0), kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
@@ -107,12 +89,12 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
         return hessian.run(made, say)
 
     def rows(execution: RunConfig) -> Outcome:
-        to, model, query, loss = str(at / "query"), config.model, config.query, config.loss
-        view = without_what_is_not_there(sides[0], execution)
-        if config.query_rows == "individual":
+        to, model, query, how = str(at / "query"), config.model, config.query, config.query_rows
+        loss, view = config.loss, without_what_is_not_there(sides[0], execution)
+        if how == "individual":
             return build.run(build.BuildConfig(to, model, query, loss=loss, transform=view, execution=execution), say)
-        how = config.query_rows
-        return reduce.run(reduce.ReduceConfig(to, model, query, how, False, loss, view, execution), say)
+        made = reduce.ReduceConfig(to, model, query, how, loss=loss, transform=view, execution=execution)
+        return reduce.run(made, say)
 
     def scores(execution: RunConfig) -> Outcome:
         made = score.ScoreConfig(

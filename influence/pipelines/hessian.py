@@ -9,18 +9,7 @@ from typing import Any, Literal
 from influence import hessians
 from influence.hessians import Factors
 from influence.pipelines.collect import Summed, Work, collect, remove_partials
-from influence.pipelines.configs import (
-    Data,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-    at_least,
-)
+from influence.pipelines.configs import PassConfig, TransformConfig, View, at_least
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
@@ -33,7 +22,7 @@ SCRATCH = ("kfac.h5", "eigenvalues")
 
 
 @dataclass(frozen=True)
-class HessianConfig:
+class HessianConfig(PassConfig):
     """Fit the curvature of a model: what scores divide by, so that directions which all documents share count less.
 
     kfac, tkfac and shampoo keep a Kronecker product per block, ekfac corrects kfac's spectrum in a second pass;
@@ -53,17 +42,12 @@ class HessianConfig:
         execution: the pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
     method: Literal["kfac", "ekfac", "tkfac", "shampoo", "autocorrelation"] = "kfac"
     labels: Literal["sampled", "data", "exact"] | None = None
     label_seed: int = 0
     label_draws: int = 1
     max_side: int = 8192
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0))
-    execution: Execution = field(default_factory=RunConfig)
+    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0), kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""

@@ -15,29 +15,16 @@ from torch import Tensor
 
 from influence.data.sources import column_names
 from influence.index import open_index
-from influence.pipelines.checkpoints import learning_rates
-from influence.pipelines.configs import (
-    Data,
-    DataConfig,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-)
-from influence.pipelines.ends import outcome_of
+from influence.pipelines.configs import DataConfig, Loss, LossConfig, TransformConfig, View
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.ranks import among_ranks
 from influence.pipelines.reading import load_rows
 from influence.pipelines.recipe import planned, result, run_steps
-from influence.pipelines.sums import pairs, refuse_optimizer, row_steps, write_sums
+from influence.pipelines.sums import SumConfig, pairs, rates_of, refuse_optimizer, row_steps, write_sums, written
 
 
 @dataclass(frozen=True)
-class LessConfig:
+class LessConfig(SumConfig):
     """Choose training data as LESS does: cosines of Adam's updates with a task's gradients, over a warm-up.
 
     influence less --model base --checkpoints warmup/checkpoint-* --dataset pool.jsonl --query.dataset task.jsonl
@@ -59,16 +46,11 @@ class LessConfig:
         execution: every pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
-    query: DataConfig
-    checkpoints: tuple[str, ...] = ()
-    learning_rates: tuple[float, ...] = ()
     subtask: str | None = None
-    loss: Loss = field(default_factory=lambda: LossConfig(reduction="mean"))
-    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=8192, projection_target="global"))
-    execution: Execution = field(default_factory=RunConfig)
+    loss: Loss = field(default_factory=lambda: LossConfig(reduction="mean"), kw_only=True)
+    transform: View = field(
+        default_factory=lambda: TransformConfig(projection_dim=8192, projection_target="global"), kw_only=True
+    )
 
 
 @among_ranks
@@ -89,7 +71,7 @@ def run(config: LessConfig, say: Say = quiet) -> Outcome:
     from influence.train.checkpoints import find_state
 
     refuse_optimizer(config.transform, "less")
-    rates, source = learning_rates(config.checkpoints, config.learning_rates)
+    rates = rates_of(config, say)
     for checkpoint in config.checkpoints:
         find_state(checkpoint)
     subtasks = None if config.subtask is None else subtasks_of(config.query, config.subtask)
@@ -97,9 +79,6 @@ def run(config: LessConfig, say: Say = quiet) -> Outcome:
     at, steps = Path(config.run), row_steps(config, config.transform, updates, say)
     plan = f"the best subtask's sums over {len(rates)} checkpoints → {at / 'scores'}"
     steps["scores"] = lambda execution: planned(plan, execution, say) or _best(at, rates, subtasks)
-    with ranks() as place:
-        if place.first:
-            say(f"learning rates ({source}): {', '.join(f'{rate:.6g}' for rate in rates)}")
     return result(config, run_steps("less", config, steps, say))
 
 
@@ -124,13 +103,12 @@ def _best(at: Path, rates: list[float], subtasks: Int[Tensor, " rows"] | None) -
     """Write the best subtask's sums."""
     from influence.train import less, subtask_means
 
-    with ranks() as place:
-        if place.first:
-            sides = []
-            for number, (index, rows) in enumerate(pairs(at, len(rates))):
-                examples = open_index(at / f"checkpoint{number}-query").index
-                of = torch.zeros_like(examples) if subtasks is None else subtasks[examples]
-                sides.append((index, subtask_means(rows, of)))
-            write_sums(at, sides, rates, lambda checkpoints: less(checkpoints)[:, None])
-        place.barrier()
-    return outcome_of(at / "scores")
+    def write() -> None:
+        sides = []
+        for number, (index, rows) in enumerate(pairs(at, len(rates))):
+            examples = open_index(at / f"checkpoint{number}-query").index
+            of = torch.zeros_like(examples) if subtasks is None else subtasks[examples]
+            sides.append((index, subtask_means(rows, of)))
+        write_sums(at, sides, rates, lambda checkpoints: less(checkpoints)[:, None])
+
+    return written(at / "scores", write)

@@ -2,22 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from influence import viz
-from influence.pipelines.chains import (
-    ChainConfig,
-    Chains,
-    Felt,
-    FeltConfig,
-    Pace,
-    PaceConfig,
-    Sampling,
-    no_data,
-    no_model,
-)
-from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled
 from influence.sgmcmc import llc
@@ -25,7 +14,7 @@ from influence.sgmcmc.llc import LLC
 
 
 @dataclass(frozen=True)
-class LlcConfig:
+class LlcConfig(SamplingConfig):
     """Estimate the local learning coefficient: half the directions that matter, fewer where the loss is singular.
 
     influence llc --model gpt2 --dataset corpus.jsonl --run runs/llc --plot llc.png
@@ -51,17 +40,11 @@ class LlcConfig:
         pace: how they are run.
     """
 
-    run: Run
-    model: Model = field(default_factory=no_model)
-    data: Data = field(default_factory=no_data)
     restrictions: tuple[str, ...] = ("full",)
     lrs: tuple[float, ...] = ()
     localizations: tuple[float, ...] = ()
     estimator: Literal["paired", "steps", "draws"] = "paired"
     plot: str | None = None
-    chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
-    pace: Pace = field(default_factory=PaceConfig)
 
 
 def run(config: LlcConfig, say: Say = quiet) -> Outcome:
@@ -76,10 +59,7 @@ def run(config: LlcConfig, say: Say = quiet) -> Outcome:
     """
     if config.plot is not None:
         viz.check(config.plot)
-    c = config
-    what = Sampling(c.run, c.model, c.data, c.chains, c.loss, c.pace, restrictions=c.restrictions)
-    what = Sampling(**{**vars(what), "lrs": c.lrs, "localizations": c.localizations})
-    samples = sampled("llc", config, what, say)
+    samples = sampled("llc", config, sampling_of(config), say)
     if isinstance(samples, Outcome):
         return samples
     grid = all("lr=" in name for name in samples.runs)

@@ -50,7 +50,7 @@ class Page:
 
         Nothing of it comes from elsewhere, and its policy lets no other script run than its own.
         """
-        parts = {name: files("influence.pipelines").joinpath(f"explorer.{name}").read_text() for name in ("css", "js")}
+        parts = {"css": _file("css"), "js": f"{_file('data.js')}\n{_file('js')}"}
         numbers = [
             f'<script type="application/octet-stream" id="numbers-{n + 1}">{text}</script>'
             for n, text in enumerate(self._packed)
@@ -62,8 +62,7 @@ class Page:
             "numbers": "\n".join(numbers),
             **parts,
         }
-        template = files("influence.pipelines").joinpath("explorer.html").read_text()
-        return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], template)
+        return re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], _file("html"))
 
 
 def script_safe(text: str) -> str:
@@ -89,3 +88,7 @@ def escaped(text: str) -> str:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    return files("influence.pipelines").joinpath(f"explorer.{name}").read_text()

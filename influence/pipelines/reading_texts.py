@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from influence.index import Index
+from influence.index import Index, open_index
 from influence.pipelines.configs import DataConfig, ModelConfig
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.plain import from_mapping
@@ -71,6 +72,20 @@ def texts_for(
         pieces = [one[:tokens] for one in pieces]
     lengths = torch.tensor([0] * len(whole) if pieces is None else [len(one) for one in pieces])
     return Texts([text[:most] for text in whole], pieces, lengths, sum(len(text) > most for text in whole))
+
+
+def query_texts(path: str, number: int) -> list[str]:
+    """Return what queries say: their texts, or, where they are no texts of their own, the run and the row."""
+    if (Path(path) / "index.h5").exists():
+        index = open_index(path)
+        if index.about.kind == "index" and index.examples == number:
+            try:
+                return texts_for(index, index.index).texts
+            except ValueError:
+                pass
+        elif index.about.kind == "reduce":
+            return [f"{index.about.config['method']} of {index.about.config['data']['dataset']}"]
+    return [f"row {row} of {path}" for row in range(number)]
 
 
 def _parts(index: Index, source: str | None) -> tuple[list[int], list[DataConfig]]:

@@ -2,13 +2,24 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from influence.index import Fingerprint, start
-from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.configs import (
+    Data,
+    DataConfig,
+    Execution,
+    Loss,
+    LossConfig,
+    Model,
+    Run,
+    RunConfig,
+    TransformConfig,
+    View,
+)
 from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.plain import to_mapping, write_config
@@ -19,8 +30,32 @@ RESULTS = ("index.h5", "factors.h5", "best.h5")
 """Files, one of which a finished step has."""
 
 
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What every recipe takes, which scores a corpus against queries.
+
+    Attributes:
+        run: the run directory to write.
+        model: the model.
+        data: the corpus.
+        query: the queries.
+        loss: the loss.
+        transform: what is compared of each gradient.
+        execution: every pass.
+    """
+
+    run: Run
+    model: Model
+    data: Data
+    query: DataConfig
+    _: KW_ONLY
+    loss: Loss = field(default_factory=LossConfig)
+    transform: View = field(default_factory=TransformConfig)
+    execution: Execution = field(default_factory=RunConfig)
+
+
 def run_steps(
-    kind: str, config: Any, steps: Mapping[str, Callable[[RunConfig], Outcome | None]], say: Say
+    kind: str, config: RecipeConfig, steps: Mapping[str, Callable[[RunConfig], Outcome | None]], say: Say
 ) -> dict[str, Any]:
     """Run a recipe's steps one after the other.
 
@@ -55,7 +90,7 @@ def run_steps(
     return outcomes
 
 
-def result(config: Any, outcomes: Mapping[str, Outcome]) -> Outcome:
+def result(config: RecipeConfig, outcomes: Mapping[str, Outcome]) -> Outcome:
     """Return a recipe's outcome: its scores; or of a dry run, what its steps take together."""
     if not config.execution.dry_run:
         return Outcome(config.run, {**outcomes["scores"].facts, "run": config.run}, outcomes["scores"].text)
@@ -89,7 +124,7 @@ def fewer(data: DataConfig, count: int | None) -> DataConfig:
     return replace(data, max_examples=min(limits, default=None))
 
 
-def _begin(kind: str, config: Any, names: list[str], place: Ranks, stack: contextlib.ExitStack) -> None:
+def _begin(kind: str, config: RecipeConfig, names: list[str], place: Ranks, stack: contextlib.ExitStack) -> None:
     """Begin or resume the recipe's own directory, and hold its lock."""
     directory, execution = Path(config.run), config.execution
     if place.first:

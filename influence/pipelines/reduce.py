@@ -1,6 +1,6 @@
 """Reduce a dataset to one row: the mean or the sum of its gradients, as an index of a single row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from influence.func.folding import flat
 from influence.func.losses import widen
 from influence.index import Collected, Columns, finish, open_index, shard_sink
 from influence.pipelines.collect import Summed, Work, collect, remove_partials
-from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
+from influence.pipelines.configs import PassConfig
 from influence.pipelines.directory import run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
@@ -25,7 +25,7 @@ from influence.types import Rows
 
 
 @dataclass(frozen=True)
-class ReduceConfig:
+class ReduceConfig(PassConfig):
     """Average or sum the gradients of a dataset into one row, an index that score and query take as a query.
 
     influence reduce --model gpt2 --dataset questions.jsonl --run runs/questions
@@ -43,14 +43,8 @@ class ReduceConfig:
         execution: the pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
     method: Literal["mean", "sum"] = "mean"
     normalize: bool = False
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=TransformConfig)
-    execution: Execution = field(default_factory=RunConfig)
 
 
 class Totals(NamedTuple):

@@ -1,20 +1,9 @@
 """Run chains around trained weights, and keep what the other commands of sampling read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from influence.pipelines.chains import (
-    ChainConfig,
-    Chains,
-    Felt,
-    FeltConfig,
-    Pace,
-    PaceConfig,
-    Sampling,
-    no_data,
-    no_model,
-)
-from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.llc import estimates, table_of
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
@@ -22,7 +11,7 @@ from influence.pipelines.sampled import RESULT, Samples, sampled
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SamplingConfig):
     """Run chains around the trained weights, and keep what observables do along them.
 
     influence sample --model gpt2 --dataset corpus.jsonl --observables code=code.jsonl prose=prose.jsonl --run runs/s
@@ -43,15 +32,9 @@ class SampleConfig:
         pace: how they are run.
     """
 
-    run: Run
-    model: Model = field(default_factory=no_model)
-    data: Data = field(default_factory=no_data)
     observables: tuple[str, ...] = ()
     observed: int = 64
     restrictions: tuple[str, ...] = ("full",)
-    chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
-    pace: Pace = field(default_factory=PaceConfig)
 
 
 def run(config: SampleConfig, say: Say = quiet) -> Outcome:
@@ -64,9 +47,7 @@ def run(config: SampleConfig, say: Say = quiet) -> Outcome:
     Returns:
         What was sampled, and its LLC.
     """
-    c = config
-    what = Sampling(c.run, c.model, c.data, c.chains, c.loss, c.pace, c.observables, c.observed, c.restrictions)
-    samples = sampled("sample", config, what, say)
+    samples = sampled("sample", config, sampling_of(config), say)
     return outcome(samples) if isinstance(samples, Samples) else samples
 
 

@@ -14,7 +14,7 @@ import torch
 
 from influence import sgmcmc
 from influence.index.lock import Lock
-from influence.pipelines.chains import Sampling
+from influence.pipelines.chains import Sampling, SamplingConfig
 from influence.pipelines.configs import ModelConfig
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.outcome import Outcome, Say
@@ -42,7 +42,7 @@ class Samples(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def sampled(command: str, config: Any, what: Sampling, say: Say) -> Samples | Outcome:
+def sampled(command: str, config: SamplingConfig, what: Sampling, say: Say) -> Samples | Outcome:
     """Sample, or go on, or read what is finished.
 
     Args:
@@ -220,7 +220,7 @@ def _seconds(plan: Plan, made: Posterior) -> float:
 
 
 @contextlib.contextmanager
-def _directory(command: str, config: Any, directory: Path, overwrite: bool, place: Ranks) -> Iterator[None]:
+def _directory(command: str, config: SamplingConfig, directory: Path, overwrite: bool, place: Ranks) -> Iterator[None]:
     """Hold the directory's lock, empty it where that is asked for, and write down what is run."""
     with contextlib.ExitStack() as stack:
         if place.first:

@@ -1,7 +1,7 @@
 """Score a corpus against query rows as it streams by: no row is stored."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,18 +11,7 @@ from torch import Tensor
 from influence.func.sinks import taking
 from influence.index import Collected, Columns, done, finish, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
-from influence.pipelines.configs import (
-    Data,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-    at_least,
-)
+from influence.pipelines.configs import PassConfig, at_least
 from influence.pipelines.directory import fingerprint_for, run_directory
 from influence.pipelines.ends import outcome_of, write_best
 from influence.pipelines.outcome import Outcome, Say, quiet
@@ -38,7 +27,7 @@ Mode: TypeAlias = Literal["individual", "nearest"]
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(PassConfig):
     """Score every example of a corpus against queries, as the corpus streams by. Positive helps the query.
 
     influence score --model gpt2 --dataset corpus.jsonl --query runs/questions --run runs/scores
@@ -61,9 +50,6 @@ class ScoreConfig:
         execution: the pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
     query: tuple[str, ...]
     mode: Mode = "individual"
     blocks: tuple[str, ...] = ()
@@ -71,9 +57,6 @@ class ScoreConfig:
     per_token: Literal["use", "loss"] | None = None
     top_k: int | None = None
     force: bool = False
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=TransformConfig)
-    execution: Execution = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""

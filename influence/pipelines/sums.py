@@ -1,7 +1,7 @@
 """Sums over checkpoints: the steps that build both sides' rows at each, and the scores that are made of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,40 @@ from torch import Tensor
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.index import Collected, Columns, Fingerprint, Index, done, finish, open_index, shard_sink, start
 from influence.pipelines import build
-from influence.pipelines.checkpoints import model_at
+from influence.pipelines.checkpoints import learning_rates, model_at
 from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.ends import outcome_of
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.queries import column, load_queries
+from influence.pipelines.ranks import ranks
+from influence.pipelines.recipe import RecipeConfig
 from influence.types import Rows
+
+
+@dataclass(frozen=True)
+class SumConfig(RecipeConfig):
+    """What a recipe takes that sums over the checkpoints of a training run.
+
+    Attributes:
+        checkpoints: the folders that a Trainer saved.
+        learning_rates: one for each checkpoint; default those that the Trainer logged.
+    """
+
+    checkpoints: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+
+
+def rates_of(config: SumConfig, say: Say) -> list[float]:
+    """Return the learning rate of each checkpoint, and say them and where they are from.
+
+    Raises:
+        ValueError: if a checkpoint does not say its learning rate.
+    """
+    rates, source = learning_rates(config.checkpoints, config.learning_rates)
+    with ranks() as place:
+        if place.first:
+            say(f"learning rates ({source}): {', '.join(f'{rate:.6g}' for rate in rates)}")
+    return rates
 
 
 def refuse_optimizer(view: TransformConfig, recipe: str) -> None:
@@ -32,12 +61,12 @@ def refuse_optimizer(view: TransformConfig, recipe: str) -> None:
 
 
 def row_steps(
-    config: Any, query: TransformConfig, train: list[TransformConfig], say: Say
+    config: SumConfig, query: TransformConfig, train: list[TransformConfig], say: Say
 ) -> dict[str, Callable[[RunConfig], Outcome]]:
     """Return the steps that build both sides' indexes at each checkpoint.
 
     Args:
-        config: the recipe's: `run`, `model`, `data`, `query`, `checkpoints`, `loss`.
+        config: the recipe's.
         query: the queries' side.
         train: the corpus's side at each checkpoint.
         say: where lines go.
@@ -124,3 +153,20 @@ def write_scores(
                 sink = shard_sink(to, number, (begin, end), columns, dtype)
                 sink.finalize(sink.update(sink.init(), like.index[begin:end], value))
         finish(to)
+
+
+def written(to: Path, write: Callable[[], None]) -> Outcome:
+    """Have scores written by the first rank, and return what there is to say of them on all.
+
+    Args:
+        to: the run that is written.
+        write: what writes it.
+
+    Returns:
+        The scores.
+    """
+    with ranks() as place:
+        if place.first:
+            write()
+        place.barrier()
+    return outcome_of(to)

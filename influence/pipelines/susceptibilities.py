@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,18 +10,7 @@ import torch
 
 from influence import viz
 from influence.data.reading import pad_of
-from influence.pipelines.chains import (
-    ChainConfig,
-    Chains,
-    Felt,
-    FeltConfig,
-    Pace,
-    PaceConfig,
-    Sampling,
-    no_data,
-    no_model,
-)
-from influence.pipelines.configs import Data, Model, Run
+from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
 from influence.pipelines.texts import short
@@ -34,7 +23,7 @@ WIDTH = 40
 
 
 @dataclass(frozen=True)
-class SusceptibilitiesConfig:
+class SusceptibilitiesConfig(SamplingConfig):
     r"""Susceptibilities: the covariance of a component's excess loss on a task with each token's loss.
 
     influence susceptibilities --model gpt2 --dataset corpus.jsonl --observables task=corpus.jsonl code=code.jsonl \
@@ -63,9 +52,6 @@ class SusceptibilitiesConfig:
         pace: how they are run.
     """
 
-    run: Run
-    model: Model = field(default_factory=no_model)
-    data: Data = field(default_factory=no_data)
     observables: tuple[str, ...] = ("data",)
     observed: int = 64
     restrictions: tuple[str, ...] = ()
@@ -76,9 +62,6 @@ class SusceptibilitiesConfig:
     top_k: int = 4
     save: str | None = None
     plot: str | None = None
-    chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
-    pace: Pace = field(default_factory=PaceConfig)
 
 
 def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
@@ -95,7 +78,7 @@ def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
     c = config
     chains = replace(c.chains, keep="moments") if c.chains.keep == "auto" else c.chains
     words = ("full", *(word for word in c.restrictions if word != "full"))
-    what = Sampling(c.run, c.model, c.data, chains, c.loss, c.pace, c.observables, c.observed, words)
+    what = sampling_of(config, chains=chains, restrictions=words)
     samples = sampled("susceptibilities", config, what, say)
     if isinstance(samples, Outcome):
         return samples

@@ -3,31 +3,17 @@ r"""TracIn (Pruthi et al. 2020): inner products of gradients, summed over checkp
 $$\text{score}(q, n) = \sum_k \eta_k\, \langle \nabla \ell(q; \theta_k), \nabla \ell(n; \theta_k) \rangle$$
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from influence.pipelines.checkpoints import learning_rates
-from influence.pipelines.configs import (
-    Data,
-    DataConfig,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-)
-from influence.pipelines.ends import outcome_of
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.ranks import among_ranks
 from influence.pipelines.recipe import planned, result, run_steps
-from influence.pipelines.sums import pairs, refuse_optimizer, row_steps, write_sums
+from influence.pipelines.sums import SumConfig, pairs, rates_of, refuse_optimizer, row_steps, write_sums, written
 
 
 @dataclass(frozen=True)
-class TracinConfig:
+class TracinConfig(SumConfig):
     """Score a corpus as TracIn does: gradient products, summed over checkpoints, each times its learning rate.
 
     influence tracin --model base --checkpoints out/checkpoint-* --dataset corpus.jsonl --query.dataset questions.jsonl
@@ -48,16 +34,6 @@ class TracinConfig:
         execution: every pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
-    query: DataConfig
-    checkpoints: tuple[str, ...] = ()
-    learning_rates: tuple[float, ...] = ()
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=TransformConfig)
-    execution: Execution = field(default_factory=RunConfig)
-
 
 @among_ranks
 def run(config: TracinConfig, say: Say = quiet) -> Outcome:
@@ -74,13 +50,10 @@ def run(config: TracinConfig, say: Say = quiet) -> Outcome:
         ValueError: if a checkpoint does not say its learning rate, or an optimizer is given.
     """
     refuse_optimizer(config.transform, "tracin")
-    rates, source = learning_rates(config.checkpoints, config.learning_rates)
+    rates = rates_of(config, say)
     at, steps = Path(config.run), row_steps(config, config.transform, [config.transform] * len(rates), say)
     plan = f"sums over {len(rates)} checkpoints → {at / 'scores'}"
     steps["scores"] = lambda execution: planned(plan, execution, say) or _sum(at, rates)
-    with ranks() as place:
-        if place.first:
-            say(f"learning rates ({source}): {', '.join(f'{rate:.6g}' for rate in rates)}")
     return result(config, run_steps("tracin", config, steps, say))
 
 
@@ -88,8 +61,4 @@ def _sum(at: Path, rates: list[float]) -> Outcome:
     """Write the sums."""
     from influence.train import tracin
 
-    with ranks() as place:
-        if place.first:
-            write_sums(at, pairs(at, len(rates)), rates, tracin)
-        place.barrier()
-    return outcome_of(at / "scores")
+    return written(at / "scores", lambda: write_sums(at, pairs(at, len(rates)), rates, tracin))

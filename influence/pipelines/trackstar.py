@@ -1,30 +1,18 @@
 """TrackStar (Chang et al. 2024): whitened, unit-norm rows of both sides, in a mix of both sides' curvature."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from influence.pipelines import build, hessian, mix, score
-from influence.pipelines.configs import (
-    Data,
-    DataConfig,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-    at_least,
-)
+from influence.pipelines.configs import DataConfig, RunConfig, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.ranks import among_ranks
 from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import fewer, planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.recipe import RecipeConfig, fewer, planned, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)
-class TrackstarConfig:
+class TrackstarConfig(RecipeConfig):
     """Score a corpus against queries as TrackStar does: cosines in the metric of a mixed curvature.
 
     influence trackstar --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trackstar
@@ -46,18 +34,11 @@ class TrackstarConfig:
         execution: every pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
-    query: DataConfig
     components: int = 1000
     mix: bool = True
     stats_examples: int | None = 10_000
     mode: score.Mode = "individual"
     top_k: int | None = None
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=TransformConfig)
-    execution: Execution = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""

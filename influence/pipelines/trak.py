@@ -12,30 +12,19 @@ from pathlib import Path
 import torch
 
 from influence.index import Columns, Index, open_index
-from influence.pipelines import build, ends, hessian, score
+from influence.pipelines import build, hessian, score
 from influence.pipelines.checkpoints import model_at
-from influence.pipelines.configs import (
-    Data,
-    DataConfig,
-    Execution,
-    Loss,
-    LossConfig,
-    Model,
-    Run,
-    RunConfig,
-    TransformConfig,
-    View,
-)
+from influence.pipelines.configs import Loss, LossConfig, RunConfig, TransformConfig, View
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks, ranks
+from influence.pipelines.ranks import among_ranks
 from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import planned, result, run_steps, without_what_is_not_there
-from influence.pipelines.sums import over_checkpoints, write_scores
+from influence.pipelines.recipe import RecipeConfig, planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.sums import over_checkpoints, write_scores, written
 from influence.types import Rows
 
 
 @dataclass(frozen=True)
-class TrakConfig:
+class TrakConfig(RecipeConfig):
     """Score a corpus as TRAK does: log-odds, one global projection, their Gram matrix, a mean over checkpoints.
 
     influence trak --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trak
@@ -54,14 +43,11 @@ class TrakConfig:
         execution: every pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
-    query: DataConfig
     checkpoints: tuple[str, ...] = ()
-    loss: Loss = field(default_factory=lambda: LossConfig("log_odds"))
-    transform: View = field(default_factory=lambda: TransformConfig(projection_dim=2048, projection_target="global"))
-    execution: Execution = field(default_factory=RunConfig)
+    loss: Loss = field(default_factory=lambda: LossConfig("log_odds"), kw_only=True)
+    transform: View = field(
+        default_factory=lambda: TransformConfig(projection_dim=2048, projection_target="global"), kw_only=True
+    )
 
 
 @among_ranks
@@ -113,20 +99,20 @@ def average(parts: list[str], to: str) -> Outcome:
     Returns:
         The mean.
     """
-    with ranks() as place:
-        if place.first:
-            indexes = [open_index(part) for part in parts]
-            for part, index in zip(parts[1:], indexes[1:], strict=True):
-                _check_alike(parts[0], indexes[0], part, index)
 
-            def mean(begin: int, end: int) -> Rows:
-                matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
-                return Columns(indexes[0].blocks).split(matrix)
+    def write() -> None:
+        indexes = [open_index(part) for part in parts]
+        for part, index in zip(parts[1:], indexes[1:], strict=True):
+            _check_alike(parts[0], indexes[0], part, index)
 
-            plan = {"parts": [index.fingerprint.digest for index in indexes]}
-            write_scores(to, indexes[0], mean, plan, over_checkpoints(indexes))
-        place.barrier()
-    return ends.outcome_of(to)
+        def mean(begin: int, end: int) -> Rows:
+            matrix = torch.stack([index.matrix(begin, end) for index in indexes]).mean(0)
+            return Columns(indexes[0].blocks).split(matrix)
+
+        plan = {"parts": [index.fingerprint.digest for index in indexes]}
+        write_scores(to, indexes[0], mean, plan, over_checkpoints(indexes))
+
+    return written(Path(to), write)
 
 
 def _check_alike(one: str, first: Index, other: str, index: Index) -> None:

@@ -40,6 +40,9 @@ def of_draws(
         chains: how many.
         correlation: whether it is one.
 
+    Returns:
+        The errors; NaN where one chain has fewer than four draws.
+
     Example:
         >>> import torch
         >>> x = torch.tensor([[[1.0, -1.0, 3.0, -3.0]]])  # two chains, whose mean squares are 1 and 9
@@ -57,6 +60,9 @@ def of_moments(state: Moments, value: Float[Tensor, "n m"], within: bool, correl
         value: their covariance or correlation.
         within: whether chains are centred by themselves.
         correlation: whether it is one.
+
+    Returns:
+        The errors; NaN of one chain.
     """
     living = (state.draws > 0).nonzero()[:, 0].tolist()
     centre = (state.x * state.draws[:, None]).sum(0) / state.draws.sum()
@@ -93,7 +99,7 @@ def _products(x: Tensor, y: Tensor, value: Tensor, correlation: bool) -> Tensor:
 
 
 def _spread(means: Iterator[Tensor]) -> Tensor:
-    """Return the standard error of the mean of batches, which come one at a time (Welford)."""
+    """Return the standard error of the mean of batches, which come one at a time (Welford); NaN of one batch."""
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for p in means:
         count += 1
@@ -101,7 +107,5 @@ def _spread(means: Iterator[Tensor]) -> Tensor:
         mean = mean + away / count
         squares = squares + away * (p - mean)
     if count < 2:
-        raise ValueError(
-            "one batch has no spread: standard errors need four draws of a chain, or two chains' streamed co-moments"
-        )
+        return torch.full_like(mean, torch.nan)
     return (squares / (count * (count - 1))).sqrt()
