@@ -14,9 +14,7 @@ from benchmarks import (
     collect,
     curvature,
     every,
-    figures,
     loader,
-    page,
     peers,
     ranks,
     report,
@@ -27,7 +25,6 @@ from benchmarks import (
 )
 from benchmarks.models import MODELS
 from benchmarks.report import Check
-from influence import viz
 
 RESULTS = Path(__file__).parent / "results"
 FULL = "benchmarks/results, for a full run"
@@ -125,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "check", False) and getattr(arguments, "quick", False):
         parser.error("--check judges a full run: leave out --quick")
     if getattr(arguments, "plot", None) is not None:
+        from influence import viz  # only here: the import would count in the memory of a `memory` process
+
         viz.check(arguments.plot)
     return arguments.run(parser, arguments)
 
@@ -246,6 +245,8 @@ def _all(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def _report(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from benchmarks import page
+
     newest = page.newest()
     checks = every.targets(newest)
     if arguments.json is not None:
@@ -328,6 +329,8 @@ def _default(found: dict) -> Path:
 def _draw(arguments: argparse.Namespace, found: dict) -> None:
     """Draw the figure, if it is asked for."""
     if arguments.plot is not None:
+        from benchmarks import figures
+
         figures.draw(found, arguments.plot)
         print(f"wrote {arguments.plot}")
 
