@@ -61,7 +61,7 @@ docs: .venv-docs/.installed ## the documentation, in build/site: a warning or a 
 bench-peers: .venv-peers/.installed ## a second environment beside bergson, kronfluence and devinterp
 
 bench: .venv-peers/.installed ## the collection benchmark beside its peers, judged by its targets (about ten minutes)
-	.venv-peers/bin/python -m benchmarks collect --model neox --check
+	.venv-peers/bin/python -m benchmarks collect --model neox --peers --check
 
 .venv-peers/.installed: pyproject.toml $(LOCK) requirements/peers.txt
 	$(PYTHON) -m venv .venv-peers

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import (
@@ -13,8 +13,8 @@ from benchmarks import (
     coefficients,
     collect,
     curvature,
+    every,
     loader,
-    page,
     peers,
     ranks,
     report,
@@ -27,9 +27,10 @@ from benchmarks.models import MODELS
 from benchmarks.report import Check
 
 RESULTS = Path(__file__).parent / "results"
+FULL = "benchmarks/results, for a full run"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the suite, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
@@ -45,8 +46,8 @@ def main() -> int:
 
     suite = suites.add_parser("agree", help="EK-FAC scores beside kronfluence's: Pearson correlation and scale")
     suite.add_argument("--threads", type=int, default=1)
-    suite.add_argument("--json", type=Path, help="where to write (default: nowhere)")
-    suite.add_argument("--quick", action="store_true", help="fewer examples, nothing judged: whether it runs")
+    _writing(suite, "nowhere")
+    suite.add_argument("--quick", action="store_true", help="fewer examples: whether it runs")
     suite.set_defaults(run=_agree)
 
     suite = suites.add_parser("ranks", help="projected scores beside exact K-FAC ones: rank correlation by dimension")
@@ -63,11 +64,15 @@ def main() -> int:
         ("coefficients", coefficients, "LLC of deep linear and reduced-rank nets beside their closed forms"),
     ):
         suite = suites.add_parser(name, help=meaning)
-        suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+        if which is not coefficients:  # nothing there is timed
+            suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
         suite.add_argument("--threads", type=int, default=1)
-        suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
+        if hasattr(which, "targets"):
+            _writing(suite)
+        else:
+            suite.add_argument("--json", type=Path, help=f"where to write (default: {FULL})")
+            suite.set_defaults(check=False, plot=None)
         suite.add_argument("--quick", action="store_true", help="a small batch: whether it runs")
-        suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
         suite.set_defaults(run=_simple, suite_module=which)
 
     suite = suites.add_parser(
@@ -78,13 +83,22 @@ def main() -> int:
     suite.add_argument("--rounds", type=int, default=50, help="interleaved rounds (default: 50)")
     suite.add_argument("--threads", type=int, default=2)
     suite.add_argument("--path", type=Path, help="directory for the temporary index (default: the system's)")
-    suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
-    suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    _writing(suite)
     suite.add_argument("--quick", action="store_true", help="40,000 rows and 5 rounds: whether it runs, not how fast")
     suite.add_argument("--faiss", action=argparse.BooleanOptionalAction, default=True, help="build and time FAISS too")
     suite.set_defaults(run=_index)
 
-    suite = suites.add_parser("report", help="write docs/benchmarks.md from the JSON in benchmarks/results")
+    suite = suites.add_parser("all", help=f"{', '.join(every.SUITES)} in turn, and a summary")
+    _writing(suite, "as each suite does; with it, everything in one file")
+    suite.add_argument("--quick", action="store_true", help="every suite at its smallest: whether they run")
+    suite.add_argument("--only", nargs="+", choices=every.SUITES, metavar="SUITE", help="these alone")
+    suite.set_defaults(run=_all)
+
+    suite = suites.add_parser("report", help="write docs/benchmarks.md and its figures from benchmarks/results")
+    suite.add_argument("--check", action="store_true", help="write no page: exit with 1 when it is not the results', "
+                       "or the newest run of a suite missed a target")  # fmt: skip
+    suite.add_argument("--json", type=Path, help="write the newest run of every suite into one file")
+    suite.add_argument("--plot", type=Path, help="draw the newest runs' targets into this file")
     suite.set_defaults(run=_report)
 
     one = suites.add_parser("memory", help="the memory of one variant, as JSON")
@@ -104,8 +118,25 @@ def main() -> int:
         suite.add_argument("--quick", action="store_true")
     one.set_defaults(run=_memory)
 
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "check", False) and getattr(arguments, "quick", False):
+        parser.error("--check judges a full run: leave out --quick")
+    if getattr(arguments, "plot", None) is not None:
+        from influence import viz  # only here: the import would count in the memory of a `memory` process
+
+        viz.check(arguments.plot)
     return arguments.run(parser, arguments)
+
+
+def _writing(suite: argparse.ArgumentParser, default: str = FULL) -> None:
+    """Add what every suite does with its figures."""
+    suite.add_argument(
+        "--check",
+        action="store_true",
+        help="exit with 1 when a target is missed; rows beside a peer that is not installed are skipped by name",
+    )
+    suite.add_argument("--json", type=Path, help=f"where to write (default: {default})")
+    suite.add_argument("--plot", type=Path, help="draw the main table into this file (.png, .pdf, .svg)")
 
 
 def _measuring(suite: argparse.ArgumentParser, variants: Mapping[str, object]) -> None:
@@ -115,8 +146,7 @@ def _measuring(suite: argparse.ArgumentParser, variants: Mapping[str, object]) -
     suite.add_argument(
         "--only", nargs="+", choices=variants, metavar="VARIANT", help=f"time these alone: {', '.join(variants)}"
     )
-    suite.add_argument("--json", type=Path, help="where to write (default: benchmarks/results, for a full run)")
-    suite.add_argument("--check", action="store_true", help="exit with 1 when a target is missed; implies --peers")
+    _writing(suite)
     suite.add_argument("--quick", action="store_true", help="tiny shapes and 3 rounds: whether it runs, not how fast")
     suite.add_argument("--no-memory", action="store_true", help="leave out the process per variant")
     suite.add_argument(
@@ -127,40 +157,38 @@ def _measuring(suite: argparse.ArgumentParser, variants: Mapping[str, object]) -
 
 
 def _collect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    wanted = _wanted(parser, arguments)
+    _judged_whole(parser, arguments)
     if arguments.check and arguments.model not in ("neox", "all"):
         parser.error("--check has targets for --model neox (or all)")
     found = collect.run(
         list(MODELS) if arguments.model == "all" else [arguments.model],
-        **_settings(arguments, collect.VARIANTS, collect.PEERS, wanted),
+        **_settings(arguments, collect.VARIANTS, collect.PEERS),
     )
     checks = []
     if arguments.check:
         # The bars are the NeoX's; the other models are reported.
         judged = next(summary for summary in found["models"] if summary["model"] == "neox")
-        checks = collect.targets(judged, with_peers=wanted)
-    status = _finish(arguments, found, checks)
+        checks = collect.targets(judged, with_peers=not _left_out(arguments, collect.PEERS))
+    status = _finish(arguments, found, checks, collect.PEERS)
     if checks and not checks[0].met:
         print("The run is void.")
     return status
 
 
 def _curvature(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    wanted = _wanted(parser, arguments)
+    _judged_whole(parser, arguments)
     if arguments.check and arguments.rounds < 15:
         parser.error("--check judges 15 rounds at least")
-    found = curvature.run(**_settings(arguments, curvature.VARIANTS, curvature.PEERS, wanted))
-    return _finish(arguments, found, curvature.targets(found, with_peers=wanted) if arguments.check else [])
+    found = curvature.run(**_settings(arguments, curvature.VARIANTS, curvature.PEERS))
+    with_peers = not _left_out(arguments, curvature.PEERS)
+    checks = curvature.targets(found, with_peers=with_peers) if arguments.check else []
+    return _finish(arguments, found, checks, curvature.PEERS)
 
 
 def _agree(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     found = agree.run(threads=arguments.threads, quick=arguments.quick)
-    checks = [] if arguments.quick else agree.targets(found)
-    if checks:
-        print(f"\n{report.verdict(checks)}")
-    if arguments.json is not None:
-        report.write(found, arguments.json)
-    return 0 if all(check.met for check in checks) else 1
+    arguments.only = "no file unless asked"
+    return _finish(arguments, found, agree.targets(found) if arguments.check else [])
 
 
 def _ranks(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -174,10 +202,12 @@ def _ranks(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 def _simple(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     suite = arguments.suite_module
-    found = suite.run(rounds=arguments.rounds, threads=arguments.threads, quick=arguments.quick)
-    judged = arguments.check and hasattr(suite, "targets") and not arguments.quick
+    timed = {"rounds": arguments.rounds} if "rounds" in arguments else {}
+    found = suite.run(**timed, threads=arguments.threads, quick=arguments.quick)
+    beside = getattr(suite, "PEERS", {})
+    settings = {"with_peers": not _left_out(arguments, beside)} if beside else {}
     arguments.only = None
-    return _finish(arguments, found, suite.targets(found) if judged else [])
+    return _finish(arguments, found, suite.targets(found, **settings) if arguments.check else [], beside)
 
 
 def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -191,17 +221,44 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         path=arguments.path,
     )
     found = {**search.run(**settings), "building": made}
-    if peers.importable("bergson"):
+    if not _left_out(arguments, beside.PEERS):
         with tempfile.TemporaryDirectory(dir=arguments.path) as scratch:
             rounds, documents = (1, 40) if arguments.quick else (3, 1_000)
             found["beside bergson"] = beside.run(Path(scratch), rounds, documents)
     arguments.only = arguments.rows < 1_000_000
-    return _finish(arguments, found, search.targets(found) + building.targets(made) if arguments.check else [])
+    checks = search.targets(found) + building.targets(made) if arguments.check else []
+    return _finish(arguments, found, checks, beside.PEERS)
 
 
-def _report(_: argparse.ArgumentParser, __: argparse.Namespace) -> int:
-    page.write()
-    print(f"wrote {page.PAGE}")
+def _all(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    found = every.run(check=arguments.check, quick=arguments.quick, only=arguments.only or ())
+    print(f"\n=== all\n{every.summary(found)}")
+    if arguments.json is not None:
+        report.write(found, arguments.json)
+        print(f"wrote {arguments.json}")
+    elif not arguments.quick:
+        for run in found["suites"].values():
+            print(f"wrote {_default(run)}")
+            report.write(run, _default(run))
+    _draw(arguments, found)
+    return 0 if all(check.met for check in every.targets(found)) else 1
+
+
+def _report(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from benchmarks import page
+
+    newest = page.newest()
+    checks = every.targets(newest)
+    if arguments.json is not None:
+        report.write(newest, arguments.json)
+        print(f"wrote {arguments.json}")
+    _draw(arguments, newest)
+    if arguments.check:
+        stale = page.stale()
+        print(report.verdict(checks))
+        print("\n".join(f"STALE   {path}: run python -m benchmarks report" for path in stale))
+        return 0 if not stale and all(check.met for check in checks) else 1
+    print("\n".join(f"wrote {path}" for path in page.write()))
     return 0
 
 
@@ -217,22 +274,23 @@ def _memory(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> bool:
-    """Whether the peers must run."""
-    if arguments.check and (arguments.quick or arguments.only or arguments.no_memory):
-        parser.error("--check judges a full run: leave out --quick, --only and --no-memory")
-    return arguments.check if arguments.peers is None else arguments.peers
+def _judged_whole(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse to judge a part of a suite."""
+    if arguments.check and (arguments.only or arguments.no_memory):
+        parser.error("--check judges a full run: leave out --only and --no-memory")
 
 
-def _settings(
-    arguments: argparse.Namespace, variants: Mapping[str, object], packages: Mapping[str, str], wanted: bool
-) -> dict:
+def _left_out(arguments: argparse.Namespace, beside: Mapping[str, str]) -> dict[str, str]:
+    """Return the rows beside peers that are not run, with the peer: those not installed, unless it is insisted."""
+    insisted = getattr(arguments, "peers", None)
+    if insisted is None:
+        return {row: package for row, package in beside.items() if not peers.importable(package)}
+    return {} if insisted else dict(beside)
+
+
+def _settings(arguments: argparse.Namespace, variants: Mapping[str, object], packages: Mapping[str, str]) -> dict:
     """What a suite's `run` is given; `packages` says which variant needs which peer."""
-    left_out = {
-        name
-        for name, package in packages.items()
-        if arguments.peers is False or not (wanted or peers.importable(package))
-    }
+    left_out = _left_out(arguments, packages)
     return {
         "rounds": 3 if arguments.quick else arguments.rounds,
         "threads": arguments.threads,
@@ -242,18 +300,39 @@ def _settings(
     }
 
 
-def _finish(arguments: argparse.Namespace, found: dict, checks: list[Check]) -> int:
+def _finish(
+    arguments: argparse.Namespace, found: dict, checks: list[Check], beside: Mapping[str, str] | None = None
+) -> int:
     """Print the verdict, write everything, and return the exit status."""
+    left_out = _left_out(arguments, beside or {})
+    if left_out and getattr(arguments, "peers", None) is None:
+        found["skipped"] = left_out
+        print(f"\n{report.skipped(left_out)}")
     if checks:
         found["checks"] = [check._asdict() for check in checks]
         print(f"\n{report.verdict(checks)}")
     path = arguments.json
     if path is None and not (arguments.quick or arguments.only):
-        path = RESULTS / f"{found['benchmark']}-{arguments.threads}-threads.json"
+        path = _default(found)
     if path is not None:
         report.write(found, path)
         print(f"\nwrote {path}")
+    _draw(arguments, found)
     return 0 if all(check.met for check in checks) else 1
+
+
+def _default(found: dict) -> Path:
+    """Return where a full run goes."""
+    return RESULTS / f"{found['benchmark']}-{found['machine']['date'][:10]}.json"
+
+
+def _draw(arguments: argparse.Namespace, found: dict) -> None:
+    """Draw the figure, if it is asked for."""
+    if arguments.plot is not None:
+        from benchmarks import figures
+
+        figures.draw(found, arguments.plot)
+        print(f"wrote {arguments.plot}")
 
 
 if __name__ == "__main__":

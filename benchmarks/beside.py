@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import measure, report
 
+PEERS = {"beside bergson": "bergson"}
 BUDGET, WORDS, K, QUERIES = 4_096, 2_048, 10, (1, 32)
 
 

@@ -119,7 +119,7 @@ def measured(family: Family, widths: tuple[int, ...], rank: int, seed: int) -> d
     }  # fmt: skip
 
 
-def run(*, rounds: int, threads: int, quick: bool) -> dict:
+def run(*, threads: int, quick: bool) -> dict:
     """Measure every net, and print the table."""
     torch.set_num_threads(threads)
     found: dict[str, list[dict]] = {}
@@ -136,7 +136,8 @@ def run(*, rounds: int, threads: int, quick: bool) -> dict:
         ]  # fmt: skip
         print(f"\n{name}: {family._replace(nets=())}")
         print(report.table(["widths", "rank", "kind", "λ", "oracle", "LLC", "s.e.", "error", ""], lines))
-    return {"benchmark": "coefficients", "machine": measure.machine(), "families": found}
+    settings = {"threads": threads, "quick": quick}
+    return {"benchmark": "coefficients", "settings": settings, "machine": measure.machine(), "families": found}
 
 
 def targets(found: dict) -> list[report.Check]:

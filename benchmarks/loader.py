@@ -59,7 +59,13 @@ def run(*, rounds: int, threads: int, quick: bool) -> dict:
     ]
     print(f"{count:,} documents, {len(data.ids):,} tokens; tokenize() takes {reading:,.0f} ready tokens/s")
     print(report.table(["", "tokens/s", "× model"], lines))
-    return {"benchmark": "loader", "machine": measure.machine(), "tokens_per_second": speeds, "tokenize": reading}
+    return {
+        "benchmark": "loader",
+        "settings": {"rounds": rounds, "threads": threads, "quick": quick},
+        "machine": measure.machine(),
+        "tokens_per_second": speeds,
+        "tokenize": reading,
+    }
 
 
 def targets(found: dict) -> list[report.Check]:

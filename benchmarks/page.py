@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import figures
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+FIGURES = PAGE.parent / "figures"
 
 HEAD = "\n".join(
     (
@@ -45,8 +48,7 @@ def render(results: Path = RESULTS) -> str:
     Args:
         results: the folder with the JSON of every run.
     """
-    runs = [(path.name, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    runs.sort(key=lambda run: run[1]["machine"]["date"], reverse=True)
+    runs = kept(results)
     kinds = [*SAYS, *sorted({run["benchmark"] for _, run in runs} - set(SAYS))]
     parts = [HEAD]
     for kind in kinds:
@@ -54,13 +56,48 @@ def render(results: Path = RESULTS) -> str:
         if mine:
             title, says = SAYS.get(kind, (kind.capitalize(), ""))
             parts.append(f"## {title}\n\n{says} `python -m benchmarks {kind} --check`.\n")
+            if kind in figures.FIGURES:
+                parts.append(f"![{title}, the newest run](figures/{kind}.png)\n")
             parts += [section(name, run) for name, run in mine]
     return "\n".join(parts)
 
 
-def write(page: Path = PAGE) -> None:
-    """Write the page."""
+def kept(results: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
+    """Return every suite's runs with their files' names, the newest first."""
+    found = [(path.name, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    suites = [(name, run) for name, run in found if "suites" not in run]
+    return sorted(suites, key=lambda each: each[1]["machine"]["date"], reverse=True)
+
+
+def newest(results: Path = RESULTS) -> dict[str, Any]:
+    """Return the newest run of every suite, as `all` writes them.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    runs = kept(results)
+    if not runs:
+        raise FileNotFoundError(f"{results} has no results: run python -m benchmarks all")
+    suites: dict[str, Any] = {}
+    for _, run in runs:
+        suites.setdefault(run["benchmark"], run)
+    return {"benchmark": "all", "machine": runs[0][1]["machine"], "suites": suites, "failed": {}, "skipped": {}}
+
+
+def write(page: Path = PAGE, folder: Path = FIGURES) -> list[Path]:
+    """Write the page and the figures of the newest runs, and return their paths."""
     page.write_text(render())
+    drawn = [folder / f"{kind}.png" for kind in newest()["suites"] if kind in figures.FIGURES]
+    for path in drawn:
+        figures.draw(newest()["suites"][path.stem], path)
+    return [page, *drawn]
+
+
+def stale(page: Path = PAGE, folder: Path = FIGURES) -> list[Path]:
+    """Return what is not as the results say: the page by its text, a figure by its being there."""
+    drawn = [folder / f"{kind}.png" for kind in newest()["suites"] if kind in figures.FIGURES]
+    old = [] if page.exists() and page.read_text() == render() else [page]
+    return old + [path for path in drawn if not path.exists()]
 
 
 def section(name: str, run: Mapping[str, Any]) -> str:
@@ -70,7 +107,8 @@ def section(name: str, run: Mapping[str, Any]) -> str:
     facts = [f"{machine['processor']} ({machine['capability']}), {machine['cores']} cores, {memory:.0f} GiB"]
     if settings:
         clock = f", {settings['clock']} time" if "clock" in settings else ""
-        facts.append(f"{settings['threads']} threads, {settings['rounds']} rounds{clock}")
+        rounds = f", {settings['rounds']} rounds" if "rounds" in settings else ""
+        facts.append(f"{settings['threads']} threads{rounds}{clock}")
     versions = {key: value for key, value in run.get("versions", {}).items() if key not in ("influence", "numpy")}
     facts += [f"{package} {version}" for package, version in versions.items()]
     facts.append(f"load {machine['load'][0]:.1f} before")
@@ -78,6 +116,9 @@ def section(name: str, run: Mapping[str, Any]) -> str:
     table = TABLES.get(run["benchmark"])
     if table is not None:
         lines.append(table(run))
+    if run.get("skipped"):
+        rows = ", ".join(f"`{row}` ({peer})" for row, peer in run["skipped"].items())
+        lines.append(f"Skipped, as the peer was not installed: {rows}.\n")
     if run.get("checks"):
         lines.append(targets(run["checks"]))
     return "\n".join(lines)

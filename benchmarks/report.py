@@ -1,7 +1,7 @@
 """What a suite says: aligned tables for people, JSON beside them, and targets that were met or not."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,11 @@ def verdict(checks: Sequence[Check]) -> str:
         value = "not measured" if check.value is None else f"{check.value:.5g}"
         lines.append(f"{'ok    ' if check.met else 'MISSED'}  {check.name}: {value} ({check.bound})")
     return "\n".join(lines)
+
+
+def skipped(rows: Mapping[str, str]) -> str:
+    """One line per row that was left out, since the peer beside it is not installed."""
+    return "\n".join(f"skipped  {row}: {peer} is not installed (make bench-peers)" for row, peer in rows.items())
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -47,7 +47,8 @@ def run(*, rounds: int, threads: int, quick: bool) -> dict:
         lines.append([name, f"{median:.3f}", f"{over.median - 1:+.1%}", f"{over.low - 1:+.1%} … {over.high - 1:+.1%}"])
     print(f"one training step, AdamW; {clock} seconds, {threads} threads, {rounds} rounds")
     print(report.table(["", "seconds", "overhead", "quartiles"], lines))
-    return {"benchmark": "training", "machine": measure.machine(), "variants": found}
+    settings = {"rounds": rounds, "threads": threads, "clock": clock, "quick": quick}
+    return {"benchmark": "training", "settings": settings, "machine": measure.machine(), "variants": found}
 
 
 @contextmanager

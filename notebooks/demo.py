@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from influence import functionalize, sgmcmc
+from influence import functionalize, sgmcmc, viz
 from influence.func.retrieval import first_gold, recall
 from influence.sgmcmc.llc import LLC
 from notebooks.report import page
@@ -25,6 +26,17 @@ from notebooks.tracing import MODELS, Lesson, Traced, averaged, last_word, learn
 CHECKPOINTS = (50, 100, 200, 400)
 SAMPLING = {"lr": 1e-4, "localization": 1000.0, "batch_size": 64, "num_chains": 2, "num_burnin_steps": 60}
 """Around every checkpoint; the temperature is that of the corpus, nβ = n / log n."""
+DRAWN = (
+    "EK-FAC, whitened",
+    "Bayesian influence",
+    "cosine, no embedding",
+    "TrackStar",
+    "gradient cosine",
+    "gradient dot",
+    "BM25",
+    "embedding similarity",
+)
+"""In --picture: as many as there are colours to tell apart."""
 SHOWN = ("EK-FAC, whitened", "gradient dot", "BM25", "Bayesian influence")
 
 
@@ -107,11 +119,25 @@ def examples(lesson: Lesson, traced: dict[str, Traced], which: tuple[int, ...] =
     return "\n".join(lines)
 
 
+def picture(lesson: Lesson, traced: dict[str, Traced]) -> viz.canvas.Figure:
+    """Return recall@k of the methods that `DRAWN` names."""
+    gold = [question.gold for question in lesson.world.questions]
+    at = torch.logspace(0, 3, 60).long().unique().clamp_max(len(lesson.world.documents)).unique()
+    shares = {name: recall(first_gold(traced[name].scores, gold), at.tolist()).recall.values() for name in DRAWN}
+    made = viz.recall_curves({name: torch.tensor(list(each)) for name, each in shares.items()}, at=at)
+    made.axes[0].set_xlabel("documents looked through (k)")
+    made.axes[0].set_ylabel("questions whose source is among them")
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=7, help="of the world, the weights and the order (default: 7)")
     parser.add_argument("--report", default="demo.html", help="the page to write (default: demo.html)")
+    parser.add_argument("--picture", help="draw recall@k into this file too (.png, .pdf, .svg)")
     options = parser.parse_args()
+    if options.picture is not None:
+        viz.check(options.picture)
     seconds, began = {}, time.perf_counter()
 
     def clock(name: str) -> None:
@@ -142,6 +168,8 @@ def main() -> None:
     print(table(traced))
     print(examples(lesson, traced))
     Path(options.report).write_text(page(options.seed, lesson, traced, stages, seconds, SHOWN))
+    if options.picture is not None:
+        viz.save(picture(lesson, traced), options.picture)
     print(f"\n{sum(seconds.values()):.0f} s in all; everything with its plots is in {options.report}")
 
 

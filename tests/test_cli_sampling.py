@@ -164,10 +164,11 @@ def an_error(output: Any, batch: Any) -> torch.Tensor:
 
 def test_a_loss_per_example_is_named_by_its_text(tmp_path: Path, capsys: Any) -> None:
     """Every example was called '0', and its text ended in one padding."""
-    flags = ["--loss", "tests.test_cli_sampling:an_error", "--restrictions", "l0 mlp", "--observed", "6"]
-    flags += ["--save", str(tmp_path / "chi.csv")]
+    flags = ["--loss", "tests.test_cli_sampling:an_error", "--restrictions", "l0 mlp", "l0 attn", "--observed", "6"]
+    flags += ["--save", str(tmp_path / "chi.csv"), "--plot", str(tmp_path / "chi.svg")]
     status, out, err = run(capsys, *made("susceptibilities", tmp_path / "a", *flags))
     assert status == 0, err
+    assert "<!-- susceptibilities of 6 examples -->" in (tmp_path / "chi.svg").read_text()
     assert "6 examples, the loss on 'data'" in out
     with open(tmp_path / "chi.csv") as file:
         found = list(csv.DictReader(file))
@@ -204,6 +205,9 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
         ("bif", ["--level", "token", "--keep", "moments"], ["--keep moments keeps no losses of tokens"]),
         ("bif", ["--average"], ["pass --level token"]),
         ("bif", ["--columns", "code", "--lr", "1e6"], ["no observable 'code'", "has data"]),  # before chains diverge
+        ("bif", ["--query", "0", "25", "--lr", "1e6"], ["no example 25 for --query: rows have 25"]),
+        ("bif", ["--pair", "0", "25", "--lr", "1e6"], ["no example 25 for --pair: columns have 25"]),
+        ("bif", ["--query", "-1", "--observed", "3", "--lr", "1e6"], ["no example -1 for --query: rows have 3"]),
         ("bif", ["--save", "a.csv"], [".npy"]),
         ("susceptibilities", [], ["there is no component to probe", "--restrictions"]),
         ("susceptibilities", ["--restrictions", "l0", "--sampling-task", "code"], ["no observable 'code'", "data"]),

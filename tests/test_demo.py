@@ -82,10 +82,14 @@ def test_the_command_writes_the_page(lesson: Lesson, tmp_path: Path, monkeypatch
     monkeypatch.setattr(demo, "bayesian_influence", lambda lesson: torch.rand(12, len(lesson.world.documents)))
     monkeypatch.setattr(demo, "examples", lambda lesson, traced: "")
     monkeypatch.setattr(demo, "page", lambda *parts: "page")
-    monkeypatch.setattr("sys.argv", ["demo", "--report", str(tmp_path / "x.html")])
+    monkeypatch.setattr(
+        "sys.argv", ["demo", "--report", str(tmp_path / "x.html"), "--picture", str(tmp_path / "x.svg")]
+    )
     demo.main()
     assert (tmp_path / "x.html").read_text() == "page"
     assert asked == [(7, 0), (7, 1)]
+    drawn = (tmp_path / "x.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in demo.DRAWN)
 
 
 def _llc():

@@ -1,7 +1,11 @@
 """The documentation is true: its examples run, its links lead somewhere, and it names everything public."""
 
+import ast
+import builtins
 import doctest
 import importlib
+import inspect
+import itertools
 import re
 import types
 import unicodedata
@@ -140,3 +144,72 @@ def test_the_benchmark_page_is_what_the_results_say() -> None:
     from benchmarks import page
 
     assert page.PAGE.read_text() == page.render(), "run python -m benchmarks report"
+
+
+def offered() -> dict[str, set[str]]:
+    """Return the flags of every command."""
+    from influence.cli import COMMANDS, _names
+
+    return {command: {*_names(command).values(), "--config", "--json", "--debug"} for command in COMMANDS}
+
+
+def ours(page: str) -> Iterator[tuple[str, str]]:
+    """Yield what stands right in a page's tables: the heading above the column, and a piece of code."""
+    heading = ""
+    rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("|")]
+    for line, below in itertools.pairwise([*rows, ""]):
+        cell = re.sub(r"^\||\|$", "", line).split(" | ")[-1].strip()
+        heading = cell if below.startswith("|---") else heading
+        if cell != heading and not line.startswith("|---"):
+            yield from ((heading, code) for code in re.findall(r"`([^`]+)`", cell))
+
+
+SPACES = ("influence", "influence.train", "influence.sgmcmc", "influence.hessians", "influence.models")
+HELD = {"attr": "Attributor", "index": "index.Index", "run": "sgmcmc.Run"}
+
+
+def meant(name: str) -> Any:
+    """Return what a name in a table means: of the package, of its rooms, or of an object that tables call so."""
+    if name in vars(builtins) or name in ("partial", "sampler"):
+        return None
+    first, _, rest = name.partition(".")
+    where = [f"influence.{HELD[first]}"] if rest and first in HELD else SPACES
+    for space in where:
+        thing = resolve(space) if "." in space and space not in SPACES else importlib.import_module(space)
+        try:
+            for part in (rest if space not in SPACES else name).split("."):
+                thing = getattr(thing, part)
+        except AttributeError:
+            continue
+        return thing
+    raise AssertionError(f"there is no {name}")
+
+
+@pytest.mark.parametrize("page", ["docs/from-bergson.md", "docs/from-devinterp.md"])
+def test_what_a_migration_page_promises_is_there(page: str) -> None:
+    flags, calls, typed = offered(), 0, 0
+    anywhere = set().union(*flags.values())
+    for heading, code in ours(page):
+        if heading == "`influence`":
+            words = code.split()
+            named = words[0] if words[0] in flags else None
+            assert named or words[0].startswith("-") or words[0] == "influence" or len(words) == 1, code
+            for flag in re.findall(r"(?<!\S)--[a-z][\w.-]*", code):
+                assert flag in (flags[named] if named else anywhere), f"{code}: no {flag}"
+            typed += named is not None
+            continue
+        try:
+            tree = ast.parse(code.replace("…", "..."), mode="eval")
+        except SyntaxError:
+            continue
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            thing = meant(name) if not name.startswith(("'", "open_index", "load_from")) else None
+            if thing is not None:
+                calls += 1
+                known = inspect.signature(thing).parameters
+                loose = any(p.kind is p.VAR_KEYWORD for p in known.values())
+                wrong = [key.arg for key in call.keywords if key.arg and key.arg not in known and not loose]
+                assert not wrong, f"{code}: {name} takes no {wrong[0]}"
+    assert calls > 10
+    assert typed > 5

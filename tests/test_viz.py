@@ -70,6 +70,9 @@ def test_susceptibilities_lie_where_their_components_say() -> None:
     torch.testing.assert_close(widths, expected.loadings[:, 0])
     farthest = int(expected.scores[:, 0].abs().argmax())
     assert f"t{farthest}" in {text.get_text() for text in plane.texts}
+    assert plane.get_title() == "susceptibilities of 30 tokens"
+    examples = viz.susceptibility_plane(matrix, list("abcd"), kind="examples")
+    assert examples.axes[0].get_title() == "susceptibilities of 30 examples"
     with pytest.raises(ValueError, match="needs two restrictions"):
         viz.susceptibility_plane(matrix[:, :1], ["a"])
 

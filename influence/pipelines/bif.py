@@ -1,6 +1,6 @@
 """Bayesian influence functions: which examples' losses move together under the posterior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from influence import viz
 from influence.data.reading import pad_of
 from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.outcome import Outcome, Say, quiet, table
+from influence.pipelines.posterior import Posterior
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
 from influence.pipelines.texts import short
 from influence.pipelines.words import examples, words_of
@@ -94,7 +95,11 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     kept: Literal["tokens", "sequences"] = "tokens" if c.level == "token" else "sequences"
     chains = replace(c.chains, keep=kept) if c.chains.keep == "auto" else c.chains
     what = sampling_of(config, chains=chains, restrictions=(c.restriction,))
-    samples = sampled("bif", config, what, say)
+
+    def fits(made: Posterior) -> None:
+        _check_numbers(c, {name: source.size for name, source in made.observables.items()})
+
+    samples = sampled("bif", config, what, say, fits)
     if isinstance(samples, Outcome):
         return samples
     chosen = chosen_of(samples, c.restriction)
@@ -103,12 +108,8 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     left = examples(chosen, c.rows, words, pad)
     right = examples(chosen, c.columns or c.rows, words, pad)
     queries = c.query or tuple(range(min(SHOWN, len(left))))
-    wrong = [number for number in (*queries, *(c.pair or ())[:1]) if not 0 <= number < len(left)]
-    wrong += [number for number in (c.pair or ())[1:] if not 0 <= number < len(right)]
-    if wrong:
-        raise ValueError(
-            f"there is no example {wrong[0]}: rows have {len(left)} and columns {len(right)}, counted from 0"
-        )
+    if not c.model.model:  # a finished run, whose examples are known only now
+        _check_numbers(c, {name: len(each.index) for name, each in chosen.observables.items()})
     facts: dict[str, Any] = {**samples.facts, "statistic": c.statistic, "level": c.level, "queries": []}
     blocks = []
     for number in queries:
@@ -227,6 +228,24 @@ def _first_pair(config: BifConfig, run: Sampled, same: bool) -> tuple[int, int]:
     row = related(config, run, first)[0]
     most = strongest(row, 1, first if same else None)["most"]
     return first, most[0] if most else first
+
+
+def _check_numbers(config: BifConfig, sizes: Mapping[str, int]) -> None:
+    """Refuse numbers of examples that the observables do not have.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    rows = config.rows or tuple(sizes)
+    counts = [sum(sizes[name] for name in names if name in sizes) for names in (rows, config.columns or rows)]
+    pair = config.pair or ()
+    asked = [("--query", number, 0) for number in config.query] + [("--pair", n, side) for side, n in enumerate(pair)]
+    for flag, number, side in asked:
+        if not 0 <= number < counts[side]:
+            raise ValueError(
+                f"there is no example {number} for {flag}: {('rows', 'columns')[side]} have {counts[side]}, counted "
+                "from 0; --observed is the most of each observable"
+            )
 
 
 def _check(config: BifConfig) -> None:

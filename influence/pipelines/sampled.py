@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,13 @@ class Samples(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def sampled(command: str, config: SamplingConfig, what: Sampling, say: Say) -> Samples | Outcome:
+def sampled(
+    command: str,
+    config: SamplingConfig,
+    what: Sampling,
+    say: Say,
+    fits: Callable[[Posterior], None] = lambda made: None,
+) -> Samples | Outcome:
     """Sample, or go on, or read what is finished.
 
     Args:
@@ -50,6 +56,7 @@ def sampled(command: str, config: SamplingConfig, what: Sampling, say: Say) -> S
         config: its configuration, which is written down.
         what: what is to be sampled.
         say: where its lines go.
+        fits: refuses what the loaded data cannot answer, before anything is sampled.
 
     Returns:
         The samples; the outcome of a dry run.
@@ -65,6 +72,7 @@ def sampled(command: str, config: SamplingConfig, what: Sampling, say: Say) -> S
         raise ValueError("no dataset: chains need the data they are trained on; pass --dataset")
     _check_foreign(directory)
     made = posterior(what)
+    fits(made)
     masks, lr, localization, groups = _groups(what, made)
     target = sampling.target_of(
         made.loss_fn, made.params, made.source, made.n_beta, localization, what.chains.weight_decay, masks, made.options

@@ -142,7 +142,8 @@ def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str,
         _save(c.save, found, said)
         text += f"\n{c.save}"
     if c.plot is not None:
-        viz.save(viz.susceptibility_plane(matrix, names, tokens, groups if len(found) > 1 else ()), c.plot)
+        drawn = viz.susceptibility_plane(matrix, names, tokens, groups if len(found) > 1 else (), kind=kind)
+        viz.save(drawn, c.plot)
         text += f"\n{c.plot}"
     return Outcome(c.run, facts, text)
 

@@ -19,6 +19,7 @@ def susceptibility_plane(
     groups: Sequence[str] = (),
     *,
     named: int = 14,
+    kind: str = "tokens",
 ) -> Figure:
     """Return tokens in the plane of the first two principal components, and the restrictions' loadings beside it.
 
@@ -28,6 +29,7 @@ def susceptibility_plane(
         tokens: what each row is, to name the outermost ones.
         groups: which data each row is from, to colour it.
         named: how many tokens are named.
+        kind: what the rows are, for the title: `"examples"` where the loss has one number for each.
 
     Returns:
         The figure.
@@ -74,7 +76,7 @@ def susceptibility_plane(
     plane.margins(0.12)
     plane.set_xlabel(f"first component ({share[0]:.0f} % of the variance)")
     plane.set_ylabel(f"second component ({share[1]:.0f} %)")
-    plane.set_title(f"susceptibilities of {len(matrix):,} tokens", fontsize=10)
+    plane.set_title(f"susceptibilities of {len(matrix):,} {kind}", fontsize=10)
     legend(plane, len(names))
     rows = torch.arange(count).flip(0).double()
     for k, (colour, shift) in enumerate(((colours(2)[0], 0.18), (ARROW, -0.18))):
