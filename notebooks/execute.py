@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE.parent / "build" / "notebooks", help="where they are kept")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tensors: threads only wait for one another
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # transformers asks for widgets; none are used
     failed = []
     for source in options.notebooks:
         spent, wrong = execute(source, options.to / source.name)
