@@ -42,6 +42,7 @@ def execute(source: Path, target: Path) -> tuple[float, str]:
     client = NotebookClient(
         notebook,
         timeout=PATIENCE,
+        startup_timeout=PATIENCE,
         kernel_name="python3",
         resources={"metadata": {"path": str(source.parent)}},
         extra_arguments=["--log-level=ERROR"],  # it warns of every port it opens, on the loopback
