@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 HERE = Path(__file__).parent
-LIMIT, PATIENCE = 120, 600
+LIMIT, PATIENCE = 120, 1800
 """Seconds of processor time that a notebook may take, its kernel's start included; seconds until a cell is given up."""
 
 
@@ -42,6 +42,7 @@ def execute(source: Path, target: Path) -> tuple[float, str]:
     client = NotebookClient(
         notebook,
         timeout=PATIENCE,
+        startup_timeout=PATIENCE,
         kernel_name="python3",
         resources={"metadata": {"path": str(source.parent)}},
         extra_arguments=["--log-level=ERROR"],  # it warns of every port it opens, on the loopback
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=HERE.parent / "build" / "notebooks", help="where they are kept")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small tensors: threads only wait for one another
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of widgets: none is used
     failed = []
     for source in options.notebooks:
         spent, wrong = execute(source, options.to / source.name)

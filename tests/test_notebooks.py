@@ -44,8 +44,15 @@ def test_notebooks_draw_from_no_global_generator(name: str) -> None:
         assert "generator=" in call, f"{name}: {call}"
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_links_of_notebooks_lead_somewhere(name: str) -> None:
     for text in source(name, "markdown"):
-        for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+        for target, anchor in re.findall(r"\]\(([^)\s#]+)#?([^)\s]*)\)", text):
             assert target.startswith("https://") or (HERE / target).exists(), f"{name} links to {target}"
+            assert not anchor or anchor in headings(HERE / target), f"{name} links to {target}#{anchor}"

@@ -57,6 +57,14 @@ def test_a_heat_map_is_white_at_zero_and_says_what_its_tokens_are() -> None:
     assert len(big.axes[0].get_yticklabels()) < 30  # too many to read: numbers of rows instead
 
 
+@pytest.mark.parametrize(("sign", "scale"), [(1, (0.0, 2.0)), (-1, (-2.0, 0.0)), (0, (-2.0, 2.0))])
+def test_the_scale_of_a_heat_map_shows_the_signs_that_there_are(sign: int, scale: tuple[float, float]) -> None:
+    matrix = torch.tensor([[0.0, 2.0], [1.0, float("nan")]]) * (sign or torch.tensor([1.0, -1.0]))
+    shares, bar = viz.heat_map(matrix, limit=2.0).axes
+    assert bar.get_ylim() == pytest.approx(scale)
+    assert shares.get_images()[0].get_clim() == pytest.approx((-2.0, 2.0))  # white stays at zero
+
+
 def test_susceptibilities_lie_where_their_components_say() -> None:
     source = torch.Generator().manual_seed(0)
     matrix = torch.randn(30, 4, generator=source)

@@ -19,6 +19,8 @@ def heat_map(
 ) -> Figure:
     """Return a heat map of signed values, red above zero and blue below, white at it.
 
+    Where all values have one sign, the scale shows that half of the colours.
+
     Args:
         influences: the matrix: of examples, or of the tokens of two examples.
         rows: their labels: names, texts or tokens.
@@ -59,6 +61,9 @@ def heat_map(
     beyond = bool((influences.abs() > most).any())
     bar = made.colorbar(shown, ax=axes, shrink=0.9, extend="both" if beyond else "neither")
     bar.set_label(label, fontsize=9)
+    above, below = bool((influences > 0).any()), bool((influences < 0).any())
+    if above != below:
+        bar.ax.set_ylim((0.0, most) if above else (-most, 0.0))
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     if title:
