@@ -23,7 +23,7 @@ from influence.sgmcmc.llc import LLC
 from notebooks.report import page
 from notebooks.tracing import MODELS, Lesson, Traced, averaged, last_word, learn, right, trace
 
-CHECKPOINTS = (50, 100, 200, 400)
+CHECKPOINTS = (100, 200, 400, 700)
 SAMPLING = {"lr": 1e-4, "localization": 1000.0, "batch_size": 64, "num_chains": 2, "num_burnin_steps": 60}
 """Around every checkpoint; the temperature is that of the corpus, nβ = n / log n."""
 DRAWN = (
