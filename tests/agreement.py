@@ -3,7 +3,6 @@
 A bias of 6 % may leave every row within four standard errors; six rows of it are no chance. Hence both tests.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +113,8 @@ def worst(name: str, oracle: Any, measured: Any, rtol: float, atol: float) -> Ro
     return max(rows, key=lambda row: float("inf") if row.off != row.off else abs(row.off))
 
 
-def check(*groups: Group | Sequence[Row]) -> None:
+def check(*groups: Group) -> None:
     """Assert that groups have no faults."""
     for group in groups:
-        rows = group if isinstance(group, Group) else Group(list(group))
-        assert rows.rows, "a group without rows shows nothing"
-        assert not rows.faults(), rows.faults()
+        assert group.rows, "a group without rows shows nothing"
+        assert not group.faults(), group.faults()

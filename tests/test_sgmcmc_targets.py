@@ -335,7 +335,7 @@ def energy(around: tuple[float, float], n_beta: float, localization: float) -> f
 
 def order_of_points() -> Group:
     """K = w₁² w₂²: the origin against (1, 0), where the first coordinate cannot vanish; per copy, within 3 %."""
-    copies = 100
+    copies = 200
     rows, errors = [], []
     for point in ((0.0, 0.0), (1.0, 0.0)):
         run = sgmcmc.sample(
@@ -347,8 +347,8 @@ def order_of_points() -> Group:
             localization=20.0,
             sampler=leimkuhler_matthews.build,
             num_chains=1,
-            num_draws=600,
-            num_burnin_steps=300,
+            num_draws=400,
+            num_burnin_steps=200,
             progress=False,
         )
         found, oracle = sgmcmc.llc.estimate(run), energy(point, 145.0, 20.0)
