@@ -1,6 +1,7 @@
 """Bad input: what came, what was expected, what to do."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,6 +256,26 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_of_sequence() -> None
     got = tokens([{"text": "hi ok"}, {"text": "a"}], tokenizer=zoo.bpe(pad=False))
     assert next(batches(got, 10))["input_ids"].tolist() == [[40, 43], [10, 1]]
     assert next(batches(tokenize(load([{"input_ids": [5, 6]}, {"input_ids": [7]}])), 10))["input_ids"][1, 1] == 0
+
+
+def test_tokens_that_a_model_does_not_know() -> None:
+    """A Qwen2 with a tokenizer of one's own is loaded with a padding token more than it has: an IndexError."""
+    from types import SimpleNamespace
+
+    from influence.pipelines.reading import vocabulary_of, within
+
+    config = SimpleNamespace(vocab_size=9)
+    assert vocabulary_of(SimpleNamespace(get_text_config=lambda: config)) == vocabulary_of(config) == 9
+    assert vocabulary_of(SimpleNamespace()) is vocabulary_of(None) is None
+    tokens = replace(tokenize(load([{"input_ids": [3, 8, 1]}, {"input_ids": [2, 2]}])), pad=9)
+    assert within(tokens, 9).pad == 0
+    assert within(tokens, 10) is within(tokens, None) is tokens
+    (batch,) = batches([within(tokens, 9)], 100)
+    assert int(batch["input_ids"].max()) == 8
+    with pytest.raises(
+        ValueError, match="the data have the token 8, and the model knows 8, 0 to 7: pass the tokenizer"
+    ):
+        within(tokens, 8)
 
 
 def test_importing_the_room_imports_neither_datasets_nor_transformers() -> None:

@@ -148,9 +148,11 @@ def test_the_benchmark_page_is_what_the_results_say() -> None:
 
 def offered() -> dict[str, set[str]]:
     """Return the flags of every command."""
-    from influence.cli import COMMANDS, _names
+    from influence.cli import COMMANDS, _kind
+    from influence.flags import _fields
 
-    return {command: {*_names(command).values(), "--config", "--json", "--debug"} for command in COMMANDS}
+    own = {command: {flag for _, flag in _fields(_kind(command)[1])} for command in COMMANDS}
+    return {command: {*flags, "--config", "--json", "--debug"} for command, flags in own.items()}
 
 
 def ours(page: str) -> Iterator[tuple[str, str]]:
@@ -198,13 +200,14 @@ def test_what_a_migration_page_promises_is_there(page: str) -> None:
                 assert flag in (flags[named] if named else anywhere), f"{code}: no {flag}"
             typed += named is not None
             continue
+        of_an_index = re.sub(r"^(open_index\(path\))?\.", "index.", code)
         try:
-            tree = ast.parse(code.replace("…", "..."), mode="eval")
+            tree = ast.parse(of_an_index.replace("…", "..."))
         except SyntaxError:
             continue
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            name = ast.unparse(call.func)
-            thing = meant(name) if not name.startswith(("'", "open_index", "load_from")) else None
+            name = ast.unparse(call.args[0] if ast.unparse(call.func) == "partial" else call.func)
+            thing = meant(name)
             if thing is not None:
                 calls += 1
                 known = inspect.signature(thing).parameters

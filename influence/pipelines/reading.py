@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from influence import data
@@ -71,7 +72,7 @@ def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data
         The tokens.
     """
     limit = config.max_length if config.max_length is not None else data.context_length(tokenizer, model)
-    return data.tokenize(
+    tokens = data.tokenize(
         rows,
         tokenizer,
         text_format(config),
@@ -83,6 +84,37 @@ def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data
         advantage_column=config.advantage_column,
         skip_nan_rewards=config.skip_nan_rewards,
     )
+    return within(tokens, vocabulary_of(model), tokenizer)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Return how many tokens a model knows; `None` where its config does not say."""
+    text = model.get_text_config() if hasattr(model, "get_text_config") else model
+    size = getattr(text, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def within(tokens: data.Tokenized, vocabulary: int | None, tokenizer: Any = None) -> data.Tokenized:
+    """Return tokens that a model knows: a padding beyond its vocabulary, which is masked anyway, becomes 0.
+
+    Args:
+        tokens: the tokens.
+        vocabulary: how many tokens the model knows, if that is known.
+        tokenizer: what can say the token.
+
+    Raises:
+        ValueError: if the data have a token that the model does not know.
+    """
+    if vocabulary is None or not len(tokens.ids):
+        return tokens
+    largest = int(tokens.ids.max())
+    if largest >= vocabulary:
+        said = "" if tokenizer is None else f", {tokenizer.convert_ids_to_tokens(largest)!r}"
+        raise ValueError(
+            f"the data have the token {largest}{said}, and the model knows {vocabulary:,}, 0 to {vocabulary - 1}: pass "
+            "the tokenizer that the model was trained with, or resize the model's embedding to the tokenizer's size"
+        )
+    return tokens if tokens.pad < vocabulary else replace(tokens, pad=0)
 
 
 def vocabulary_hash(tokenizer: Any) -> str | None:
