@@ -9,14 +9,12 @@ from typing import Any
 
 from influence.index import Fingerprint, start
 from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.directory import RESULTS
 from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.ranks import Ranks, ranks
-
-RESULTS = ("index.h5", "factors.h5", "best.h5")
-"""Files, one of which a finished step has."""
 
 
 def run_steps(
