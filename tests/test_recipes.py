@@ -92,6 +92,22 @@ def test_every_step_is_planned_before_any_is_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_wants_room_for_all_steps_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step was held against the free space alone, and the last one filled the disk."""
+    config = ekfac_config(tmp_path / "e", DRY)
+    whole = ekfac.run(config).facts
+    disks = [part["disk"] for part in whole.values() if isinstance(part, dict)]
+    assert len(disks) > 1
+    assert max(disks) < whole["disk"] == sum(disks)
+    usage = shutil.disk_usage(tmp_path)
+    for free in (max(disks), whole["disk"] - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(OSError, match=r"all steps in .* together will take"):
+            ekfac.run(config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole["disk"]))
+    assert ekfac.run(config).facts["disk"] == whole["disk"]
+
+
 def test_statistics_stay_within_max_examples(tmp_path: Path) -> None:
     """`--max-examples 5 --stats-examples 20` fitted the curvature on fifteen examples that the scores never saw."""
     few = replace(corpus(), max_examples=5)
