@@ -49,7 +49,7 @@ def as_flags(text: str, names: Mapping[str, str]) -> str:
     rules = [
         (r"(?<![\w.'\"/-])([a-z]+(?:_[a-z]+)*)=True\b", lambda m: flag(m[1])),
         (rf"(?<![\w.'\"/-])({words})='([^']*)'", lambda m: f"{flag(m[1])} {m[2]}"),
-        (rf"(?<![\w.'\"/-])({words})=(?=\w)", lambda m: f"{flag(m[1])} "),
+        (rf"(?<![\w.'\"/-])({words})=(?=-?\w)", lambda m: f"{flag(m[1])} "),
         (rf"(?<![\w.'\"/-])({long})(?:\(\)|=)?(?![\w/]|\.\w)", lambda m: flag(m[1])),
         (rf"^({words})(?= must be )", lambda m: flag(m[1])),
         (rf"(?<=[Pp]ass )({words})=?(?![\w/])", lambda m: flag(m[1])),

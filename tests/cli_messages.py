@@ -162,7 +162,11 @@ MISTAKES = [
     Mistake("another model's weights", ask("--model", "other"), ("the query's weights is", "(field 'weights')")),
     Mistake("another seed", score("--projection-seed", 1), ("the query's seed is 0, and the stored rows' is 1",)),
     Mistake("another metric", score("--unit-norm"), ("'inner product', and the stored rows' is 'cosine'",)),
-    Mistake("curvature on one side", ask("--hessian", "factors", "--power", -0.5), ("the query's curvature is",)),
+    Mistake(
+        "curvature on one side",
+        ask("--hessian", "factors", "--power", -0.5),
+        ("the query's curvature is", "Make both sides with --power -0.5, or one with --power -1.0"),
+    ),
     Mistake("curvature of other rows", build("--bias", "--hessian", "factors"), ("were fitted under", "Pass the same")),
     Mistake("scores for gradients", score(query="scores"), ("holds scores, and no gradients",)),
     Mistake("a flipped bit", damaged(flip, ask(index="damaged")), ("shard-00002.h5 is damaged", "'rows'")),

@@ -50,6 +50,10 @@ def net(*layers: nn.Module, **settings: Any) -> Any:
     return functionalize(nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 2)), **settings)
 
 
+class OwnForCausalLM(nn.Linear):
+    """A module whose name ends as those of transformers' causal language models do."""
+
+
 def with_batch_norm(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.batch_norm(x @ params["w"], None, None, training=True).square().sum(1)
 
@@ -102,6 +106,16 @@ CASES = [
         "dropout left on, function",
         lambda: per_example_grads(with_dropout, W, X),
         ("draws random numbers", "dropout was left on"),
+    ),
+    Bad(
+        "a key that the model does not take",
+        lambda: per_example_grads(*net(), {"input": X, "label": torch.tensor([0, 1, 0])}),
+        ("'label'", "Sequential.forward does not take (it takes input)", "leave it out", "labels, index, weight"),
+    ),
+    Bad(
+        "a language model of one's own that takes no use_cache",
+        lambda: per_example_grads(*functionalize(OwnForCausalLM(3, 4)), {"input": X, "labels": X[:, 0].long()}),
+        ("OwnForCausalLM is called as a causal language model", "use_cache=False", "let it take that too"),
     ),
     Bad(
         "a row that is not finite",

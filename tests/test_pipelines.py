@@ -14,7 +14,7 @@ from influence.index import build as build_index
 from influence.index import open_index
 from influence.pipelines import build, ekfac, ends, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
 from influence.pipelines.collect import Summed
-from influence.pipelines.configs import DataConfig, LossConfig, TransformConfig
+from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.loading import load_model
 from influence.pipelines.plain import from_mapping, read_config, to_mapping
 from influence.pipelines.seen import of_rows
@@ -400,6 +400,43 @@ def test_exports_hold_the_rows(tmp_path: Path, name: str) -> None:
     assert torch.equal(found, index.matrix())
     with pytest.raises(FileExistsError, match="--overwrite"):
         export.run(export.ExportConfig(str(tmp_path / "a"), str(file)))
+
+
+def test_exports_take_globs_of_blocks(asked: Path, tmp_path: Path) -> None:
+    """Names alone, where every other option that names blocks takes globs; a glob that matches nothing exports all."""
+    import numpy
+
+    index, file = open_index(asked), tmp_path / "a.npy"
+    names = [name for name in index.blocks if name.endswith(("q_proj", "down_proj"))]
+    assert 0 < len(names) < len(index.blocks)
+    export.run(export.ExportConfig(str(asked), str(file), blocks=("*q_proj", "*down_proj")))
+    assert torch.equal(torch.from_numpy(numpy.load(file)), index.matrix(blocks=names))
+    with pytest.raises(ValueError, match=r"blocks: '\*q_prj' matches none of the index's .* near misses: .*q_proj"):
+        export.run(export.ExportConfig(str(asked), str(tmp_path / "b.npy"), blocks=("*q_prj",)))
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_a_finished_run_is_refused_before_anything_is_loaded(asked: Path, tmp_path: Path) -> None:
+    """Minutes of loading, and then the words that could have come at once."""
+    nowhere: Any = {"model": ModelConfig(str(tmp_path / "no-model")), "data": DataConfig(str(tmp_path / "no-data"))}
+    made = {
+        "build": (build.run, build.BuildConfig(str(asked), **nowhere)),
+        "reduce": (reduce.run, reduce.ReduceConfig(str(asked), **nowhere)),
+        "score": (score.run, score.ScoreConfig(str(asked), **nowhere, query=("no-query",))),
+        "hessian": (hessian.run, hessian.HessianConfig(str(asked), **nowhere)),
+    }
+    for name, (run, config) in made.items():
+        more = ".*--append" if name == "build" else ""
+        with pytest.raises(FileExistsError, match=f"holds a run of kind 'index' .finished.*--overwrite{more}"):
+            run(config)
+        for execution in (RunConfig(overwrite=True), RunConfig(dry_run=True)):
+            with pytest.raises(FileNotFoundError, match="no-model"):
+                run(replace(config, execution=execution))
+        with pytest.raises(FileNotFoundError, match="no-model"):
+            run(replace(config, run=str(tmp_path / "new")))
+    with pytest.raises(FileNotFoundError, match=r"new"):
+        build.run(build.BuildConfig(str(tmp_path / "new"), **nowhere, append=True))
+    assert open_index(asked).examples
 
 
 def test_configurations_go_to_yaml_and_back(tmp_path: Path) -> None:

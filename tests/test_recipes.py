@@ -92,6 +92,39 @@ def test_every_step_is_planned_before_any_is_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("components", "stats", "warned"), [(3, None, ""), (4, None, "fewer than 2 blocks"), (3, 2, "fewer than 2 blocks")]
+)
+def test_more_components_than_queries_are_said_in_the_plan(
+    tmp_path: Path, components: int, stats: int | None, warned: str
+) -> None:
+    """The default of 1,000 with three queries: the corpus's curvature was left out, and a note at the end said so."""
+    said: list[str] = []
+    config = trackstar_config(tmp_path / "t", DRY, components=components, stats_examples=stats)
+    assert len(lines("questions.jsonl")) == 3
+    trackstar.run(config, say=said.append)
+    assert warned in said[0]
+    assert ("--components" in said[0]) == bool(warned)
+    trackstar.run(replace(config, mix=False), say=said.append)
+    assert sum("--components" in line for line in said) == bool(warned)
+
+
+def test_a_dry_run_wants_room_for_all_steps_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step was held against the free space alone, and the last one filled the disk."""
+    config = ekfac_config(tmp_path / "e", DRY)
+    whole = ekfac.run(config).facts
+    disks = [part["disk"] for part in whole.values() if isinstance(part, dict)]
+    assert len(disks) > 1
+    assert max(disks) < whole["disk"] == sum(disks)
+    usage = shutil.disk_usage(tmp_path)
+    for free in (max(disks), whole["disk"] - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(OSError, match=r"all steps in .* together will take"):
+            ekfac.run(config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=whole["disk"]))
+    assert ekfac.run(config).facts["disk"] == whole["disk"]
+
+
 def test_statistics_stay_within_max_examples(tmp_path: Path) -> None:
     """`--max-examples 5 --stats-examples 20` fitted the curvature on fifteen examples that the scores never saw."""
     few = replace(corpus(), max_examples=5)

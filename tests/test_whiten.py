@@ -391,3 +391,34 @@ def test_half_precision_models_have_float32_factors() -> None:
     rows = per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, precondition(factors, power=-0.5)))
     assert {row.dtype for row in rows.values()} == {torch.bfloat16}
     assert all(bool(torch.isfinite(row).all()) for row in rows.values())
+
+
+def test_curvature_of_unit_rows_whitens_unit_rows_in_every_form() -> None:
+    """One form refused where the others are right; or the map of rows, which is not that of blocks, turned wrongly."""
+    loss_fn, params, batch, kfac, _ = fitted()
+    under = chain(BLOCKS, unit_norm())
+    factors = hessians.shampoo.fit(loss_fn, params, [batch], transform=under, labels="data", progress=False)
+    unit = per_example_grads(loss_fn, params, batch, transform=under)
+    forms = {
+        "factored": [kfac_whiten(factors), eigen_whiten(factors, inversion="factored")],
+        "damped": [precondition(factors, power=-0.5), eigen_whiten(factors)],
+    }
+    for inversion, whitenings in forms.items():
+        inverse = {
+            name: curvature.apply(unit[name], inverse_weights(curvature, -1.0, 0.1, inversion).grid)
+            for name, curvature in factors.blocks.items()
+        }
+        expected = sum(unit[name].flatten(1) @ row.flatten(1).mT for name, row in inverse.items())
+        for white in whitenings:
+            rows = per_example_grads(loss_fn, params, batch, transform=chain(under, white))
+            assert error(similarity.dot(rows, rows), expected) <= 1e-12, (inversion, white)
+    whole, cut = (
+        per_example_grads(loss_fn, params, batch, transform=chain(under, eigen_whiten(factors, dim)))
+        for dim in (None, 2)
+    )
+    for name, row in cut.items():
+        assert row.shape[1:] == tuple(min(2, size) for size in factors.blocks[name].shape)
+        assert error(row, whole[name][(slice(None), *[slice(2)] * (row.ndim - 1))]) <= 1e-12
+    for white in (kfac_whiten(kfac), eigen_whiten(kfac)):
+        with pytest.raises(ValueError, match=r"fitted under .*these rows come from .*unit_norm"):
+            per_example_grads(loss_fn, params, batch, transform=chain(under, white))

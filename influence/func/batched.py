@@ -74,10 +74,9 @@ def make_feeds(folded: Folded) -> dict[str, list[Feed]]:
 
 
 def rides(block: Block) -> bool:
-    """Whether a bias may be added to the projected input of its weight: same left side, matrices on the right."""
-    if len(block.parts) != 2 or not all(part.right is not None and part.right.dense for part in block.parts):
-        return False
-    return same_left(block)
+    """Whether a bias may be added to the input of its weight, as a constant: same left side, one form on the right."""
+    rights = [part.right for part in block.parts if part.right is not None]
+    return len(rights) == len(block.parts) == 2 and rights[0].dense == rights[1].dense and same_left(block)
 
 
 def same_left(block: Block) -> bool:

@@ -24,7 +24,7 @@ COMPILE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 class Compiled:
     """A step compiled once per batch shape."""
 
-    def __init__(self, step: Callable[[Params, Batch], Rows], backend: str = "inductor") -> None:
+    def __init__(self, step: Callable[[Params, Batch], Rows], backend: str | Callable[..., Any] = "inductor") -> None:
         """Hold the eager step; nothing is compiled before the first batch of a shape."""
         self.step, self.backend = step, backend
         self.graphs: dict[Any, Callable[[list[Tensor]], list[Tensor]] | None] = {}

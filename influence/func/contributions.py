@@ -1,6 +1,6 @@
 """Contributions: what one use of a parameter adds to its per-example gradient, seen through each block's sides."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,7 +33,7 @@ class Feed(NamedTuple):
         slot: number of the block.
         part: the sides its gradient goes through.
         block: the block.
-        fused: whether a bias may ride on the weight of the same block (same left side, a matrix on the right).
+        fused: whether a bias may ride on the weight of the same block (same left side, one form on the right).
     """
 
     slot: int
@@ -85,10 +85,12 @@ def base_name(leaf: Any) -> str | None:
     return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
 
 
-def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene) -> Pieces:
-    """Feed the gradient of a vector: `v [n, d]`, or `[n, s, d]` with positions kept."""
+def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Collection[int] = ()) -> Pieces:
+    """Feed the gradient of a vector, `v [n, d]` or `[n, s, d]` with positions kept, to all blocks but some."""
     pieces: Pieces = {}
     for feed in scene.feeds.get(name, ()):
+        if feed.slot in besides:
+            continue
         left = feed.part.left.apply(v)
         pieces[feed.slot] = left if feed.part.right is None else _columns(left, column(feed.part, left), feed)
     return pieces
@@ -158,14 +160,18 @@ def outer_rule(
     riding = {f.slot for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
     saved: Saved = []
     reads: list[int] = []
+    columns: list[Tensor | None] = []
     raw: int | None = None
     for feed in feeds:
         side = feed.part.left if known_is_left else right_side(feed)
+        columns.append(None)
         if side.dense:
             seen = factor.through(side)
             saved.append(seen + column(bias_feeds[feed.slot].part, seen) if feed.slot in riding else seen)
             reads.append(len(saved) - 1)
         else:
+            if feed.slot in riding:
+                columns[-1] = column(bias_feeds[feed.slot].part, scene.values[name])
             if raw is None:
                 saved.append(factor.memory)
                 raw = len(saved) - 1
@@ -178,13 +184,12 @@ def outer_rule(
     def backward(saved: Sequence[Tensor], g: Tensor) -> Pieces:
         g = g.to(dtype)
         pieces: Pieces = {}
-        for feed, read in zip(feeds, reads, strict=True):
+        for feed, read, constant in zip(feeds, reads, columns, strict=True):
             known, other = (feed.part.left, right_side(feed)) if known_is_left else (right_side(feed), feed.part.left)
-            product = _Product(late, known, saved[read], other.apply(g), known_is_left)
+            product = _Product(late, known, saved[read], other.apply(g), known_is_left, constant)
             pieces[feed.slot] = product if feed.block.linear else product(slice(None))
         if bias is not None:
-            rest = vector_pieces(bias, g.sum(-2), scene)
-            pieces = add_pieces(pieces, {slot: piece for slot, piece in rest.items() if slot not in riding})
+            pieces = add_pieces(pieces, vector_pieces(bias, g.sum(-2), scene, riding))
         return pieces
 
     return saved, backward
@@ -199,13 +204,14 @@ class _Product:
     memory: Tensor
     other: Tensor
     known_is_left: bool
+    column: Tensor | None = None
 
     def __call__(self, some: slice) -> Tensor:
         memory, other = self.memory[some], self.other[some]
         if self.known.dense:  # under autocast, what was projected in the forward is in half precision
             piece = outer(memory.to(other.dtype), other)
         else:
-            piece = self.factor.meet(self.known, memory, other)
+            piece = self.factor.meet(self.known, memory, other, self.column)
         return piece if self.known_is_left else piece.mT
 
 

@@ -33,8 +33,8 @@ class Factor(Protocol):
         """Return the factor without its memory."""
         ...
 
-    def meet(self, side: Side, memory: Tensor, other: Tensor) -> Tensor:
-        """Return `Σ_s (side factor_s) ⊗ other_s`, from what was remembered."""
+    def meet(self, side: Side, memory: Tensor, other: Tensor, column: Tensor | None = None) -> Tensor:
+        """Return `Σ_s (side factor_s + column) ⊗ other_s`, from what was remembered."""
         ...
 
 
@@ -92,9 +92,10 @@ class Plain(NamedTuple):
         """Return a factor that keeps nothing alive."""
         return Plain(torch.empty(0))
 
-    def meet(self, side: Side, memory: Tensor, other: Tensor) -> Tensor:
+    def meet(self, side: Side, memory: Tensor, other: Tensor, column: Tensor | None = None) -> Tensor:
         """Return the sum of outer products."""
-        return outer(side.apply(memory), other)
+        seen = side.apply(memory)
+        return outer(seen if column is None else seen + column, other)
 
 
 class OneHot(NamedTuple):
@@ -118,8 +119,11 @@ class OneHot(NamedTuple):
         """Return the factor: tokens are small."""
         return self
 
-    def meet(self, side: Side, memory: Tensor, other: Float[Tensor, "n ... q"]) -> Float[Tensor, "n ... q"]:
-        """Return `Σ_s (side onehot_s) ⊗ other_s`, `[n, size, q]`, by scattering."""
+    def meet(
+        self, side: Side, memory: Tensor, other: Float[Tensor, "n ... q"], column: Tensor | None = None
+    ) -> Float[Tensor, "n ... q"]:
+        """Return `Σ_s (side onehot_s) ⊗ other_s`, `[n, size, q]`, by scattering; an embedding has no bias."""
+        assert column is None
         out = other.new_zeros(*other.shape[:-2], self.size, other.shape[-1])
         return side.apply(out.scatter_add(-2, memory[..., None].expand_as(other), other).mT).mT
 
@@ -140,9 +144,10 @@ class Patches(NamedTuple):
         """Return a factor that keeps nothing alive."""
         return self._replace(x=torch.empty(0, 0))
 
-    def meet(self, side: Side, memory: Tensor, other: Tensor) -> Tensor:
+    def meet(self, side: Side, memory: Tensor, other: Tensor, column: Tensor | None = None) -> Tensor:
         """Return the sum of outer products."""
-        return outer(side.apply(self._replace(x=memory).unfold()), other)
+        patches = self._replace(x=memory).unfold()
+        return Plain(patches).meet(side, patches, other, column)
 
     def through(self, side: Side) -> Tensor:
         """Return the patches after a side: a convolution with the side's rows as kernels."""

@@ -252,7 +252,7 @@ def _block_with_sides(block: Block, sides: Callable[[Block, Part], tuple[Tensor 
         size if side is None or side.ndim == 1 else side.shape[0]
         for size, side in zip(block.shape, (left, right), strict=False)
     )
-    return replace(block, shape=shape, linear=(*block.linear, _SideMap(left, right)))
+    return replace(block, shape=shape, linear=(*block.linear, SideMap(left, right)))
 
 
 def _extend_part(part: Part, left: Tensor | None, right: Tensor | None) -> Part:
@@ -265,7 +265,7 @@ def _extend_part(part: Part, left: Tensor | None, right: Tensor | None) -> Part:
 
 
 @dataclass(frozen=True)
-class _SideMap:
+class SideMap:
     """A separable map applied to rows `[n, o, i]` or `[n, d]` at hand."""
 
     left: Tensor | None
@@ -286,7 +286,7 @@ def _apply_last(rows: Tensor, side: Tensor | None) -> Tensor:
 
 
 def _side_rows(folded: Folded, sides: Callable[[Block, Part], tuple[Tensor | None, Tensor | None]]) -> RowMap:
-    maps = {block.into: _SideMap(*sides(block, block.parts[0])) for block in folded.blocks}
+    maps = {block.into: SideMap(*sides(block, block.parts[0])) for block in folded.blocks}
     return lambda rows: {name: maps[name](row) for name, row in rows.items()}
 
 

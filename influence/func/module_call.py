@@ -1,5 +1,7 @@
 """A module as a function of its parameters' values."""
 
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +15,9 @@ from influence.types import Batch, Params
 
 NOT_INPUTS = ("labels", "index", "weight")
 """Keys of a dictionary batch which the model does not see."""
+
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+"""What Python says of an argument that a function does not take."""
 
 
 def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, task: str) -> Any:
@@ -29,7 +34,26 @@ def call_model(skeleton: nn.Module, values: Mapping[str, Tensor], batch: Batch, 
         if config is not None and masks_plainly(config):
             dtype = next(p.dtype for p in values.values() if p.is_floating_point())
             kwargs["attention_mask"] = ready_mask(mask, task == "causal", dtype)
-    return torch.func.functional_call(skeleton, dict(values), (), kwargs)
+    try:
+        return torch.func.functional_call(skeleton, dict(values), (), kwargs)
+    except TypeError as error:
+        unknown = UNEXPECTED.search(str(error))
+        if unknown is None or unknown[1] not in kwargs:
+            raise
+        raise ValueError(_unknown_key(skeleton, unknown[1], batch)) from error
+
+
+def _unknown_key(skeleton: nn.Module, key: str, batch: Mapping[str, Any]) -> str:
+    name, taken = type(skeleton).__name__, ", ".join(inspect.signature(skeleton.forward).parameters)
+    if key not in batch:
+        return (
+            f"{name} is called as a causal language model of transformers is, with {key}=False, which its forward does "
+            f"not take (it takes {taken}): let it take that too, or give the class a name with another ending"
+        )
+    return (
+        f"the batch has {key!r}, which {name}.forward does not take (it takes {taken}): leave it out of the batch, or "
+        f"name it as the model does. Only {', '.join(NOT_INPUTS)} may be in a batch without going to the model"
+    )
 
 
 def ready_mask(mask: Int[Tensor, "n s"], causal: bool, dtype: torch.dtype) -> Float[Tensor, "n 1 s s"]:

@@ -12,7 +12,7 @@ from influence.func.compiled import Compiled
 from influence.func.engines import explain_torch, loop_both, vmap_both
 from influence.func.folding import vectors
 from influence.func.plan import EngineError, Plan, make_plan
-from influence.func.planned import Planned
+from influence.func.planned import Made, Planned
 from influence.func.transform import CollectedRows, Transform
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -119,13 +119,13 @@ def per_example_grads_fn(
         check_independence(loss_fn, params, batch)
     first = next(chunks(batch, None if chunk_size is None else max(chunk_size, GUARDED)))
 
-    def planned(params: Params, batch: Batch) -> tuple[Plan, Callable[[Params, Batch], Rows]]:
+    def planned(params: Params, batch: Batch) -> Made:
         plan = make_plan(loss_fn, params, batch, transform, engine)
         if compile and plan.engine == "loop":
             notes = "\n".join(plan.notes)
             raise ValueError(f"compile=True needs engine 'batched' or 'vmap'; this plan loops:\n{notes}")
         step = eager_step(loss_fn, plan)
-        return plan, Compiled(step) if compile else step
+        return Made(plan, Compiled(step)) if compile else Made(plan, step, shown_step(loss_fn, plan))
 
     return PlannedRows(Planned(loss_fn, planned, params, first), chunk_size, nonfinite)
 
@@ -173,7 +173,7 @@ class PlannedRows:
     @property
     def step(self) -> Callable[[Params, Batch], Rows]:
         """What executes the first plan."""
-        return self.planned.plans[0][1]
+        return self.planned.plans[0].step
 
     def __call__(self, params: Params, batch: Batch) -> CollectedRows:
         """Return the rows of a batch."""
@@ -194,14 +194,9 @@ class PlannedRows:
 
 def eager_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], Rows]:
     """Return the pure function a plan describes: rows, and the losses under `LOSSES`."""
-    batched = plan.batched
-    if batched is not None:
-
-        def tapped(params: Params, batch: Batch) -> Rows:
-            rows, losses = batched.rows(loss_fn, params, batch)
-            return {**plan.folded.finish_rows(rows), LOSSES: losses}
-
-        return tapped
+    shown = shown_step(loss_fn, plan)
+    if shown is not None:
+        return lambda params, batch: shown(params, batch)[0]
     both = vmap_both if plan.engine == "vmap" else loop_both
 
     def step(params: Params, batch: Batch) -> Rows:
@@ -213,6 +208,19 @@ def eager_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], Rows]:
         return {**plan.folded.rows(grads), LOSSES: losses}
 
     return step
+
+
+def shown_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], tuple[Rows, Rows]] | None:
+    """Return the batched engine's step which also returns the linear part of the rows; `None` for other engines."""
+    batched = plan.batched
+    if batched is None:
+        return None
+
+    def shown(params: Params, batch: Batch) -> tuple[Rows, Rows]:
+        rows, losses = batched.rows(loss_fn, params, batch)
+        return {**plan.folded.finish_rows(rows), LOSSES: losses}, rows
+
+    return shown
 
 
 def finite_rows(rows: Rows, batch: Batch, policy: str) -> Rows:

@@ -7,7 +7,7 @@ r"""Per-token gradients, in both notions.
 Either way an example's token rows sum to its row.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from influence.func.batched import BatchedPlan, batched_rows, cotangent_rows, ta
 from influence.func.batches import batch_size
 from influence.func.contributions import Route
 from influence.func.plan import EngineError, Plan, make_plan
-from influence.func.planned import Planned
+from influence.func.planned import Made, Planned
 from influence.func.probe import UseKey
 from influence.func.trace import position_axes
 from influence.func.transform import Transform
@@ -110,20 +110,24 @@ def per_token_grads_fn(
         raise ValueError(f"position must be 'use' or 'loss'; got {position!r}")
     collect = _at_use if position == "use" else _at_loss
 
-    def planned(params: Params, batch: Batch) -> tuple[Plan, Callable[[Params, Batch], TokenRowsAndLosses]]:
+    def planned(params: Params, batch: Batch) -> Made:
         plan = make_plan(loss_fn, params, batch, transform, "auto")
         if plan.batched is None:
             raise EngineError(
                 f"per-token gradients need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
             )
 
-        def step(params: Params, batch: Batch) -> TokenRowsAndLosses:
+        def found(params: Params, batch: Batch) -> tuple[TokenRowsAndLosses, Rows]:
             rows, kept, losses = collect(plan, loss_fn, params, batch)
             chosen = {name: row[kept] for name, row in rows.items()}
             offsets = torch.cat([kept.new_zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
-            return TokenRows(plan.folded.finish_rows(chosen), offsets, kept.nonzero()[:, 1]), losses
+            return (TokenRows(plan.folded.finish_rows(chosen), offsets, kept.nonzero()[:, 1]), losses), rows
 
-        return plan, step
+        def shown(params: Params, batch: Batch) -> tuple[TokenRowsAndLosses, Rows]:
+            value, rows = found(params, batch)
+            return value, {name: row.sum(1) for name, row in rows.items()}
+
+        return Made(plan, lambda params, batch: found(params, batch)[0], shown)
 
     return PlannedTokens(Planned(loss_fn, planned, params, batch))
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from influence.func.axes import known_axis
-from influence.func.batched import BatchedPlan, batched_rows, make_feeds
+from influence.func.batched import BatchedPlan, make_feeds
 from influence.func.batches import batch_size, sample
 from influence.func.contributions import Route
 from influence.func.engines import explain_torch, vmap_problem
 from influence.func.factors import positions
 from influence.func.folding import Block, Folded
+from influence.func.guard import guard, guard_limit
 from influence.func.layout import Layout, ParamLayout
 from influence.func.probe import UseKey, tensors_of
 from influence.func.routes import choose_route, traced_layout
@@ -27,15 +28,9 @@ from influence.func.trace import (
     trace,
 )
 from influence.func.transform import Transform
-from influence.types import Batch, LossFn, Params, Rows
+from influence.types import Batch, LossFn, Params
 
 ENGINES = ("auto", "batched", "vmap", "loop")
-
-
-GUARD_TOLERANCE = {torch.float64: (1e-5, 1e-6), torch.float32: (1e-2, 1e-3)}
-"""Largest relative error that the guard lets pass, and the share of the whole gradient below which a block's error is
-measured against that share instead; half precision: (0.1, 0.01). Honest float32 models read 1e-7, or 2e-3 under
-bfloat16 autocast; wrong plans 0.1."""
 
 
 class EngineError(ValueError):
@@ -64,7 +59,7 @@ class Plan(NamedTuple):
         batched: what the batched engine executes, if it is the one.
         costs: a line per block.
         notes: why this engine, and what the transform's author should know.
-        guard: the largest relative error of `Σ c_n row_n = ∇ Σ c_n ℓ_n` on the first batch, if it was checked.
+        guard: the largest relative error of `Σ c_n row_n = ∇ Σ c_n ℓ_n` on a few examples, if they showed anything.
         provisional: whether the first batch told too little; a later one may get a better plan.
     """
 
@@ -266,57 +261,6 @@ def _batched_plan(
     if unused:
         notes.append(f"{len(unused)} parameters are not used by the loss; their rows are zero: {', '.join(unused[:5])}")
     return Plan("batched", transform, folded, plan, costs, tuple(notes), error)
-
-
-def guard_limit(params: Params) -> float:
-    """Return the largest relative error that the guard lets pass."""
-    return GUARD_TOLERANCE.get(next(iter(params.values())).dtype, (0.1, 0.01))[0]
-
-
-def guard(plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[float | None, str]:
-    r"""Check `Σ_n c_n row_n = ∇ Σ_n c_n ℓ_n` for random weights `c`, by one plain backward.
-
-    It catches a misplaced example axis, which an unweighted sum cannot see.
-
-    Returns:
-        The largest relative error and the block where it is; `None` and the reason where the batch shows nothing.
-    """
-    n = batch_size(batch)
-    rows, _ = batched_rows(plan, loss_fn, params, batch)
-    first = next(iter(params.values()))
-    weights = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
-    with torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        losses = loss_fn(leaves, batch)
-        total = (losses * weights.to(losses)).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    plain = {
-        name: (torch.zeros_like(p) if g is None else g)[None]
-        for (name, p), g in zip(params.items(), found, strict=True)
-    }
-    expected = plan.folded.linear_rows(plain)
-    return compare_rows(
-        {name: torch.tensordot(weights.to(row), row, 1)[None] for name, row in rows.items()}, expected, first.dtype
-    )
-
-
-def compare_rows(got: Rows, expected: Rows, dtype: torch.dtype) -> tuple[float | None, str]:
-    """Return the largest relative error between two sets of rows, and where it is; or why there is none."""
-    floor = GUARD_TOLERANCE.get(dtype, (0.1, 0.01))[1]
-    finite = all(bool(torch.isfinite(row).all()) for row in expected.values())
-    if not finite:
-        return None, "the gradient of the batch is not finite"
-    whole = sum(float(row.double().square().sum()) for row in expected.values()) ** 0.5
-    if whole == 0 and not any(bool(row.any()) for row in got.values()):
-        return None, "the gradient of the batch is zero"
-    worst, where = 0.0, ""
-    for name, row in expected.items():
-        scale = max(float(row.double().norm()), floor * whole)
-        error = float((got[name].double() - row.double()).norm())
-        relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
-        if not relative <= worst:
-            worst, where = relative, name
-    return worst, where
 
 
 def _costs(folded: Folded, traced: Trace, routes: dict[UseKey, Route]) -> tuple[BlockCost, ...]:

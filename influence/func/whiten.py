@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from influence.func.curvature import Curvature, check_inversion, inverse_weights
-from influence.func.folding import Block, Folded, block_with_sides
+from influence.func.folding import Block, Folded, LinearMap, SideMap, block_with_sides, with_rows
 from influence.func.precondition import AFTER, BlockCurvature, Powered, coherent, precondition
 from influence.func.project import project
 from influence.func.transform import Step, Transform, chain
@@ -75,7 +75,8 @@ def eigen_whiten(
 
     `U_S [o, p]` and `U_A [i, p]` hold the eigenvectors that carry most of the whitened energy `E‖H^{-1/2} g‖² = Σ λ m`:
     the least biased `p × p` corner of the exact inner product, where a random sketch is unbiased and noisy. It serves
-    corrected spectra (EK-FAC), and costs what `project(dim)` costs.
+    corrected spectra (EK-FAC), and costs what `project(dim)` costs. After `unit_norm` it is a map of whole rows, and
+    wants the curvature of unit rows, as every form of whitening does.
 
     Args:
         factors: factors with two sides per matrix.
@@ -96,23 +97,33 @@ def eigen_whiten(
 
     def extend(folded: Folded) -> Folded:
         covered = coherent(factors, folded, missing, inversion)
-        if folded.finish:
-            raise ValueError("eigen_whiten folds into the sides of a block, so it comes before unit_norm")
-        return replace(folded, blocks=tuple(_turn(block, covered) for block in folded.blocks))
+        if not folded.finish:
+            return replace(folded, blocks=tuple(_turn(block, covered) for block in folded.blocks))
+        maps = {name: _of_rows(name) for name in covered}
+        return with_rows(folded, lambda rows: {n: maps[n](row) if n in maps else row for n, row in rows.items()})
+
+    def _directions(name: str) -> tuple[tuple[Tensor, Tensor | None] | None, LinearMap]:
+        """Return the sides that turn a row into its strongest eigenvectors, if it has two, and the map after them."""
+        curvature = factors.blocks[name]
+        grid = inverse_weights(curvature, power, damping, inversion, f"block {name!r}").grid
+        if len(curvature.bases) != len(curvature.shape):
+            return None, Powered(curvature, grid)
+        kept = strongest(curvature, damping, inversion, dim)
+        sides = [_rows_of(b.vectors, k, b.values) for b, k in zip(curvature.bases, kept, strict=True)]
+        for axis, k in enumerate(kept):
+            grid = grid.index_select(axis, k.to(grid.device))
+        return (sides[0], sides[1] if len(sides) == 2 else None), Scaled(grid)
 
     def _turn(block: Block, covered: frozenset[str]) -> Block:
         if block.into not in covered:
             return block
-        curvature = factors.blocks[block.into]
-        grid = inverse_weights(curvature, power, damping, inversion, f"block {block.into!r}").grid
-        if len(curvature.bases) != len(curvature.shape):
-            return replace(block, linear=(*block.linear, Powered(curvature, grid)))
-        kept = strongest(curvature, damping, inversion, dim)
-        sides = [_rows_of(b.vectors, k, b.values) for b, k in zip(curvature.bases, kept, strict=True)]
-        turned = block_with_sides(block, sides[0], sides[1] if len(sides) == 2 else None)
-        for axis, k in enumerate(kept):
-            grid = grid.index_select(axis, k.to(grid.device))
-        return replace(turned, linear=(*turned.linear, Scaled(grid)))
+        sides, last = _directions(block.into)
+        turned = block if sides is None else block_with_sides(block, *sides)
+        return replace(turned, linear=(*turned.linear, last))
+
+    def _of_rows(name: str) -> LinearMap:
+        sides, last = _directions(name)
+        return last if sides is None else lambda row: last(SideMap(*sides)(row))
 
     settings = {
         "factors": f"{factors.method}:{factors.digest[:16]}",
@@ -122,8 +133,7 @@ def eigen_whiten(
         "inversion": inversion,
         "missing": missing,
     }
-    refuses = AFTER | {"unit_norm": "whitening comes before it"}
-    return Transform((Step("eigen_whiten", settings, extend, refuses, needs=("as_blocks",)),))
+    return Transform((Step("eigen_whiten", settings, extend, AFTER, needs=("as_blocks",)),))
 
 
 def strongest(curvature: Curvature, damping: float, inversion: str, dim: int | None) -> list[Tensor]:

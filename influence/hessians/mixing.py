@@ -54,8 +54,12 @@ def mix(query: Factors, index: Factors, weight: float | None = None, *, componen
     _check(query, index)
     how = "as given"
     if weight is None:
-        weight = mixing_weight(pooled(query.blocks), pooled(index.blocks), components)
+        spectra = {"query": pooled(query.blocks), "index": pooled(index.blocks)}
+        weight = mixing_weight(spectra["query"], spectra["index"], components)
         how = f"automatic, components={components}"
+        if weight in (0, 1) and components > 0:
+            side = "query" if weight else "index"
+            how += f", of which the {side}'s curvature has {int((spectra[side] > 0).sum()):,}"
     if not 0 <= weight <= 1:
         raise ValueError(f"weight must lie in [0, 1], the query's share of the mix; got {weight}")
     names = sorted({factors.method.removeprefix("mixed ") for factors in (query, index)})

@@ -71,7 +71,8 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
         yield (
             "curvature",
             f"the query's curvature is {listed[0]}, and the stored rows' is {listed[1]}: the powers of one curvature "
-            "have to add up to 0 or -1, and one inverse is applied in all. Use one_sided, or two_sided, for both",
+            "have to add up to 0 or -1, and one inverse is applied in all. Make both sides with power=-0.5, or "
+            "one with power=-1.0 and the other without curvature",
         )
     mine, theirs = (side.complement.get("scaling") for side in (query, stored))
     if mine is not None and mine != theirs:

@@ -11,7 +11,7 @@ from influence.func.fold import Sink
 from influence.index import Columns, done, finish, open_index, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
 from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
-from influence.pipelines.directory import run_directory
+from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
 from influence.pipelines.prepare import batches_of, float_size, measure, own_shards
@@ -65,9 +65,11 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
         What was written; the results of other sinks are in its facts, by name.
     """
     execution, directory = config.execution, Path(config.run)
+    if not config.append:
+        refuse_finished(config)
+    behind, written = _behind(directory) if config.append else (0, 0)
     measured = measure(config.model, config.loss, config.transform, execution)
     tokens = read_data(config.data, measured)
-    behind, written = _behind(directory) if config.append else (0, 0)
     tokens = replace(tokens, index=tokens.index + behind)
     shards, batches = own_shards(tokens, execution), batches_of(execution)
     first = first_batch(shards, batches)

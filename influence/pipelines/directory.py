@@ -9,13 +9,16 @@ from typing import Any
 from influence.data import Tokenized
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
-from influence.index.run import RUN, read_run
+from influence.index.run import ROOT, RUN, read_run, what_is_there
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
 from influence.pipelines.prepare import Measured
 from influence.pipelines.ranks import Ranks
 from influence.pipelines.reading import data_hash, vocabulary_hash
 from influence.pipelines.seen import Step
+
+RESULTS = (ROOT, "factors.h5", "best.h5")
+"""Files, one of which a finished pass has."""
 
 
 @contextlib.contextmanager
@@ -44,7 +47,7 @@ def run_directory(
         step: the planned step, which knows the rows' shapes.
         place: this process among its peers.
         settings: what else decides the result, so that a run with other settings does not resume this one.
-        results: files whose presence means that it is finished, where that is not the index itself.
+        results: files that it makes beside the index, which overwriting deletes.
         stored: begin and end of every shard that is written, where they are not the dataset's.
         append: add to a finished index, whose configuration stays.
         scratch: other files and folders that the pass keeps there until it is finished.
@@ -59,13 +62,8 @@ def run_directory(
     kept = replace(config, execution=replace(execution, overwrite=False))  # who replays a run does not delete one
     with contextlib.ExitStack() as stack:
         if place.first:
-            finished = [directory / name for name in results if (directory / name).exists()]
-            if finished and not execution.overwrite:
-                there = read_run(directory)["kind"] if (directory / RUN).exists() else kind
-                raise FileExistsError(
-                    f"{directory} holds a finished run of influence {kind_command(there)} ({finished[0].name}): pass "
-                    "--overwrite to replace it, or another --run"
-                )
+            if not append:
+                refuse_finished(config)
             plan = {
                 "shards": shard_ranges(shards) if stored is None else [list(ends) for ends in stored],
                 "seen": shard_ranges(shards),
@@ -90,6 +88,28 @@ def run_directory(
                 write_config(directory / "config.yaml", kept, kind_command(kind))
         place.barrier()
         yield directory
+
+
+def refuse_finished(config: Any) -> None:
+    """Refuse to begin where a finished run is, unless it is to be replaced: before a model or data are loaded.
+
+    Args:
+        config: the configuration, with `run` and `execution`.
+
+    Raises:
+        FileExistsError: saying what is there.
+    """
+    directory, execution = Path(config.run), config.execution
+    found = [name for name in RESULTS if (directory / name).exists()]
+    if not found or execution.overwrite or execution.dry_run or not (directory / RUN).exists():
+        return
+    kind = read_run(directory)["kind"]
+    there = f"{directory} holds a finished run of influence {kind_command(kind)} ({found[0]})"
+    appended = kind == "index" and hasattr(config, "append")
+    raise FileExistsError(
+        f"{what_is_there(directory) if kind == 'index' else there}: pass --overwrite to replace it, "
+        f"{'--append to add examples, ' if appended else ''}or another --run"
+    )
 
 
 def kind_command(kind: str) -> str:

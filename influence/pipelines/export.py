@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from influence.index import Index, open_index
+from influence.index.chosen import choose
 from influence.pipelines.configs import Run
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
@@ -29,7 +30,7 @@ class ExportConfig:
         to: the file to write; its end says how: .safetensors (a tensor per block), .npy (one matrix, blocks side by
             side) or .parquet (a list per row, with index, loss and length).
         format: the format, where the file's end does not say it.
-        blocks: these blocks only.
+        blocks: these blocks only (names or globs).
         overwrite: replace the file.
     """
 
@@ -66,7 +67,7 @@ def run(config: ExportConfig, say: Say = quiet) -> Outcome:
         raise ValueError(f"{config.run} keeps the best and worst of its scores alone: score again without --top-k")
     index = open_index(config.run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = list(index.columns.chosen(config.blocks or None).shapes)
+    blocks = list(choose(index.blocks, config.blocks or None).names)
     with replacing(path) as name:
         WRITERS[kind](index, blocks, name)
     facts = {"run": config.run, "file": str(path), "rows": len(index), "bytes": path.stat().st_size}

@@ -10,7 +10,7 @@ from influence import hessians
 from influence.hessians import Factors
 from influence.pipelines.collect import Summed, Work, collect, remove_partials
 from influence.pipelines.configs import PassConfig, TransformConfig, View, at_least
-from influence.pipelines.directory import run_directory
+from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
 from influence.pipelines.prepare import Measured, batches_of, measure, own_shards
@@ -65,6 +65,7 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
     Returns:
         What was fitted, and where it is.
     """
+    refuse_finished(config)
     measured = measure(config.model, config.loss, config.transform, config.execution)
     loss_fn, params, transform = measured.loss_fn, measured.params, measured.transform
     tokens = read_data(config.data, measured)

@@ -20,14 +20,12 @@ from influence.pipelines.configs import (
     TransformConfig,
     View,
 )
+from influence.pipelines.directory import RESULTS
 from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.ranks import Ranks, ranks
-
-RESULTS = ("index.h5", "factors.h5", "best.h5")
-"""Files, one of which a finished step has."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +89,21 @@ def run_steps(
 
 
 def result(config: RecipeConfig, outcomes: Mapping[str, Outcome]) -> Outcome:
-    """Return a recipe's outcome: its scores; or of a dry run, what its steps take together."""
+    """Return a recipe's outcome: its scores; or of a dry run, what its steps take together.
+
+    Raises:
+        OSError: if the disk has room for each step, but not for all.
+    """
     if not config.execution.dry_run:
         return Outcome(config.run, {**outcomes["scores"].facts, "run": config.run}, outcomes["scores"].text)
     facts = {name: dict(step.facts) for name, step in outcomes.items()}
     seconds, disk = (sum(step.get(name, 0) for step in facts.values()) for name in ("seconds", "disk"))
+    free = min((step["free"] for step in facts.values() if "free" in step), default=None)
+    if free is not None and disk > free:
+        raise OSError(
+            f"no space: all steps in {config.run} together will take {size(disk)} and the disk has {size(free)} free. "
+            "Choose a smaller --projection-dim, a half-precision --dtype, or another disk"
+        )
     text = f"all steps together: about {duration(seconds)}, disk {size(disk)}"
     return Outcome(config.run, {**facts, "seconds": seconds, "disk": disk}, text)
 

@@ -14,7 +14,7 @@ from influence.func.losses import widen
 from influence.index import Collected, Columns, finish, open_index, shard_sink
 from influence.pipelines.collect import Summed, Work, collect, remove_partials
 from influence.pipelines.configs import PassConfig
-from influence.pipelines.directory import run_directory
+from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict
 from influence.pipelines.prepare import batches_of, measure, own_shards
@@ -112,6 +112,7 @@ def run(config: ReduceConfig, say: Say = quiet) -> Outcome:
         What was written, and how many examples it is of.
     """
     execution, directory = config.execution, Path(config.run)
+    refuse_finished(config)
     measured = measure(config.model, config.loss, config.transform, execution)
     tokens = read_data(config.data, measured)
     shards, batches = own_shards(tokens, execution), batches_of(execution)

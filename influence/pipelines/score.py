@@ -12,7 +12,7 @@ from influence.func.sinks import taking
 from influence.index import Collected, Columns, done, finish, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
 from influence.pipelines.configs import PassConfig, at_least
-from influence.pipelines.directory import fingerprint_for, run_directory
+from influence.pipelines.directory import fingerprint_for, refuse_finished, run_directory
 from influence.pipelines.ends import outcome_of, write_best
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
@@ -80,6 +80,7 @@ def run(config: ScoreConfig, say: Say = quiet, ahead: int | None = None) -> Outc
         raise ValueError("top_k keeps no matrix, and per_block is one: leave one out")
     if config.top_k is not None and config.per_token is not None:
         raise ValueError("top_k keeps examples, and per_token scores their tokens: leave one out")
+    refuse_finished(config)
     measured = measure(config.model, config.loss, config.transform, execution)
     tokens = read_data(config.data, measured)
     if config.top_k is not None and not 1 <= config.top_k <= len(tokens):

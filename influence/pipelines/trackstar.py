@@ -1,12 +1,13 @@
 """TrackStar (Chang et al. 2024): whitened, unit-norm rows of both sides, in a mix of both sides' curvature."""
 
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 from influence.pipelines import build, hessian, mix, score
 from influence.pipelines.configs import DataConfig, RunConfig, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks
+from influence.pipelines.ranks import among_ranks, ranks
 from influence.pipelines.reading import load_rows
 from influence.pipelines.recipe import RecipeConfig, fewer, planned, result, run_steps, without_what_is_not_there
 
@@ -24,7 +25,8 @@ class TrackstarConfig(RecipeConfig):
         model: the model.
         data: the corpus.
         query: the queries.
-        components: how many directions that all queries share to play down.
+        components: how many directions that all queries share to play down; of all blocks together, so at most as many
+            as queries times blocks.
         mix: mix the queries' curvature into the corpus's.
         stats_examples: fit each curvature on so many examples.
         mode: a score for each query, or the best over all of them.
@@ -57,6 +59,9 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
         The scores.
     """
     at = Path(config.run)
+    with ranks() as place:
+        if place.first and (few := few_queries(config)):
+            say(few)
     plain = replace(config.transform, hessian=None, whiten=None, unit_norm=False)
     curvature = str(at / "mixed") if config.mix else str(at / "index_hessian")
     white = replace(plain, hessian=curvature, power=-0.5, unit_norm=True)
@@ -100,3 +105,17 @@ def run(config: TrackstarConfig, say: Say = quiet) -> Outcome:
         "scores": scores,
     }
     return result(config, run_steps("trackstar", config, steps, say))
+
+
+def few_queries(config: TrackstarConfig) -> str:
+    """Say what becomes of the mix if the queries span fewer directions than it plays down; nothing if they may not."""
+    if not config.mix:
+        return ""
+    count = len(load_rows(fewer(config.query, config.stats_examples)))
+    if count >= config.components:
+        return ""
+    return (
+        f"plan: {count:,} queries span at most {count:,} directions of each block, and --components is "
+        f"{config.components:,}: with fewer than {ceil(config.components / max(count, 1)):,} blocks the mix is the "
+        "queries' curvature alone (weight 1), and the corpus's is left out. Lower --components to play down fewer"
+    )
