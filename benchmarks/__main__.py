@@ -185,7 +185,9 @@ def _curvature(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -
     return _finish(arguments, found, checks, curvature.PEERS)
 
 
-def _agree(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+def _agree(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if not peers.importable("kronfluence"):
+        parser.error("agree compares with kronfluence, which is not installed: make bench-peers")
     found = agree.run(threads=arguments.threads, quick=arguments.quick)
     arguments.only = "no file unless asked"
     return _finish(arguments, found, agree.targets(found) if arguments.check else [])

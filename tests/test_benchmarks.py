@@ -31,6 +31,15 @@ def test_a_quick_run_is_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
         assert "leave out --quick" in capsys.readouterr().err
 
 
+def test_a_suite_that_is_nothing_without_its_peer_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "importable", lambda package: False)
+    with pytest.raises(SystemExit):
+        command.main(["agree", "--quick"])
+    assert "kronfluence, which is not installed" in capsys.readouterr().err
+
+
 def test_a_picture_of_no_format_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ends in no format for pictures"):
         command.main(["coefficients", "--quick", "--plot", str(tmp_path / "x.jpeg2")])

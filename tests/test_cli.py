@@ -1,5 +1,6 @@
 """The command line in this process: what it prints, what it refuses, and how."""
 
+import csv
 import errno
 import json
 import shutil
@@ -126,7 +127,10 @@ def test_query_once_and_as_a_prompt(corpus: Path, tmp_path: Path, capsys: Any, m
     status, out, _ = run(capsys, *flags, "--text", "the home of babo")
     assert status == 0
     assert "helps" in out
-    assert "hurts" in out
+    with open(record) as rows:
+        worst = [float(row["score"]) for row in csv.DictReader(rows) if row["direction"] == "worst"]
+    assert ("hurts" in out) == (worst[0] < 0)
+    assert ("helps least" in out) == (worst[0] >= 0)
     file = tmp_path / "texts"
     file.write_text("babo lives in\n\nwhat does babo eat ?\n")
     answers = json.loads(run(capsys, *flags, "--file", file, "--json")[1])["answers"]

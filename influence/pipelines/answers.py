@@ -40,7 +40,8 @@ def shown(answers: Sequence[Answer], width: int) -> str:
     lines = []
     for answer in answers:
         lines.append(f"{answer.query!r} (loss {answer.loss:.4g})")
-        for title, hits in (("helps", answer.best), ("hurts", answer.worst)):
+        against = "hurts" if answer.worst and answer.worst[0].score < 0 else "helps least"
+        for title, hits in (("helps", answer.best), (against, answer.worst)):
             rows = [
                 [rank + 1, hit.score, hit.example, *_at(hit), short(hit.text, width)] for rank, hit in enumerate(hits)
             ]
