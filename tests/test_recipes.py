@@ -196,7 +196,7 @@ def test_running_sums_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(store, "write", counted)
     factors = []
-    for run, every, count in (("a", 30.0, 1), ("b", 0.0, 4)):
+    for run, every, count in (("a", 1e9, 1), ("b", 0.0, 4)):
         monkeypatch.setattr(collect, "SAVE_EVERY", every)
         written.clear()
         hessian.run(replace(config, run=str(tmp_path / run)))

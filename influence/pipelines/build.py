@@ -1,7 +1,7 @@
 """Build an index: the row of every example, in the dataset's order, on disk."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from influence.func.fold import Sink
 from influence.index import Columns, done, finish, open_index, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
-from influence.pipelines.configs import Data, Execution, Loss, LossConfig, Model, Run, RunConfig, TransformConfig, View
+from influence.pipelines.configs import PassConfig
 from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
@@ -21,7 +21,7 @@ from influence.pipelines.seen import collected, plan_step, total_dim
 
 
 @dataclass(frozen=True)
-class BuildConfig:
+class BuildConfig(PassConfig):
     """Write an index: one gradient row for every example of a dataset, to query, score and inspect later.
 
     influence build --model gpt2 --dataset corpus.jsonl --run runs/corpus
@@ -42,14 +42,8 @@ class BuildConfig:
         execution: the pass.
     """
 
-    run: Run
-    model: Model
-    data: Data
     per_token: Literal["use", "loss"] | None = None
     append: bool = False
-    loss: Loss = field(default_factory=LossConfig)
-    transform: View = field(default_factory=TransformConfig)
-    execution: Execution = field(default_factory=RunConfig)
 
 
 @among_ranks
