@@ -159,8 +159,11 @@ def test_influences_between_observables_top_k_signs_and_unlabelled_positions() -
     expected, at = joint.influences[:5].topk(3, 1)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(who, at)
-    tokens = bif.estimate(run, "one", level="token").influences
+    tokens, errors, *_ = bif.estimate(run, "one", level="token", stderr=True)
     assert bool((tokens[0, :, 2:] == 0).all())
+    assert errors is not None
+    counts = labelled[:, None, :, None] & labelled[None, :, None, :]
+    assert torch.equal(errors.isnan(), ~counts)  # zero by agreement, not measured
     averaged = bif.estimate(run, "one", level="token", average=True).influences
     torch.testing.assert_close(averaged[0, 1], tokens[0, 1, :2].mean(), rtol=1e-4, atol=1e-6)
 

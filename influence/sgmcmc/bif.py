@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,12 +30,14 @@ class Draws(NamedTuple):
         freedom: what products are divided by.
         names: `(observable, row of its dataset)` of each example.
         chains: how many the draws are of, one after the other.
+        labelled: which positions count.
     """
 
     z: Float[Tensor, "n t r"]
     freedom: float
     names: Sequence[tuple[str, int]]
     chains: int
+    labelled: Bool[Tensor, "n t"]
 
 
 class BIF(NamedTuple):
@@ -96,8 +98,8 @@ def estimate(
             known, which is too large where it is near one.
 
     Returns:
-        The influences. At the token level unlabelled positions are zero. Where a loss does not vary, its correlation is
-        NaN, as the peer's is.
+        The influences. At the token level unlabelled positions are zero, without an error: NaN. Where a loss does not
+        vary, its correlation is NaN, as the peer's is.
 
     Raises:
         ValueError: if the run did not keep what is needed, or an option is unknown.
@@ -126,6 +128,8 @@ def estimate(
     value, error = product(left, right), None
     if stderr:
         error = batch_means.of_draws(left.z, right.z, value, left.chains, correlation).mul_(abs(scale))
+        counts = left.labelled[:, None, :, None] & right.labelled[None, :, None, :]
+        error.masked_fill_(~counts, torch.nan)
     value.mul_(sign * scale)
     if averaged or level == "sequence":
         value, error = value[:, :, 0, 0], None if error is None else error[:, :, 0, 0]
@@ -164,7 +168,8 @@ def draws(
     if average:
         counts = labelled.sum(1).clamp_min(1)[:, None]
         z = ((z * labelled[:, :, None]).sum(1) / counts)[:, None]
-    return Draws(z, freedom, who[of], 1 if pooling == "mean" else x.shape[0])
+        labelled = labelled.any(1, keepdim=True)
+    return Draws(z, freedom, who[of], 1 if pooling == "mean" else x.shape[0], labelled)
 
 
 def product(left: Draws, right: Draws) -> Float[Tensor, "n m t u"]:
