@@ -226,8 +226,8 @@ def test_one_batch_has_no_standard_error() -> None:
             assert bool(found.influences.isfinite().all())
 
 
-def pairs_of(run: sgmcmc.Run) -> moments.Moments:
-    losses = run.observables["one"].sequences
+def pairs_of(run: sgmcmc.Run, name: str = "one") -> moments.Moments:
+    losses = run.observables[name].sequences
     assert losses is not None
     c, _, n = losses.shape
     return moments.update(moments.init(c, n, n), losses, losses)
@@ -357,8 +357,9 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     )
     for call, words in (
         (lambda: llc.estimate(bare), "at least two steps"),
+        (lambda: bif.estimate(bare), "at least two draws"),
         (lambda: bif.estimate(bare, pooling="within"), "at least two draws"),
-        (lambda: bif.estimate(bare.keep([0])), "at least two draws"),
+        (lambda: bif.estimate(dataclasses.replace(bare, pairs=pairs_of(bare, "all"))), "at least two draws"),
         (lambda: bif.estimate(bare, level="token"), "keep='tokens'"),
         (lambda: bif.estimate(run, average=True), "level='token'"),
         (lambda: bif.estimate(run, statistic="cosine"), "correlation, covariance"),
@@ -370,3 +371,19 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             call()
     with pytest.raises(KeyError, match="it has one"):
         bif.estimate(run, "three")
+
+
+def test_more_draws_are_not_asked_of_a_run_that_diverged() -> None:
+    """It would stop at the same step again."""
+    stopped = dataclasses.replace(run_of(traces()[:1, :1]), facts={"n_beta": 2.0, "stopped": 1})
+    for call in (
+        lambda: llc.estimate(stopped),
+        lambda: bif.estimate(stopped),
+        lambda: susceptibility.estimate({"full": stopped}, "one"),
+    ):
+        with pytest.raises(ValueError, match=r"at least (two|2) .*: a chain diverged at step 1, .*: lower lr") as said:
+            call()
+        assert "num_draws" not in str(said.value)
+    early = dataclasses.replace(run_of(traces()[:, :3]), between=5)
+    with pytest.raises(ValueError, match="at least two draws after burn-in; there are 0: raise num_draws"):
+        llc.estimate(early, "draws")

@@ -161,6 +161,7 @@ def draws(
     if level == "token":
         labels = (run.observable(name).labelled for name in names)
         labelled = torch.cat([pad(each, (0, width - each.shape[1])) for each in labels])[of]
+    _check_draws(run, x.shape[1])
     z, freedom = _centred(x, pooling)
     if statistic == "correlation":
         deviation = (z.double().square().sum(2) / freedom).sqrt()
@@ -230,12 +231,16 @@ def _centred(x: Float[Tensor, "c d n t"], pooling: str) -> tuple[Float[Tensor, "
         x = x.double().mean(0, keepdim=True).to(x.dtype)
     c, d = x.shape[:2]
     freedom = float(c * (d - 1) if pooling == "within" else c * d - 1)
-    if freedom < 1:
-        raise ValueError(f"influences need at least two draws; there are {d} of {c} chains: raise num_draws")
     axes = (1,) if pooling == "within" else (0, 1)
     # losses are shifted by the anchor's already: float32 loses nothing that matters
     centred = x - x.double().mean(axes, keepdim=True).to(x.dtype)
     return centred.flatten(0, 1).permute(1, 2, 0).contiguous(), freedom
+
+
+def _check_draws(run: Run, draws: int) -> None:
+    """Refuse one draw: without burn-in it is the anchor, where all chains are alike."""
+    if draws < 2:
+        raise ValueError(f"influences need at least two draws of a chain; there are {draws}: {run.remedy}")
 
 
 def _unit_diagonal(value: Tensor, scale: float) -> None:
@@ -261,6 +266,7 @@ def _from_pairs(
     assert run.pairs is not None
     if pooling == "mean":
         raise ValueError("the run kept co-moments, not traces: sample with keep='sequences' for pooling='mean'")
+    _check_draws(run, int(run.pairs.draws.min()))
     whole = moments.covariance(run.pairs, pooling)
     if statistic == "correlation":
         deviation = whole.diagonal().sqrt()
