@@ -158,6 +158,13 @@ def test_a_grid_shows_its_plateau(tmp_path: Path, capsys: Any) -> None:
     assert [line.split()[-1] == "diverged" for line in again.splitlines()[1:]] == [False, False, True]
 
 
+def test_influences_of_nothing_are_no_empty_page(tmp_path: Path, capsys: Any) -> None:
+    assert run(capsys, *made("sample", tmp_path / "s"))[0] == 0
+    refused(capsys, ["bif", "--run", str(tmp_path / "s")], "has no observables", "sample with --observables")
+    said = run(capsys, *made("bif", tmp_path / "b", "--observed", "1"))[1]
+    assert "moves with none: there is no other example" in said
+
+
 def test_what_finished_chains_cannot_heed_is_refused(samples: Path, capsys: Any) -> None:
     """It was ignored, and the table shown was of other chains than those asked for."""
     for command, flags in (
