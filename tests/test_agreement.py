@@ -44,6 +44,9 @@ def test_what_is_off_or_no_number_is_a_fault() -> None:
         exact("", 1.0, 1.1, 0.09),
         exact("", 1.0, float("nan"), 9.0),
         exact("", 1.0, 1.0 + 1e-15, 0.0),
+        drawn("", 1.0, 9.0, float("inf")),
+        drawn("", 1.0, 1.0, float("nan")),
+        worst("", torch.tensor([100.0, 0.001]), torch.tensor([100.5, 0.1]), 0.01, 0.0),  # the smaller gap is too large
         worst("", {"a": torch.zeros(3)}, {"a": torch.tensor([0.0, float("nan"), 5.0])}, 0.1, 0.1),
         worst("", [torch.ones(2), torch.zeros(1)], [torch.ones(2), torch.ones(1)], 0.0, 0.0),
     ):

@@ -154,8 +154,28 @@ def test_a_grid_shows_its_plateau(tmp_path: Path, capsys: Any) -> None:
     assert (tmp_path / "g.png").stat().st_size > 5000
     facts = json.loads(run(capsys, "llc", "--run", tmp_path / "g", "--json")[1])
     assert len(facts["llc"]) == 4
-    again = run(capsys, "llc", "--run", tmp_path / "g", "--lrs", "1e-3")[1]  # points that diverged were forgotten,
-    assert [line.split()[-1] == "diverged" for line in again.splitlines()[1:]] == [False, False, True]  # others named
+    again = run(capsys, "llc", "--run", tmp_path / "g")[1]  # points that diverged were forgotten
+    assert [line.split()[-1] == "diverged" for line in again.splitlines()[1:]] == [False, False, True]
+
+
+def test_influences_of_nothing_are_no_empty_page(tmp_path: Path, capsys: Any) -> None:
+    assert run(capsys, *made("sample", tmp_path / "s"))[0] == 0
+    refused(capsys, ["bif", "--run", str(tmp_path / "s")], "has no observables", "sample with --observables")
+    said = run(capsys, *made("bif", tmp_path / "b", "--observed", "1"))[1]
+    assert "moves with none: there is no other example" in said
+
+
+def test_what_finished_chains_cannot_heed_is_refused(samples: Path, capsys: Any) -> None:
+    """It was ignored, and the table shown was of other chains than those asked for."""
+    for command, flags in (
+        ("llc", ["--lrs", "1e-3"]),
+        ("llc", ["--restrictions", "l0h0"]),
+        ("bif", ["--num-draws", "9"]),
+        ("bif", ["--observed", "2"]),
+        ("bif", ["--dataset", "corpus.jsonl"]),
+        ("susceptibilities", ["--label-smoothing", "0.1"]),
+    ):
+        refused(capsys, [command, "--run", str(samples), *flags], f"{flags[0]} is of chains that are yet to run")
 
 
 def an_error(output: Any, batch: Any) -> torch.Tensor:

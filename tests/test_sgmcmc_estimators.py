@@ -159,8 +159,11 @@ def test_influences_between_observables_top_k_signs_and_unlabelled_positions() -
     expected, at = joint.influences[:5].topk(3, 1)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(who, at)
-    tokens = bif.estimate(run, "one", level="token").influences
+    tokens, errors, *_ = bif.estimate(run, "one", level="token", stderr=True)
     assert bool((tokens[0, :, 2:] == 0).all())
+    assert errors is not None
+    counts = labelled[:, None, :, None] & labelled[None, :, None, :]
+    assert torch.equal(errors.isnan(), ~counts)  # zero by agreement, not measured
     averaged = bif.estimate(run, "one", level="token", average=True).influences
     torch.testing.assert_close(averaged[0, 1], tokens[0, 1, :2].mean(), rtol=1e-4, atol=1e-6)
 
@@ -199,6 +202,20 @@ def test_standard_errors_of_influences_are_their_spread(chains: int, statistic: 
         torch.testing.assert_close(again.stderr, traced.stderr.double(), rtol=1e-3, atol=1e-5)
 
 
+def test_standard_errors_see_that_chains_shorter_than_their_memory_disagree() -> None:
+    """Draws that forget in 100, in chains of 200: pieces of 40 alone said 0.7 of what runs differ by."""
+    source = torch.Generator().manual_seed(4)
+    x, path = torch.randn(300, 4, 2, generator=source, dtype=F64), []
+    for _ in range(200):
+        x = 0.98 * x + (1 - 0.98**2) ** 0.5 * torch.randn(x.shape, generator=source, dtype=F64)
+        path.append(x + x.square() / 2)
+    runs = [run_of(each[..., None].float()) for each in torch.stack(path, 2)]
+    found = [bif.estimate(run, statistic="covariance", stderr=True) for run in runs]
+    spread = torch.stack([each.influences for each in found]).double().std(0)
+    said = torch.stack([each.stderr for each in found if each.stderr is not None]).double().square().mean(0).sqrt()
+    assert 0.8 < float((said / spread).mean()) < 1.2
+
+
 def test_one_batch_has_no_standard_error() -> None:
     short = run_of(traces()[:1, :3])
     for run in (short, dataclasses.replace(short, pairs=pairs_of(short))):
@@ -209,8 +226,8 @@ def test_one_batch_has_no_standard_error() -> None:
             assert bool(found.influences.isfinite().all())
 
 
-def pairs_of(run: sgmcmc.Run) -> moments.Moments:
-    losses = run.observables["one"].sequences
+def pairs_of(run: sgmcmc.Run, name: str = "one") -> moments.Moments:
+    losses = run.observables[name].sequences
     assert losses is not None
     c, _, n = losses.shape
     return moments.update(moments.init(c, n, n), losses, losses)
@@ -340,8 +357,9 @@ def test_what_cannot_be_estimated_is_refused() -> None:
     )
     for call, words in (
         (lambda: llc.estimate(bare), "at least two steps"),
+        (lambda: bif.estimate(bare), "at least two draws"),
         (lambda: bif.estimate(bare, pooling="within"), "at least two draws"),
-        (lambda: bif.estimate(bare.keep([0])), "at least two draws"),
+        (lambda: bif.estimate(dataclasses.replace(bare, pairs=pairs_of(bare, "all"))), "at least two draws"),
         (lambda: bif.estimate(bare, level="token"), "keep='tokens'"),
         (lambda: bif.estimate(run, average=True), "level='token'"),
         (lambda: bif.estimate(run, statistic="cosine"), "correlation, covariance"),
@@ -353,3 +371,19 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             call()
     with pytest.raises(KeyError, match="it has one"):
         bif.estimate(run, "three")
+
+
+def test_more_draws_are_not_asked_of_a_run_that_diverged() -> None:
+    """It would stop at the same step again."""
+    stopped = dataclasses.replace(run_of(traces()[:1, :1]), facts={"n_beta": 2.0, "stopped": 1})
+    for call in (
+        lambda: llc.estimate(stopped),
+        lambda: bif.estimate(stopped),
+        lambda: susceptibility.estimate({"full": stopped}, "one"),
+    ):
+        with pytest.raises(ValueError, match=r"at least (two|2) .*: a chain diverged at step 1, .*: lower lr") as said:
+            call()
+        assert "num_draws" not in str(said.value)
+    early = dataclasses.replace(run_of(traces()[:, :3]), between=5)
+    with pytest.raises(ValueError, match="at least two draws after burn-in; there are 0: raise num_draws"):
+        llc.estimate(early, "draws")

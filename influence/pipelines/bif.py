@@ -103,6 +103,10 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     if isinstance(samples, Outcome):
         return samples
     chosen = chosen_of(samples, c.restriction)
+    if not chosen.observables:
+        raise ValueError(
+            f"{samples.directory} has no observables, whose examples may be related: sample with --observables"
+        )
     tokenizer = tokenizer_of(what)
     words, pad = words_of(tokenizer), pad_of(tokenizer)
     left = examples(chosen, c.rows, words, pad)
@@ -173,6 +177,8 @@ def strongest(row: Tensor, k: int, exclude: int | None) -> dict[str, list[int]]:
 def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, error: Tensor | None, ends: Any) -> str:
     """Return a query's strongest influences for a terminal."""
     lines = [f"{query.title} {short(query.text, config.width)}"]
+    if not ends["most"]:
+        return f"{lines[0]}\n  moves with none: there is no other example, or its loss or all others' do not vary"
     for title, side in (("moves with", "most"), ("moves against", "least")):
         rows = [
             [

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ import torch
 
 from influence import sgmcmc
 from influence.index.lock import Lock
-from influence.pipelines.chains import Sampling, SamplingConfig
-from influence.pipelines.configs import ModelConfig
+from influence.pipelines.chains import ChainConfig, FeltConfig, Sampling, SamplingConfig
+from influence.pipelines.configs import DataConfig, ModelConfig
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.plain import from_mapping, read_config, write_config
@@ -26,6 +26,8 @@ from influence.sgmcmc import Run, chains, joining, llc, observe, planning, sampl
 from influence.sgmcmc.plan import Plan
 
 RESULT, CONFIG, SHARE = "run.h5", "config.yaml", "chains-*-*"
+OF_CHAINS = ("data", "chains", "loss", "observables", "observed", "restrictions", "lrs", "localizations")
+"""What of a configuration is said of chains, and not of what is made of them."""
 
 
 class Samples(NamedTuple):
@@ -63,11 +65,14 @@ def sampled(
 
     Raises:
         FileNotFoundError: if there is neither a model nor a finished run.
-        ValueError: if the directory holds another run, naming the field and both values.
+        ValueError: if the directory holds another run, naming the field and both values; or if it is to be read, and
+            something is asked of its chains.
     """
     directory = Path(what.run)
     if not what.model.model:
-        return read_samples(directory)
+        found = read_samples(directory)
+        _check_read(config)
+        return found
     if not what.data.dataset:
         raise ValueError("no dataset: chains need the data they are trained on; pass --dataset")
     _check_foreign(directory)
@@ -152,6 +157,21 @@ def read_samples(directory: Path) -> Samples:
         "observables": {name: o.anchor.shape[0] for name, o in some.observables.items()},
     }
     return Samples(directory, runs, facts)
+
+
+def _check_read(config: SamplingConfig) -> None:
+    """Refuse what only chains that are yet to run could heed."""
+    default = type(config)(config.run)
+    for name in OF_CHAINS:
+        asked, plain = (getattr(each, name, None) for each in (config, default))
+        if asked != plain:
+            if isinstance(asked, DataConfig | ChainConfig | FeltConfig):
+                name = next(f.name for f in fields(asked) if getattr(asked, f.name) != getattr(plain, f.name))
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
+                f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
+            )
 
 
 def _check_foreign(directory: Path) -> None:

@@ -4,6 +4,9 @@ Products of two losses along a chain are cut into batches long beside the time i
 are then nearly independent, and their spread says how uncertain the mean of all is. The shape of the losses'
 distribution and their dependence are in it, without a model of either: losses at a minimum are quadratic in the
 weights, so their tails are heavy, and the formula for Gaussian variables is too small.
+
+Pieces of a chain shorter than that time say too little: so the chains themselves are batches too, and the larger of the
+two errors counts. One chain has only its pieces.
 """
 
 from collections.abc import Iterator
@@ -30,8 +33,9 @@ def of_draws(
     $$\mathrm{s.e.}^2 = \frac{1}{B (B-1)} \sum_b \big(\bar p_b - \bar p\big)^2, \qquad
       p = x y \ \text{ or, of a correlation, } \ x y - \tfrac{ρ}{2} (x^2 + y^2)$$
 
-    over `B` batches, each a piece of a chain: the chains themselves where there are 20, else cut to at least as many.
-    A correlation's second term is that of its deviations, `x` and `y` having the variance one.
+    over `B` batches: the chains themselves, or where there are fewer than 20 the pieces of chains cut to at least as
+    many, whichever gives the larger error. A correlation's second term is that of its deviations, `x` and `y` having
+    the variance one.
 
     Args:
         x: draws of the first axis.
@@ -41,7 +45,8 @@ def of_draws(
         correlation: whether it is one.
 
     Returns:
-        The errors; NaN where one chain has fewer than four draws.
+        The errors; NaN where one chain has fewer than four draws. Where it forgets in more than a twentieth of them the
+        error is too small, and several chains tell.
 
     Example:
         >>> import torch
@@ -49,7 +54,13 @@ def of_draws(
         >>> float(of_draws(x, x, torch.full((1, 1, 1, 1), 5.0), 2, correlation=False))
         4.0
     """
-    return _spread(_products(x[..., b], y[..., b], value, correlation) for b in _batches(x.shape[2], chains))
+    found = None
+    for pieces in _pieces(x.shape[2] // chains, chains):
+        batches = _batches(x.shape[2], chains, pieces)
+        error = _spread(_products(x[..., b], y[..., b], value, correlation) for b in batches)
+        found = error if found is None else torch.maximum(found, error)
+    assert found is not None
+    return found
 
 
 def of_moments(state: Moments, value: Float[Tensor, "n m"], within: bool, correlation: bool) -> Float[Tensor, "n m"]:
@@ -82,10 +93,15 @@ def of_moments(state: Moments, value: Float[Tensor, "n m"], within: bool, correl
     return _spread(map(scaled, living))
 
 
-def _batches(draws: int, chains: int) -> Iterator[slice]:
-    """Cut every chain into equal pieces, at least two draws long."""
+def _pieces(length: int, chains: int) -> list[int]:
+    """Return into how many pieces, at least two draws long, every chain is cut: one way, or finely and not at all."""
+    fine = max(1, min(-(-BATCHES // chains), length // 2))
+    return [fine] if chains == 1 or fine == 1 else [fine, 1]
+
+
+def _batches(draws: int, chains: int, pieces: int) -> Iterator[slice]:
+    """Cut every chain into equal pieces."""
     length = draws // chains
-    pieces = max(1, min(-(-BATCHES // chains), length // 2))
     for chain in range(chains):
         bounds = [chain * length + length * piece // pieces for piece in range(pieces + 1)]
         yield from (slice(*pair) for pair in pairwise(bounds))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,12 +30,14 @@ class Draws(NamedTuple):
         freedom: what products are divided by.
         names: `(observable, row of its dataset)` of each example.
         chains: how many the draws are of, one after the other.
+        labelled: which positions count.
     """
 
     z: Float[Tensor, "n t r"]
     freedom: float
     names: Sequence[tuple[str, int]]
     chains: int
+    labelled: Bool[Tensor, "n t"]
 
 
 class BIF(NamedTuple):
@@ -96,8 +98,8 @@ def estimate(
             known, which is too large where it is near one.
 
     Returns:
-        The influences. At the token level unlabelled positions are zero. Where a loss does not vary, its correlation is
-        NaN, as the peer's is.
+        The influences. At the token level unlabelled positions are zero, without an error: NaN. Where a loss does not
+        vary, its correlation is NaN, as the peer's is.
 
     Raises:
         ValueError: if the run did not keep what is needed, or an option is unknown.
@@ -126,6 +128,8 @@ def estimate(
     value, error = product(left, right), None
     if stderr:
         error = batch_means.of_draws(left.z, right.z, value, left.chains, correlation).mul_(abs(scale))
+        counts = left.labelled[:, None, :, None] & right.labelled[None, :, None, :]
+        error.masked_fill_(~counts, torch.nan)
     value.mul_(sign * scale)
     if averaged or level == "sequence":
         value, error = value[:, :, 0, 0], None if error is None else error[:, :, 0, 0]
@@ -157,6 +161,7 @@ def draws(
     if level == "token":
         labels = (run.observable(name).labelled for name in names)
         labelled = torch.cat([pad(each, (0, width - each.shape[1])) for each in labels])[of]
+    _check_draws(run, x.shape[1])
     z, freedom = _centred(x, pooling)
     if statistic == "correlation":
         deviation = (z.double().square().sum(2) / freedom).sqrt()
@@ -164,7 +169,8 @@ def draws(
     if average:
         counts = labelled.sum(1).clamp_min(1)[:, None]
         z = ((z * labelled[:, :, None]).sum(1) / counts)[:, None]
-    return Draws(z, freedom, who[of], 1 if pooling == "mean" else x.shape[0])
+        labelled = labelled.any(1, keepdim=True)
+    return Draws(z, freedom, who[of], 1 if pooling == "mean" else x.shape[0], labelled)
 
 
 def product(left: Draws, right: Draws) -> Float[Tensor, "n m t u"]:
@@ -225,12 +231,16 @@ def _centred(x: Float[Tensor, "c d n t"], pooling: str) -> tuple[Float[Tensor, "
         x = x.double().mean(0, keepdim=True).to(x.dtype)
     c, d = x.shape[:2]
     freedom = float(c * (d - 1) if pooling == "within" else c * d - 1)
-    if freedom < 1:
-        raise ValueError(f"influences need at least two draws; there are {d} of {c} chains: raise num_draws")
     axes = (1,) if pooling == "within" else (0, 1)
     # losses are shifted by the anchor's already: float32 loses nothing that matters
     centred = x - x.double().mean(axes, keepdim=True).to(x.dtype)
     return centred.flatten(0, 1).permute(1, 2, 0).contiguous(), freedom
+
+
+def _check_draws(run: Run, draws: int) -> None:
+    """Refuse one draw: without burn-in it is the anchor, where all chains are alike."""
+    if draws < 2:
+        raise ValueError(f"influences need at least two draws of a chain; there are {draws}: {run.remedy}")
 
 
 def _unit_diagonal(value: Tensor, scale: float) -> None:
@@ -256,6 +266,7 @@ def _from_pairs(
     assert run.pairs is not None
     if pooling == "mean":
         raise ValueError("the run kept co-moments, not traces: sample with keep='sequences' for pooling='mean'")
+    _check_draws(run, int(run.pairs.draws.min()))
     whole = moments.covariance(run.pairs, pooling)
     if statistic == "correlation":
         deviation = whole.diagonal().sqrt()

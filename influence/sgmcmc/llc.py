@@ -80,7 +80,7 @@ def estimate(run: Run, estimator: str = "paired", init_loss: float | None = None
         The estimate.
 
     Raises:
-        ValueError: if the estimator is unknown, or there is only one step.
+        ValueError: if the estimator is unknown, or there are fewer than two steps or draws.
 
     Example:
         >>> import torch
@@ -96,7 +96,8 @@ def estimate(run: Run, estimator: str = "paired", init_loss: float | None = None
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
     trace, acceptance = _trace(run, estimator, init_loss), run.terms.get("acceptance")
     if trace.shape[1] < 2:
-        raise ValueError("an LLC needs at least two steps after burn-in; there is one: raise num_draws")
+        what = "draws" if estimator == "draws" else "steps"
+        raise ValueError(f"an LLC needs at least two {what} after burn-in; there are {trace.shape[1]}: {run.remedy}")
     per_chain = trace.mean(1)
     several = len(per_chain) > 1
     std = float(per_chain.std(correction=0 if estimator == "steps" else 1)) if several else float("nan")

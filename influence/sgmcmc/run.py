@@ -81,6 +81,13 @@ class Run:
         """The inverse temperature `nβ`."""
         return float(self.facts["n_beta"])
 
+    @property
+    def remedy(self) -> str:
+        """What to do where draws are too few: a run that stopped early would stop there again."""
+        if self.facts.get("stopped") is None:
+            return "raise num_draws"
+        return f"a chain diverged at step {self.facts['stopped']}, and only what came before is here: lower lr"
+
     def excess(self) -> Float[Tensor, "c s"]:
         """Return the loss above the anchor's on the same batch, after burn-in."""
         return (self.loss - self.baseline)[:, self.burn_in :]

@@ -175,7 +175,7 @@ def _terms(run: Run, whole: Run, name: str, place: int, offset: float, ddof: int
     count = float(here.draws[0])
     if count < 2 or count - ddof < 1:
         need = max(2, ddof + 1)
-        raise ValueError(f"susceptibilities need at least {need} draws; there are {count:.0f}: raise num_draws")
+        raise ValueError(f"susceptibilities need at least {need} draws; there are {count:.0f}: {run.remedy}")
     # shifted losses: a = A - A(w*), s = l - l(w*); the anchor's part cancels in every difference
     phi = here.x[0, place] + offset
     covariance = (here.xx[0, place] - here.xy[0, place]) / (count - ddof)
