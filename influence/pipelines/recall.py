@@ -244,9 +244,9 @@ def _chosen(gold: Gold, number: int, where: str) -> tuple[Tensor, list[Sequence[
         raise ValueError(f"there is gold for query {queries[-1]}, and {where} has {number} queries, counted from 0")
     if gold.by_place and len(queries) != number:
         raise ValueError(
-            f"lines of gold without a \"query\" are for the queries in their order, one for each; there are "
-            f"{len(queries)}, and {where} has {number} queries. Is it the right dataset? To leave queries out, name the "
-            'others: {"query": 3, "gold": [...]}'
+            'lines of gold without a "query" are for the queries in their order, one for each; there are '
+            f"{len(queries)}, and {where} has {number} queries. Is it the right dataset? To leave queries out, name "
+            'the others: {"query": 3, "gold": [...]}'
         )
     return torch.tensor(queries), [gold.rows[query] for query in queries]
 
