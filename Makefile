@@ -22,7 +22,7 @@ help: ## say what the targets do
 demo: .venv/.installed ## trace a small language model's answers to the sentences that taught them; writes demo.html
 	$(BIN)/python -m notebooks.demo
 
-test: lint types tests compile-tests doctests ## everything CI runs
+test: lint types tests compile-tests doctests ## style, types and every test; CI also runs notebooks and docs
 
 lint: .venv/.installed ## style, docstrings and the one-way imports of the rooms
 	$(BIN)/ruff check .

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite = suites.add_parser(name, help=meaning)
         if which is not coefficients:  # nothing there is timed
             suite.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+            suite.set_defaults(whole={"rounds": 7})
         suite.add_argument("--threads", type=int, default=1)
         if hasattr(which, "targets"):
             _writing(suite)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _writing(suite)
     suite.add_argument("--quick", action="store_true", help="40,000 rows and 5 rounds: whether it runs, not how fast")
     suite.add_argument("--faiss", action=argparse.BooleanOptionalAction, default=True, help="build and time FAISS too")
-    suite.set_defaults(run=_index)
+    suite.set_defaults(run=_index, whole={"rows": 1_000_000, "dim": 512, "rounds": 50})
 
     suite = suites.add_parser("all", help=f"{', '.join(every.SUITES)} in turn, and a summary")
     _writing(suite, "as each suite does; with it, everything in one file")
@@ -121,11 +122,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if getattr(arguments, "check", False) and getattr(arguments, "quick", False):
         parser.error("--check judges a full run: leave out --quick")
+    if getattr(arguments, "check", False) and (less := _less(arguments)):
+        parser.error(f"--check judges a full run: leave out {' and '.join(less)}")
     if getattr(arguments, "plot", None) is not None:
         from influence import viz  # only here: the import would count in the memory of a `memory` process
 
         viz.check(arguments.plot)
     return arguments.run(parser, arguments)
+
+
+def _less(arguments: argparse.Namespace) -> list[str]:
+    """Return what makes a run smaller than a full one, with what a full one has."""
+    whole = getattr(arguments, "whole", {})
+    return [f"--{name} (of {size:,} at least)" for name, size in whole.items() if getattr(arguments, name) < size]
 
 
 def _writing(suite: argparse.ArgumentParser, default: str = FULL) -> None:
@@ -142,6 +151,7 @@ def _writing(suite: argparse.ArgumentParser, default: str = FULL) -> None:
 def _measuring(suite: argparse.ArgumentParser, variants: Mapping[str, object]) -> None:
     """Add the arguments of a suite that measures variants."""
     suite.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default: 15)")
+    suite.set_defaults(whole={"rounds": 15})
     suite.add_argument("--threads", type=int, default=1, help="1 is judged by processor time, more by wall time")
     suite.add_argument(
         "--only", nargs="+", choices=variants, metavar="VARIANT", help=f"time these alone: {', '.join(variants)}"
@@ -177,8 +187,6 @@ def _collect(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 def _curvature(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     _judged_whole(parser, arguments)
-    if arguments.check and arguments.rounds < 15:
-        parser.error("--check judges 15 rounds at least")
     found = curvature.run(**_settings(arguments, curvature.VARIANTS, curvature.PEERS))
     with_peers = not _left_out(arguments, curvature.PEERS)
     checks = curvature.targets(found, with_peers=with_peers) if arguments.check else []
@@ -227,7 +235,7 @@ def _index(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(dir=arguments.path) as scratch:
             rounds, documents = (1, 40) if arguments.quick else (3, 1_000)
             found["beside bergson"] = beside.run(Path(scratch), rounds, documents)
-    arguments.only = arguments.rows < 1_000_000
+    arguments.only = None
     checks = search.targets(found) + building.targets(made) if arguments.check else []
     return _finish(arguments, found, checks, beside.PEERS)
 
@@ -314,7 +322,7 @@ def _finish(
         found["checks"] = [check._asdict() for check in checks]
         print(f"\n{report.verdict(checks)}")
     path = arguments.json
-    if path is None and not (arguments.quick or arguments.only):
+    if path is None and not (arguments.quick or arguments.only or _less(arguments)):
         path = _default(found)
     if path is not None:
         report.write(found, path)

@@ -156,7 +156,9 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     folder = make(options.folder, options.documents, options.steps, options.seed)
-    print(f"{folder}: a model, {options.documents:,} documents, 20 questions, in {time.perf_counter() - began:.1f} s")
+    asked = len((folder / "questions.jsonl").read_text().splitlines())
+    spent = time.perf_counter() - began
+    print(f"{folder}: a model, {options.documents:,} documents, {asked} questions, in {spent:.1f} s")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ STEPS, BATCH, RATE, DECAY, HIDDEN = 1000, 96, 4e-3, 1.0, 96
 """Of training, chosen on worlds 100 and 101; twice as many steps leave gradients that are mostly noise."""
 BLOCKS = ("model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight")
 """What is compared: where words enter, and the first matrix that moves what they mean to where it is needed."""
-DAMPING, SKETCH, SHARED = 1e-2, 32, 200
-"""Of the curvature; of TrackStar's projection, and the directions of all queries that it plays down."""
+DAMPING, SKETCH, SHARED = 1e-2, 32, 5 / 3
+"""Of the curvature; of TrackStar's projection, and the directions that it plays down, for each question: the curvature
+of the questions has two at most, one a block, and asked for more it leaves the corpus's out."""
 MODELS = 2
 """Of a world: weights from other seeds, which saw the documents in another order."""
 
@@ -214,7 +215,7 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
         sketch = chain(as_blocks(), project(SKETCH, seed=0))
         corpus = hessians.autocorrelation.fit(loss_fn, params, batches, transform=sketch, progress=False)
         queries = hessians.autocorrelation.fit(loss_fn, params, [questions], transform=sketch, progress=False)
-        mixed = hessians.mix(queries, corpus, components=SHARED)
+        mixed = hessians.mix(queries, corpus, components=round(SHARED * len(gold)))
         _, attributor, query = ask("trackstar", two_sided(mixed).query)
         return attributor.scores(**query)
 

@@ -31,6 +31,33 @@ def test_a_quick_run_is_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
         assert "leave out --quick" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["collect", "--model", "neox", "--rounds", "2"], "--rounds (of 15 at least)"),
+        (["curvature", "--rounds", "14"], "--rounds (of 15 at least)"),
+        (["sgmcmc", "--rounds", "1"], "--rounds (of 7 at least)"),
+        (["index", "--rows", "999", "--dim", "8"], "--rows (of 1,000,000 at least) and --dim (of 512 at least)"),
+    ],
+)
+def test_a_smaller_run_is_not_judged(typed: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([*typed, "--check"])
+    assert f"leave out {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(7, True), (1, False)])
+def test_a_smaller_run_is_not_kept_among_the_results(
+    rounds: int, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page of the documentation is made of the newest runs there."""
+    found = {"benchmark": "training", "machine": {"date": "2026-01-02T03"}}
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command.training, "run", lambda **settings: found)
+    assert command.main(["training", "--rounds", str(rounds)]) == 0
+    assert (tmp_path / "training-2026-01-02.json").exists() == kept
+
+
 def test_a_suite_that_is_nothing_without_its_peer_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 from xml.dom.minidom import parseString
 
 import pytest
 import torch
 
-from notebooks import demo
+from notebooks import demo, tracing
 from notebooks.report import page
 from notebooks.tracing import Lesson, Traced, averaged, learn, mean_and_error, trace
 
@@ -34,6 +35,24 @@ def test_every_method_scores_every_document_for_every_question(lesson: Lesson, t
         assert bool(torch.isfinite(method.scores).all()), name
     for name in METHODS - {"BM25", "gradient dot"}:
         assert float(traced[name].scores.abs().max()) <= 1 + 1e-3, name
+
+
+def test_trackstar_leaves_no_curvature_out_where_questions_are_few(
+    lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More components than the questions' curvature has leave the corpus's out: 0.40 for 0.77 in a world of 60."""
+    mix, mixed = tracing.hessians.mix, []
+
+    def noting(*sides: Any, **settings: Any) -> Any:
+        mixed.append((mix(*sides, **settings), settings["components"]))
+        return mixed[-1][0]
+
+    monkeypatch.setattr(tracing.hessians, "mix", noting)
+    trace(lesson, tmp_path, say=lambda line: None)
+    ((factors, components),) = mixed
+    assert components == 20  # of 12 questions; of the 120 that are measured, 200
+    assert round(tracing.SHARED * 120) == 200
+    assert "leaves" not in factors.notes["mix"]
 
 
 def test_training_is_the_same_again(lesson: Lesson) -> None:

@@ -265,6 +265,10 @@ def test_what_cannot_be_is_refused_before_the_work(runs: Path, tmp_path: Path, c
     gone = refused(capsys, corpus, "--to", tmp_path / "y.html", "--texts", tmp_path / "gone.jsonl")
     assert "texts" in gone
     assert "--texts FILE" in gone
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n')
+    fewer = refused(capsys, corpus, "--to", tmp_path / "y.html", "--texts", tmp_path / "few.jsonl")
+    assert "numbered up to 24, and" in fewer
+    assert "few.jsonl has fewer rows" in fewer
     python = tmp_path / "python"
     from influence import as_blocks
     from influence import build as build_from_python

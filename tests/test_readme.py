@@ -110,6 +110,16 @@ def test_the_command_line_runs(where: str, tmp_path: Path, monkeypatch: Any, cap
     assert made >= ({"corpus", "scores.parquet", "again"} if where == "docs/commands.md" else {"corpus"})
 
 
+def test_make_corpus_says_how_many_questions_it_wrote(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from notebooks import make_corpus
+
+    monkeypatch.setattr("sys.argv", ["make_corpus.py", str(tmp_path), "--documents", "200", "--steps", "1"])
+    make_corpus.main()
+    written = (tmp_path / "questions.jsonl").read_text().splitlines()
+    assert len(written) == 5
+    assert "200 documents, 5 questions, in" in capsys.readouterr().out
+
+
 def test_sampling_examples_run_and_have_the_shapes_they_say():
     names = run("docs/sampling.md")
     assert names["run"].loss.shape == (4, 80)

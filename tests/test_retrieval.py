@@ -139,8 +139,10 @@ def test_what_does_not_belong_together_is_refused(
     refused(capsys, file('{"gold": [0]}\n{"gold": ["a"]}'), "line 2", "rows of the corpus")
     refused(capsys, file('{"gold": [0]}\nhello'), "line 2 is no JSON")
     refused(capsys, file('{"gold": [0], "query": 0}\n{"gold": [1], "query": 0}'), "query 0 has gold already")
-    refused(capsys, file('{"gold": [999]}'), "gold row 999 is not in", "0 to 24")
+    refused(capsys, file('{"query": 0, "gold": [999]}'), "gold row 999 is not in", "0 to 24")
     refused(capsys, file('{"query": 999, "gold": [0]}'), "gold for query 999")
+    refused(capsys, file('{"gold": [0]}'), "one for each; there are 1", "name the others")
+    refused(capsys, file('{"gold": [0]}\n{"query": 1, "gold": [0]}'), "one for each; there are 2", "name the others")
     refused(capsys, file(""), "is empty")
     known = ["recall", "--gold", runs / "gold.jsonl"]
     refused(capsys, ["recall", "--gold", tmp_path / "no", "--scores", runs / "scores"], "no gold file")

@@ -111,6 +111,15 @@ def test_scores_and_recall() -> None:
         viz.recall_curves({"a": torch.ones(2)}, at=torch.arange(1, 4))
 
 
+def test_what_is_differentiated_through_can_be_drawn() -> None:
+    """Losses of a pure function are such; numpy refuses them in words that say nothing of a picture."""
+    values = torch.tensor([3.0, 2.0, 0.5], requires_grad=True) * 1
+    assert "3 scores" in viz.score_distributions(values).axes[0].get_title()
+    assert viz.recall_curves({"a": values / 3}).axes[0].lines[0].get_ydata()[0] == 1
+    assert "of 3" in viz.spectra({"a": values}).axes[1].texts[0].get_text()
+    assert viz.heat_map(values[None]).axes[0].images[0].get_array().max() == 3
+
+
 def test_nothing_of_matplotlib_changes(tmp_path: Path) -> None:
     """No figure of pyplot's, which stay in memory, and no settings."""
     from matplotlib._pylab_helpers import Gcf

@@ -62,7 +62,12 @@ def texts_for(
     model = from_mapping(ModelConfig, stored["model"], "model.") if "model" in stored else None
     try:
         whole, pieces = _read(begins, parts, model, numbers.tolist(), index.per_token and tokens > 0)
-    except (ValueError, OSError, IndexError) as error:
+    except IndexError as error:
+        raise ValueError(
+            f"examples of {index.path} are numbered up to {int(numbers.max())}, and {source or 'its dataset'} has "
+            "fewer rows: pass --texts FILE, a dataset whose rows are numbered as the index's"
+        ) from error
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"the texts of {index.path} cannot be read: {' '.join(str(error).split())[:300]}. Pass --texts FILE, where "
             "they are now"

@@ -32,8 +32,8 @@ class RecallConfig:
     influence recall --gold questions.jsonl --index runs/corpus --dataset questions.jsonl --prompt-column prompt
     --completion-column answer
 
-    A line of the gold file is {"gold": [rows of the corpus]}, in the order of the queries; {"query": 3, "gold": [...]}
-    names the query, and then others may be left out. A gold document is found at the rank of the first of them.
+    A line of the gold file is {"gold": [rows of the corpus]}, one for each query, in their order; {"query": 3, "gold":
+    [...]} names the query, and then others may be left out. A gold document is found at the rank of the first of them.
 
     Attributes:
         gold: the file: JSON lines, of which other fields do not matter, or one JSON object {query: [rows]}.
@@ -56,6 +56,18 @@ class RecallConfig:
     k: tuple[int, ...] = (1, 10)
     force: bool = False
     device: str = "cpu"
+
+
+class Gold(NamedTuple):
+    """Which documents are right.
+
+    Attributes:
+        rows: of the corpus, by the query's number.
+        by_place: whether lines without a query's number are among them, so that every query has a line.
+    """
+
+    rows: dict[int, list[int]]
+    by_place: bool
 
 
 class Ranked(NamedTuple):
@@ -112,14 +124,14 @@ def _facts(ranked: Ranked, metrics: Recall) -> dict[str, Any]:
     return {"queries": ranked.name, "number": metrics.queries, **shares, "mrr": metrics.mrr, **kept}
 
 
-def read_gold(path: str | Path) -> dict[int, list[int]]:
+def read_gold(path: str | Path) -> Gold:
     """Read which documents are right.
 
     Args:
         path: JSON lines with a field `gold`, or one object `{query: [rows]}`.
 
     Returns:
-        `{query: rows}`.
+        The gold.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -149,7 +161,7 @@ def read_gold(path: str | Path) -> dict[int, list[int]]:
         gold[query] = [row for row in known if row is not None]
     if not gold:
         raise ValueError(f"{path} is empty: it has no query")
-    return gold
+    return Gold(gold, any("query" not in line for _, line in lines))
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
@@ -172,7 +184,7 @@ def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def of_scores(config: RecallConfig, gold: Mapping[int, Sequence[int]]) -> list[Ranked]:
+def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
     """Return where scores put the gold documents, for every query run that was scored."""
     path = Path(str(config.scores))
     path = path / "scores" if (path / "scores" / "run.json").exists() else path
@@ -204,7 +216,7 @@ def _name(names: Sequence[str], number: int) -> str:
     return names[number] if number < len(names) else column(number)
 
 
-def of_index(config: RecallConfig, gold: Mapping[int, Sequence[int]]) -> Ranked:
+def of_index(config: RecallConfig, gold: Gold) -> Ranked:
     """Return where an index puts the gold documents of a dataset's queries."""
     session = open_session(QueryConfig(str(config.index), k=1, force=config.force, device=config.device))
     columns = {name: getattr(config, name) for name in ("prompt_column", "completion_column")}
@@ -225,12 +237,18 @@ def of_index(config: RecallConfig, gold: Mapping[int, Sequence[int]]) -> Ranked:
     return Ranked(str(config.dataset), torch.tensor([ranks[query] for query in asked]))
 
 
-def _chosen(gold: Mapping[int, Sequence[int]], number: int, where: str) -> tuple[Tensor, list[Sequence[int]]]:
+def _chosen(gold: Gold, number: int, where: str) -> tuple[Tensor, list[Sequence[int]]]:
     """Return the queries that have gold, and theirs."""
-    if max(gold) >= number:
-        raise ValueError(f"there is gold for query {max(gold)}, and {where} has {number} queries, counted from 0")
-    queries = sorted(gold)
-    return torch.tensor(queries), [gold[query] for query in queries]
+    queries = sorted(gold.rows)
+    if queries[-1] >= number:
+        raise ValueError(f"there is gold for query {queries[-1]}, and {where} has {number} queries, counted from 0")
+    if gold.by_place and len(queries) != number:
+        raise ValueError(
+            'lines of gold without a "query" are for the queries in their order, one for each; there are '
+            f"{len(queries)}, and {where} has {number} queries. Is it the right dataset? To leave queries out, name "
+            'the others: {"query": 3, "gold": [...]}'
+        )
+    return torch.tensor(queries), [gold.rows[query] for query in queries]
 
 
 def _columns(gold: Sequence[Sequence[int]], documents: Int[Tensor, " n"], where: Any) -> list[list[int]]:

@@ -94,6 +94,11 @@ def legend(axes: Axes, count: int) -> None:
         axes.legend(fontsize=9, frameon=False)
 
 
+def drawn(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's numbers in float64, wherever it is and whatever is differentiated through it."""
+    return values.detach().cpu().double()
+
+
 def ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], most: int = 72) -> None:
     """Label a matrix's rows and columns, where there are not too many to read."""
     for labels, setter, turned in ((rows, axes.set_yticks, {}), (columns, axes.set_xticks, {"rotation": 90})):

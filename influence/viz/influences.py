@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.viz.canvas import SIGNED, Figure, figure, ticks
+from influence.viz.canvas import SIGNED, Figure, drawn, figure, ticks
 
 
 def heat_map(
@@ -42,6 +42,7 @@ def heat_map(
         >>> [text.get_text() for text in made.axes[0].get_yticklabels()]
         ['a', 'b']
     """
+    influences = drawn(influences)
     n, m = influences.shape
     for what, labels, count in (("rows", rows, n), ("columns", columns, m)):
         if labels and len(labels) != count:
@@ -52,9 +53,7 @@ def heat_map(
     height = min(14.0, max(3.2, 0.18 * n + 1.0) + 0.055 * tallest)
     made, axes = figure(width=width, height=height)
     most = strongest(influences) if limit is None else limit
-    shown = axes.imshow(
-        influences.double().numpy(), cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
-    )
+    shown = axes.imshow(influences.numpy(), cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor("#CCCCCC")  # where there is no number
     axes.spines[:].set_visible(False)
     ticks(axes, rows, columns)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.viz.canvas import MARKERS, Figure, colours, figure, legend
+from influence.viz.canvas import MARKERS, Figure, colours, drawn, figure, legend
 
 
 def recall_curves(
@@ -34,7 +34,7 @@ def recall_curves(
     made, axes = figure(width=7.0, height=4.4)
     for number, (name, values) in enumerate(recall.items()):
         colour = colours(len(recall))[number]
-        each = values.double().reshape(-1, values.shape[-1])
+        each = drawn(values).reshape(-1, values.shape[-1])
         ks = torch.arange(1, each.shape[1] + 1) if at is None else at
         if len(ks) != each.shape[1]:
             raise ValueError(f"recall of {name!r} has {each.shape[1]} values, and there are {len(ks)} values of k")

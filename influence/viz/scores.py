@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.viz.canvas import Figure, clean, colours, figure
+from influence.viz.canvas import Figure, clean, colours, drawn, figure
 
 
 def score_distributions(scores: Float[Tensor, " n"] | Mapping[str, Float[Tensor, " n"]], *, k: int = 10) -> Figure:
@@ -31,7 +31,7 @@ def score_distributions(scores: Float[Tensor, " n"] | Mapping[str, Float[Tensor,
     named = dict(scores) if isinstance(scores, Mapping) else {"": scores}
     made, axes = figure(len(named), width=7.0, height=max(3.0, 2.1 * len(named)), squeeze=False)
     for (name, each), colour, plot in zip(named.items(), colours(len(named)), axes[:, 0], strict=True):
-        finite = each.double()[each.isfinite()]
+        finite = drawn(each[each.isfinite()])
         if not len(finite):
             raise ValueError(f"the scores {name!r} have no finite number: there is nothing to draw")
         plot.hist(finite.numpy(), bins=min(120, max(12, int(len(finite) ** 0.5))), color=colour, alpha=0.75)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.viz.canvas import Figure, clean, colours, figure
+from influence.viz.canvas import Figure, clean, colours, drawn, figure
 
 
 def spectra(values: Mapping[str, Float[Tensor, " d"]]) -> Figure:
@@ -35,7 +35,7 @@ def spectra(values: Mapping[str, Float[Tensor, " d"]]) -> Figure:
     made, (curves, bars) = figure(1, 2, width=10.0, height=max(4.2, 0.2 * count + 1.4), width_ratios=(1.5, 1.0))
     ranks, sizes = [], []
     for (_, each), colour in zip(values.items(), shades, strict=True):
-        ordered = each.double().flatten().sort(descending=True).values
+        ordered = drawn(each).flatten().sort(descending=True).values
         positive = ordered[ordered > 0]
         at = (torch.logspace(0, torch.tensor(float(max(len(positive), 1))).log10(), 600).round().long() - 1).unique()
         at = at[at < len(positive)]
