@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from torch.optim import optimizer
+
+hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is slow, and not wrong
+hypothesis.settings.load_profile("shared")
 
 HOOK_OWNERS = (
     torch.Tensor,

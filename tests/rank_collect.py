@@ -1,5 +1,6 @@
 """What each of two ranks does: train a Trainer on gloo, collecting; be killed, and go on."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,13 @@ def meet(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
 
 
+def leave() -> None:
+    """End together, with nothing of DDP alive: a thread of its own left running aborts the process at its exit."""
+    gc.collect()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def collect(rank: int, port: int, path: Path) -> None:
     meet(rank, port)
     callback = GradientCollectorCallback(
@@ -28,7 +36,7 @@ def collect(rank: int, port: int, path: Path) -> None:
     if rank == 0:
         moments = {step: dict(m.second) for step, m in snapshots.moments.items()}
         torch.save({"weights": snapshots.weights, "moments": moments}, path / "snapshots.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def resume(rank: int, port: int, path: Path) -> None:
@@ -50,4 +58,5 @@ def resume(rank: int, port: int, path: Path) -> None:
             killed.train()
         torch.distributed.barrier()
         trainer(name).train(resume_from_checkpoint=str(path / f"{name}-trainer/trainer/checkpoint-{step}"))
-    torch.distributed.destroy_process_group()
+    del killed
+    leave()

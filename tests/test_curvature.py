@@ -329,7 +329,7 @@ def same(a: hessians.Factors, b: hessians.Factors, limit: float = 1e-12) -> None
 @pytest.mark.parametrize("labels", ["data", "sampled"])
 @pytest.mark.parametrize("method", [*FITS, "ekfac", "autocorrelation"])
 @given(cut=st.integers(1, 2), order=st.permutations(range(3)), pad=st.sampled_from([0, 7]))
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 def test_batches_order_and_padding_do_not_matter(
     method: str, labels: str, cut: int, order: list[int], pad: int
 ) -> None:

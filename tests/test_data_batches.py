@@ -61,7 +61,7 @@ def test_packing_by_hand() -> None:
     assert [rows.tolist() for rows in packed] == [[0, 1], [2, 3], [4, 5, 6, 7]]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(LENGTHS, st.integers(30, 90), st.integers(1, 70), st.integers(1, 5))
 def test_any_world_size_makes_the_same_batches(lengths: list[int], budget: int, size: int, world: int) -> None:
     # what a resumed run or another number of processes writes must be the same to the bit
@@ -75,7 +75,7 @@ def test_any_world_size_makes_the_same_batches(lengths: list[int], budget: int, 
     assert sorted(rows) == list(range(len(lengths)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(LENGTHS, st.integers(30, 90), st.integers(1, 70))
 def test_a_batch_holds_its_documents_and_padding(lengths: list[int], budget: int, size: int) -> None:
     data = documents(lengths, pad=7)

@@ -307,7 +307,7 @@ def test_without_a_chat_template_turns_are_concatenated_with_a_notice(case: Gold
 
 @pytest.mark.parametrize("chat", [zoo.CHAT, zoo.CHAT_BLOCKS], ids=["by difference", "by blocks"])
 @pytest.mark.parametrize("end_of_turn", [True, False])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     talk=st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text("okyes h:?\n", max_size=12)), max_size=6)
 )

@@ -49,7 +49,7 @@ BY_NAME["gpt2"] = replace(BY_NAME["gpt2"], build=hf("GPT2LMHeadModel", "GPT2Conf
 BY_NAME["llama"] = replace(BY_NAME["llama"], build=lambda: exact_llama())
 ZOO = ("mlp", "conv2d", "gpt2", "llama")
 # Not shrunk: a failing chain prints itself, and is short.
-FEW = settings(deadline=None, max_examples=5, derandomize=True, phases=[Phase.generate])
+FEW = settings(max_examples=5, derandomize=True, phases=[Phase.generate])
 Rows = dict[str, Tensor]
 
 

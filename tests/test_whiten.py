@@ -99,7 +99,7 @@ PAIRS = [(k, i) for k in CURVATURES for i in INVERSIONS if (k, i) != ("corrected
 
 @pytest.mark.parametrize(("kind", "inversion"), PAIRS)
 @given(a=st.floats(0.0, 1.0), b=st.floats(0.0, 1.0), damping=st.floats(1e-3, 1.0))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_powers_multiply(kind: str, inversion: str, a: float, b: float, damping: float) -> None:
     # H^r H^t = H^{r + t}; with r = t = -1/2 the square root of the inverse
     curvature = CURVATURES[kind]
