@@ -109,7 +109,7 @@ def main() -> int:
     random = [abs(row.off) for row in rows if row.random]
     bad = sum(bool(group.faults()) for group in groups)
     far = f", worst |z| {max(random):.2f} of {len(random)}" if random else ""
-    print(f"{len(rows)} rows{far}; {bad or 'no'} of {len(groups)} groups disagree")
+    print(f"{len(rows)} rows{far}; of {len(groups)} groups {bad} disagree")
     return int(bad > 0)
 
 
