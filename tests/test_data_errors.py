@@ -278,6 +278,22 @@ def test_tokens_that_a_model_does_not_know() -> None:
         within(tokens, 8)
 
 
+def test_a_tokenizer_that_its_model_type_made_another_kind_of_knows_no_word(tmp_path: Path) -> None:
+    """Every text was empty, and the message spoke of special tokens."""
+    from transformers import AutoTokenizer, Qwen2Config
+
+    from notebooks.make_corpus import make_tokenizer
+
+    saved = make_tokenizer(["owls sing at night", "cows eat grass"])
+    for folder in ("model", "alone"):
+        saved.save_pretrained(tmp_path / folder)
+    Qwen2Config(vocab_size=len(saved)).save_pretrained(tmp_path / "model")
+    rows = [{"text": "owls eat grass"}]
+    with pytest.raises(ValueError, match=r"a Qwen2Tokenizer\w*, has no token for any of .* folder without the model"):
+        tokens(rows, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "model"))
+    assert len(tokens(rows, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "alone")).ids) == 3
+
+
 def test_importing_the_room_imports_neither_datasets_nor_transformers() -> None:
     import subprocess
     import sys

@@ -32,7 +32,7 @@ def frame_of(tokenizer: Any) -> Frame:
     """Return the special tokens that a tokenizer puts around a text.
 
     Raises:
-        ValueError: if it does more than to put tokens around.
+        ValueError: if it does more than to put tokens around, or knows no word.
     """
     plain = sorted({*range(min(64, len(tokenizer)))} - {*tokenizer.all_special_ids})
     words = ("a", "0", ".", *(tokenizer.decode([i]) for i in plain))
@@ -42,6 +42,12 @@ def frame_of(tokenizer: Any) -> Frame:
         for k in range(len(whole) - len(inner) + 1 if inner else 0):
             if whole[k : k + len(inner)] == inner:
                 return Frame(whole[:k], whole[k + len(inner) :])
+    if not any(tokenizer(word, add_special_tokens=False)["input_ids"] for word in words):
+        raise ValueError(
+            f"the tokenizer, a {type(tokenizer).__name__}, has no token for any of {len(words)} words, its own among "
+            "them: Transformers loads some model types' (Qwen2's) as that type's own, whatever was saved. Copy the "
+            "tokenizer's files into a folder without the model, and pass that folder as the tokenizer (--tokenizer)"
+        )
     raise ValueError("the tokenizer's special tokens are not a prefix and a suffix: pass rows with input_ids instead")
 
 
