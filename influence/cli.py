@@ -196,6 +196,7 @@ def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> s
     Returns:
         The paragraph.
     """
+    # nothing is caught here: these are foreseen, so their message alone is said
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(_message(error).split()) or "no message"
     if type(error).__name__ != "FieldError":  # which speaks of a file of settings

@@ -22,6 +22,7 @@ def test_a_mistake_is_one_paragraph(mistake: Mistake, folder: Path, capsys: Any,
     monkeypatch.chdir(folder)
     with conditions(mistake, folder) as held:
         if not held:
+            # a full disk is a real one of tmpfs, which only root may mount
             pytest.skip("this user may not mount a small disk")
         flags = [str(flag) for flag in mistake.typed(folder)]
         capsys.readouterr()

@@ -349,6 +349,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=True, capture_output=True
         )
     except (OSError, subprocess.CalledProcessError):
+        # a full disk is a real one of tmpfs, which only root may mount
         pytest.skip("this user may not mount a small disk")
     yield place
     subprocess.run(["umount", str(place)], check=True)

@@ -99,6 +99,7 @@ def test_what_is_differentiated_does_not_count(model: nn.Module) -> None:
     assert {*loss_fn.frozen} == {name for name, _ in model.named_parameters()} - {*params}  # buffers are no parameters
 
 
+# it compares a hash made on the device with the CPU's
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator here")
 @pytest.mark.parametrize("name", ["batch norm", "rotary", "int8"])
 def test_the_device_does_not_count(name: str) -> None:

@@ -144,5 +144,6 @@ def refuses_vmap(sampler: Sampler, chunk: Chunk, state: Any, batches: Sequence[B
     try:
         step(sampler, chunk, state, batches, noise_of(sampler, chunk, seed, 1))
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        # the plan prints it and steps one by one, where what is no matter of vmap is raised again
         return str(error).strip().splitlines()[0][:200]
     return None
