@@ -389,6 +389,8 @@ def test_in_chromium_hostile_texts_stay_texts(runs: Path, tmp_path: Path) -> Non
         browser.type("onerror <b>")
         browser.press("Enter")
         browser.until("location.hash === '#examples=1'")
+        # the page is drawn at the event that follows the change of the address
+        browser.until("!document.getElementById('text').textContent.startsWith('text 0')")
         assert browser.js("document.getElementById('text').textContent") == texts[1]
         assert browser.js("window.broken === undefined && document.querySelectorAll('img, b').length === 0")
         assert browser.complaints() == []
