@@ -189,7 +189,7 @@ def test_a_run_that_exists_is_not_overwritten_unless_told(corpus: Path, tmp_path
 
 
 def test_a_second_writer_is_refused(tmp_path: Path, capsys: Any) -> None:
-    from influence.index.lock import Lock
+    from influence.store.lock import Lock
 
     (tmp_path / "a").mkdir()
     with Lock(tmp_path / "a"):

@@ -250,7 +250,7 @@ def test_runs_that_are_not_there_or_of_another_kind(samples: Path, tmp_path: Pat
     refused(capsys, ["bif", "--run", samples, "--restriction", "l9"], "no chains of the restriction 'l9'", "l0 mlp")
     refused(capsys, ["bif", "--run", samples, "--query", "77"], "no example 77", "rows have 7")
     refused(capsys, ["bif", "--run", samples, "--rows", "code"], "no observable 'code'", "questions, data")
-    from influence.index.lock import Lock
+    from influence.store.lock import Lock
 
     (tmp_path / "held").mkdir()
     with Lock(tmp_path / "held"):
