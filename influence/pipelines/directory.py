@@ -1,6 +1,7 @@
 """A run directory under a pass: begun by the first rank, locked while the pass runs, and able to replay itself."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,8 +113,9 @@ def refuse_finished(config: Any) -> None:
     if not found or execution.overwrite or execution.dry_run or not (directory / RUN).exists():
         return
     manifest = read_manifest(directory)
-    with Lock(directory):
-        tidy(directory, manifest)  # a run that was killed as it finished
+    if os.access(directory, os.W_OK):
+        with Lock(directory):
+            tidy(directory, manifest)  # a run that was killed as it finished
     kind = manifest.kind
     there = f"{directory} holds a finished run of influence {kind_command(kind)} ({found[0]})"
     appended = kind == "index" and hasattr(config, "append")

@@ -1,6 +1,7 @@
 """Sample a posterior around trained weights, with observables, as one vmapped computation or chain by chain."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,8 @@ def execute(
         with bar(plan, progress.step, shown, look) as said:
             return drive.results(plan, drive.advance(plan, progress, record, plan.steps, said), record)
     folder = Path(output_path)
+    if (folder / traces.RESULT).is_file() and not os.access(folder, os.W_OK):
+        return traces.read_planned(folder, plan)
     with traces.claim(folder, plan) as manifest:
         found = traces.open_folder(folder, manifest, plan, progress, record)
         if isinstance(found, dict):
