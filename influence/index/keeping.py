@@ -13,9 +13,9 @@ from influence.store import BadFileError, Lock, sync
 from influence.store.folder import (
     RUN,
     Manifest,
+    discard,
     manifest_of,
     read_manifest,
-    remove_nested,
     write_manifest,
 )
 from influence.store.replacing import TEMPORARY
@@ -38,7 +38,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
 
     Raises:
         ValueError: if FAISS does not understand the factory, or cannot learn it from so few rows.
-        BadFileError: if what is kept is damaged.
+        BadFileError: if something else stands where it would be kept.
         MemoryError: if it would not fit.
     """
     import faiss
@@ -84,6 +84,8 @@ def _keep(directory: Path, wanted: Manifest, stored: Stored, config: FaissConfig
         if _is_kept(directory, wanted):  # by another process, meanwhile
             return
         _forget(folder, wanted)
+        if directory.exists():  # and a file of it is damaged
+            discard(directory)
         temporary = folder / f".{directory.name}.{wanted.id[:16]}.{secrets.token_hex(8)}.partial"
         temporary.mkdir()
         sums = {}
@@ -111,14 +113,14 @@ def _forget(folder: Path, wanted: Manifest) -> None:
             kept = read_manifest(path)
             rows = {**kept.plan.get("rows", {}), "shards": wanted.plan["rows"]["shards"]}
             if kept.kind == KIND and {**kept.plan, "rows": rows} == wanted.plan:
-                remove_nested(path)
+                discard(path)
 
 
 def _is_kept(directory: Path, wanted: Manifest) -> bool:
-    """Whether a directory holds the FAISS index that is wanted.
+    """Whether a directory holds the FAISS index that is wanted, whole.
 
     Raises:
-        BadFileError: if it is damaged, or does not hold what its name says.
+        BadFileError: if it is something else.
     """
     if not directory.is_dir():
         return False
@@ -126,14 +128,10 @@ def _is_kept(directory: Path, wanted: Manifest) -> bool:
     if (there.kind, there.plan, there.files) != (wanted.kind, wanted.plan, wanted.files):
         raise BadFileError(f"{directory} does not hold the FAISS index that its name says: delete it")
     sums = there.config.get("sha256")
-    for name in wanted.files:
-        if (
-            not isinstance(sums, Mapping)
-            or not (directory / name).is_file()
-            or sums.get(name) != _sha256(directory / name)
-        ):
-            raise BadFileError(f"{directory / name} is damaged: delete {directory}, and it is made again")
-    return True
+    if not isinstance(sums, Mapping):
+        return False
+    paths = [directory / name for name in wanted.files]
+    return all(path.is_file() and sums.get(path.name) == _sha256(path) for path in paths)
 
 
 def _sha256(path: Path) -> str:

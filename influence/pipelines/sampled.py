@@ -305,10 +305,8 @@ def _readable() -> Iterator[None]:
         yield
     except sgmcmc.DivergedError:
         raise
-    except ValueError as error:
-        raise ValueError(
-            str(error).replace("Delete the folder, or pass another output_path", "Pass --overwrite, or another --run")
-        ) from error
+    except (ValueError, FileExistsError) as error:
+        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or another --run")) from error
 
 
 def _shown(what: Sampling, place: Ranks) -> bool:

@@ -28,6 +28,8 @@ from influence.store.schema import conform
 
 RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
 RESULT, STOOD, SEGMENTS = "run.h5", "state.h5", "segment-#.h5"
+ANEW = "Delete the folder, or pass another output_path"
+"""What to do about a folder of another run."""
 PAIRS = "-"
 """What stands for all examples with one another; no observable is called so. HDF5 would drop an empty name."""
 TOLERANCE = 1e-3
@@ -69,7 +71,7 @@ def claim(
     with lock:
         if there is not None:
             if there.kind != RUN:
-                raise FileExistsError(f"{folder} holds a run of another kind ({there.kind}): choose another folder")
+                raise FileExistsError(f"{folder} holds a run of another kind: {there.kind!r}. {ANEW}")
             _refuse_facts(folder, plan, there.plan)
         yield there or wanted
 
@@ -93,9 +95,7 @@ def open_folder(
     for name, digest in about.segments.items():
         part, said = store.read(folder / name, kind=SEGMENT, schema=SCHEMA, run=manifest.id)
         if store.digest_of(folder / name) != digest:
-            raise BadFileError(
-                f"{folder / name} is not the segment that {STOOD} goes on from: restore it, or delete the folder"
-            )
+            raise BadFileError(f"{folder / name} is not the segment that {STOOD} goes on from: restore it. {ANEW}")
         for key, values in part.items():
             if key not in record.arrays:
                 record.arrays[key] = torch.full_like(record.arrays["loss"], float("nan"))
@@ -191,8 +191,7 @@ def probe(plan: Plan) -> Tensor:
 def _refuse_facts(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     for name, was, now in differences(facts, plan.facts):
         raise ValueError(
-            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. Delete the "
-            "folder, or pass another output_path"
+            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. {ANEW}"
         )
 
 
@@ -201,7 +200,7 @@ def _refuse_probe(folder: Path, plan: Plan, then: Tensor) -> None:
     if then.shape != now.shape or not torch.allclose(then, now, rtol=TOLERANCE, atol=1e-9):
         raise ValueError(
             f"{folder} holds a run of another loss_fn: at the anchor it gave {then.tolist()}, this one {now.tolist()}. "
-            "Delete the folder, or pass another output_path"
+            f"{ANEW}"
         )
 
 

@@ -178,18 +178,24 @@ def clear(directory: Path, there: Manifest, names: Sequence[str] | None = None) 
         FileExistsError: if a folder of the run holds something else; nothing was removed.
     """
     mine = owned(directory, there, names)
-    foreign = [path for folder in mine if folder.is_dir() for path in _foreign(folder)]
-    if foreign:
-        raise FileExistsError(
-            f"{foreign[0]} is not of the run in {directory}, or damaged: move it away, or write to another directory; "
-            "nothing was removed"
-        )
+    for folder in [path for path in mine if path.is_dir()]:
+        _refuse_nested(folder, directory)
     for path in mine:
         if path.is_dir():
-            remove_nested(path)
+            _remove_nested(path)
         else:
             path.unlink()
     sync(directory)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that is a run of ours, or holds nothing but such.
+
+    Raises:
+        FileExistsError: if it holds something else; nothing was removed.
+    """
+    _refuse_nested(folder, folder)
+    _remove_nested(folder)
 
 
 def tidy(directory: Path, there: Manifest) -> None:
@@ -292,11 +298,21 @@ def _foreign(folder: Path) -> Iterator[Path]:
         yield from _foreign(inner)
 
 
+def _refuse_nested(folder: Path, run: Path) -> None:
+    """Refuse to remove a folder in which something is of no run."""
+    foreign = next(_foreign(folder), None)
+    if foreign is not None:
+        raise FileExistsError(
+            f"{foreign} is not of the run in {run}, or damaged: move it away, or write to another directory; nothing "
+            "was removed"
+        )
+
+
 def _may_be_run(path: Path) -> bool:
     return path.is_dir() or _left_by_a_start(path)
 
 
-def remove_nested(folder: Path) -> None:
+def _remove_nested(folder: Path) -> None:
     """Remove a run's folder of runs, of which `_foreign` finds nothing."""
     if (folder / RUN).exists():
         there = read_manifest(folder)
@@ -306,7 +322,7 @@ def remove_nested(folder: Path) -> None:
         (folder / RUN).unlink()
     for inner in sorted(folder.iterdir()):
         if inner.is_dir():
-            remove_nested(inner)
+            _remove_nested(inner)
         else:
             inner.unlink()
     folder.rmdir()
