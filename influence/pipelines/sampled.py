@@ -258,7 +258,7 @@ def _directory(
         if place.first:
             kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
             replay = ["influence", command, "--config", str(directory / CONFIG), "--run", "ANOTHER_RUN"]
-            claim = traces.claim(directory, plan, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
+            claim = traces.claim(directory, plan.facts, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
             with _readable():
                 manifest = stack.enter_context(claim)
             if not (directory / CONFIG).is_file():

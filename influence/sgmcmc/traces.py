@@ -39,7 +39,7 @@ TOLERANCE = 1e-3
 @contextmanager
 def claim(
     folder: Path,
-    plan: Plan,
+    facts: Mapping[str, Any],
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
     command: Sequence[str] = (),
@@ -50,7 +50,7 @@ def claim(
 
     Args:
         folder: the folder; made if it is not there.
-        plan: the run.
+        facts: everything that makes the run what it is: `Plan.facts`.
         overwrite: remove the run that is there.
         config: the configuration, where a command has one.
         command: what to type to run it again.
@@ -66,13 +66,13 @@ def claim(
         ValueError: if its run is another one, naming the field and both values.
     """
     files, left = [RESULT, *results], [STOOD, SEGMENTS, *scratch]
-    wanted = manifest_of(RUN, config or {}, command, plan.facts, {}, files, left)
+    wanted = manifest_of(RUN, config or {}, command, facts, {}, files, left)
     lock, there = take(folder, wanted, overwrite)
     with lock:
         if there is not None:
             if there.kind != RUN:
                 raise FileExistsError(f"{folder} holds a run of another kind: {there.kind!r}. {ANEW}")
-            _refuse_facts(folder, plan, there.plan)
+            _refuse_facts(folder, facts, there.plan)
         yield there or wanted
 
 
@@ -126,7 +126,7 @@ def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
         ValueError: if they are of other settings, naming the field and both values.
     """
     runs, facts, then = read_runs(folder)
-    _refuse_facts(folder, plan, facts)
+    _refuse_facts(folder, plan.facts, facts)
     _refuse_probe(folder, plan, then)
     return runs
 
@@ -188,8 +188,8 @@ def probe(plan: Plan) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _refuse_facts(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
-    for name, was, now in differences(facts, plan.facts):
+def _refuse_facts(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    for name, was, now in differences(there, wanted):
         raise ValueError(
             f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. {ANEW}"
         )
