@@ -1,10 +1,15 @@
 """Nothing that a file says is executed: metadata of checkpoints, indexes that name code, templates, configurations."""
 
+import atexit
+import functools
+import json
 import pickle
 import random
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -14,16 +19,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from influence import data, models
 from influence.cli import main
+from influence.index import finish
+from influence.index.run import read_run, write_run
 from influence.pipelines import build
-from influence.pipelines.configs import TransformConfig
+from influence.pipelines.chains import Sampling
+from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
+from influence.pipelines.plain import to_mapping, write_config
+from influence.pipelines.sampled import tokenizer_of
 from influence.train import load_from_optimizer, read_optimizer
 from influence.train.checkpoints import read_state
-from tests.pipeline_world import build_config, world
+from tests.pipeline_world import build_config, corpus, lines, model_config, world
 from tests.shard_optimizer import adam, small
 
 # A table of contents that runs what it names
@@ -313,23 +325,237 @@ def test_every_door_to_a_checkpoint(door: str, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_whose_transform_names_a_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_whose_transform_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at = stolen(tmp_path)
-    index = lying(tmp_path / "index", monkeypatch, transform=TransformConfig(projection_dim=4, optimizer=str(at)))
+    index = lying(tmp_path / "index", transform=TransformConfig(projection_dim=4, optimizer=str(at)))
     assert main(["query", "--index", str(index), "--text", "where does babo live ?"]) == 1
     said = capsys.readouterr().err
     assert "optimizer_0/.metadata" in said
     assert not (tmp_path / "ran").exists()
 
 
-def lying(run: Path, monkeypatch: pytest.MonkeyPatch, **says: Any) -> Path:
-    """Build an index whose configuration says something else than what it was built by."""
-    from influence.pipelines import directory
-
-    true = directory.to_mapping
-    with monkeypatch.context() as patch:
-        patch.setattr(directory, "to_mapping", lambda config: true(replace(config, **says)))
-        build.run(build_config(run))
+@functools.cache
+def honest(per_token: str | None = None) -> Path:
+    """Return an index of the corpus, made once."""
+    run = Path(tempfile.mkdtemp(prefix="influence-honest-")) / "index"
+    atexit.register(shutil.rmtree, run.parent, ignore_errors=True)
+    build.run(build_config(run, per_token=per_token))
     return run
+
+
+def lying(run: Path, per_token: str | None = None, **says: Any) -> Path:
+    """Make an index that says what it is not, as a stranger would: its configuration is another, checksums and all."""
+    shutil.copytree(honest(per_token), run)
+    about = read_run(run)
+    for name, value in says.items():
+        into = about if name == "appended" else about["config"]
+        into[name] = value if name == "appended" else to_mapping(value)
+    write_run(run, about)
+    finish(run)
+    return run
+
+
+# An index is data
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a stranger's code leaves behind: a module beside the user, and a model that brings its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    place = tmp_path / "ran"
+    (tmp_path / "stranger.py").write_text(
+        f"import pathlib\npathlib.Path({str(place)!r}).touch()\n"
+        "def loss(output, batch):\n    return output.logits.float().pow(2).mean((1, 2)).to(output.logits.dtype)\n"
+    )
+    monkeypatch.delitem(sys.modules, "stranger", raising=False)
+    folder = tmp_path / "own"
+    shutil.copytree(world() / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(place)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return place
+
+
+def asked(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    """Return a command's exit status and all that it said."""
+    capsys.readouterr()
+    status = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+TEXT = ("--text", "where does babo live ?")
+
+
+def test_a_query_imports_no_loss_that_nobody_typed(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = lying(tmp_path / "index", loss=LossConfig("stranger:loss"))
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text("".join(json.dumps({"gold": [0]}) + "\n" for _ in lines("questions.jsonl")))
+    recall = ["recall", "--gold", gold, "--index", index, "--dataset", world() / "questions.jsonl"]
+    for command in (["query", "--index", index, *TEXT], recall):
+        status, said = asked(capsys, *command)
+        assert status == 1
+        assert "type --loss stranger:loss;" in said
+        assert "the module stranger would be imported" in said
+        assert str(index) in said
+        assert not ran.exists()
+    status, said = asked(capsys, "query", "--index", index, *TEXT, "--loss", "cross_entropy")
+    assert (status, ran.exists()) == (0, False)
+    assert "the query measures cross_entropy, and the rows of" in said
+    status, said = asked(capsys, "query", "--index", index, *TEXT, "--loss", "stranger:loss")
+    assert (status, ran.exists()) == (0, True), said
+    assert "the query measures" not in said
+
+
+def test_a_loss_that_is_no_name_is_not_repeated_as_something_to_type(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "stranger:loss; touch ran \x1b[2J"
+    index = lying(tmp_path / "index", loss=LossConfig(evil))
+    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    assert (status, ran.exists()) == (1, False)
+    assert "which is no loss" in said
+    assert "type --loss stranger" not in said
+    assert "\x1b" not in said
+
+
+def test_a_query_runs_no_code_of_a_model_that_nobody_trusted(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = lying(tmp_path / "index", model=ModelConfig(str(tmp_path / "own"), trust_remote_code=True))
+    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    assert (status, ran.exists()) == (1, False)
+    assert "type --trust-remote-code" in said
+    assert str(tmp_path / "own") in said
+    assert asked(capsys, "query", "--index", index, *TEXT, "--model", world() / "model")[0] == 0
+    assert not ran.exists()
+    assert asked(capsys, "explore", index)[0] == 0
+    assert not ran.exists()
+    status, said = asked(capsys, "query", "--index", index, *TEXT, "--trust-remote-code")
+    assert (status, ran.exists()) == (0, True), said
+
+
+def test_explore_runs_no_code_of_a_tokenizer_that_nobody_trusted(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where every token has a row, texts need the tokenizer."""
+    told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    told |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(told))
+    with open(tmp_path / "own" / "own.py", "a") as file:
+        file.write(
+            "from transformers import PreTrainedTokenizerFast\nclass Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
+        )
+    model = ModelConfig(str(tmp_path / "own"), trust_remote_code=True)
+    index = lying(tmp_path / "index", "loss", model=model)
+    status, said = asked(capsys, "explore", index)
+    assert (status, ran.exists()) == (1, False)
+    assert "--trust-remote-code" in said
+    assert str(tmp_path / "own") in said
+    assert asked(capsys, "explore", index, "--trust-remote-code")[0] == 0
+    assert ran.exists()
+
+
+def test_a_finished_run_of_chains_runs_no_code(ran: Path, tmp_path: Path) -> None:
+    """Its tokenizer says what its tokens are."""
+    told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    told |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(told))
+    run = tmp_path / "chains"
+    run.mkdir()
+    write_config(
+        run / "config.yaml", Sampling(str(run), ModelConfig(str(tmp_path / "own"), trust_remote_code=True)), "bif"
+    )
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        tokenizer_of(Sampling(str(run)))
+    assert not ran.exists()
+
+
+RECORDED: dict[str, tuple[dict[str, Any], str]] = {
+    "trust in the model's settings": (
+        {"model": {"model_kwargs": "{trust_remote_code: true}"}},
+        "'trust_remote_code' is not taken from an index",
+    ),
+    "weights that are pickles": ({"model": {"model_kwargs": "{weights_only: false}"}}, "'weights_only' is not taken"),
+    "kernels of anybody's": ({"model": {"model_kwargs": "{allow_all_kernels: true}"}}, "'allow_all_kernels' is not"),
+    "a kernel as attention": (
+        {"model": {"model_kwargs": "{attn_implementation: stranger/kernel}"}},
+        "'attn_implementation' is not taken",
+    ),
+    "a module as Megatron": (
+        {"model": {"peft_init_kwargs": "{r: 2, megatron_config: {a: 1}, megatron_core: stranger}"}},
+        "'megatron_config', which is not taken from an index",
+    ),
+    "pickles as a dataset": ({"data": {"dataset": "pandas"}}, "reads its dataset with 'pandas'"),
+    "a catalogue as a dataset": ({"data": {"dataset": "iceberg"}}, "reads its dataset with 'iceberg'"),
+    "a place to write to": ({"data": {"data_kwargs": "{cache_dir: /home}"}}, "with 'cache_dir'"),
+    "an appended dataset": ({"appended": {"data_kwargs": "{cache_dir: /home}"}}, "with 'cache_dir'"),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_settings_that_lead_to_code_are_not_taken_from_an_index(
+    kind: str, ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    groups, match = RECORDED[kind]
+    says: dict[str, Any] = {}
+    if "model" in groups:
+        says["model"] = ModelConfig(str(tmp_path / "own"), **groups["model"])
+    if "data" in groups:
+        says["data"] = replace(corpus(), **groups["data"])
+    if "appended" in groups:
+        stored = to_mapping(replace(corpus(), **groups["appended"]))
+        says["appended"] = [{"first": 0, "config": {"data": stored}, "command": [], "recorded": {}}]
+    index = lying(tmp_path / "index", **says)
+    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    assert (status, ran.exists()) == (1, False), said
+    assert match in said
+    assert str(index) in said
+
+
+def test_settings_that_lead_to_no_code_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = replace(model_config(), model_kwargs="{attn_implementation: eager, dtype: float64}")
+    data = replace(corpus(), data_kwargs="{encoding: utf-8}")
+    index = lying(tmp_path / "index", model=model, data=data)
+    assert asked(capsys, "query", "--index", index, *TEXT)[0] == 0
+    index = lying(tmp_path / "other", model=replace(model, model_kwargs="{num_labels: 3}"))
+    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    assert status == 1
+    assert "type --model-kwargs '{num_labels: 3}'" in said
+    assert asked(capsys, "query", "--index", index, *TEXT, "--model-kwargs", "{num_labels: 3}")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "weights_only", "allow_all_kernels"])
+def test_there_is_one_way_to_ask_for_a_models_code(name: str, ran: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"model_kwargs has '{name}'.*pass trust_remote_code=True"):
+        models.load(tmp_path / "own", model_kwargs={name: name != "weights_only"})
+    assert not ran.exists()
+
+
+def test_pickles_are_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="reads pickles"):
+        data.load("pandas", data_kwargs={"data_files": str(tmp_path / "rows.pkl")})
+
+
+def test_an_adapter_imports_no_module(ran: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="megatron_config, for which PEFT imports the module"):
+        models.load(
+            world() / "model",
+            peft_init_kwargs={
+                "r": 2,
+                "target_modules": ["q_proj"],
+                "megatron_config": {"a": 1},
+                "megatron_core": "stranger",
+            },
+        )
+    assert not ran.exists()

@@ -14,11 +14,12 @@ import torch
 
 from influence import sgmcmc
 from influence.index.lock import Lock
+from influence.pipelines import recorded
 from influence.pipelines.chains import ChainConfig, FeltConfig, Sampling, SamplingConfig
-from influence.pipelines.configs import DataConfig, ModelConfig
+from influence.pipelines.configs import DataConfig
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.outcome import Outcome, Say
-from influence.pipelines.plain import from_mapping, read_config, write_config
+from influence.pipelines.plain import read_config, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.posterior import Posterior, posterior
 from influence.pipelines.ranks import Ranks, ranks
@@ -122,7 +123,7 @@ def tokenizer_of(what: Sampling) -> Any:
         stored = read_config(Path(what.run) / CONFIG) if (Path(what.run) / CONFIG).is_file() else {}
         if "model" not in stored:
             return None
-        model = from_mapping(ModelConfig, stored["model"], "model.")
+        model = recorded.tokenizer_of(stored["model"], Path(what.run) / CONFIG, model.trust_remote_code)
     return load_tokenizer(model)
 
 
