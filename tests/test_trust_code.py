@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from influence import data, models
 from influence.cli import main
-from influence.index import finish
-from influence.index.run import read_run, write_run
+from influence.index import reading
 from influence.pipelines import build
 from influence.pipelines.chains import Sampling
 from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
@@ -325,9 +324,11 @@ def test_every_door_to_a_checkpoint(door: str, tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_whose_transform_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_whose_transform_names_a_checkpoint(
+    lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     at = stolen(tmp_path)
-    index = lying(tmp_path / "index", transform=TransformConfig(projection_dim=4, optimizer=str(at)))
+    index = lying(transform=TransformConfig(projection_dim=4, optimizer=str(at)))
     assert main(["query", "--index", str(index), "--text", "where does babo live ?"]) == 1
     said = capsys.readouterr().err
     assert "optimizer_0/.metadata" in said
@@ -343,16 +344,26 @@ def honest(per_token: str | None = None) -> Path:
     return run
 
 
-def lying(run: Path, per_token: str | None = None, **says: Any) -> Path:
-    """Make an index that says what it is not, as a stranger would: its configuration is another, checksums and all."""
-    shutil.copytree(honest(per_token), run)
-    about = read_run(run)
-    for name, value in says.items():
-        into = about if name == "appended" else about["config"]
-        into[name] = value if name == "appended" else to_mapping(value)
-    write_run(run, about)
-    finish(run)
-    return run
+@pytest.fixture
+def lying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return what makes indexes whose root says another configuration than they were built by, as a stranger's may."""
+    told: dict[Path, dict[str, Any]] = {}
+    true = reading.read_root
+
+    def read_root(directory: Any, *more: Any) -> Any:
+        about, says = true(directory, *more), dict(told.get(Path(directory), {}))
+        appended = says.pop("appended", about.appended)
+        config = about.config | {name: to_mapping(value) for name, value in says.items()}
+        return about._replace(config=config, appended=appended)
+
+    def make(per_token: str | None = None, **says: Any) -> Path:
+        run = tmp_path / f"index{len(told)}"
+        shutil.copytree(honest(per_token), run)
+        told[run] = says
+        return run
+
+    monkeypatch.setattr(reading, "read_root", read_root)
+    return make
 
 
 # An index is data
@@ -396,9 +407,9 @@ TEXT = ("--text", "where does babo live ?")
 
 
 def test_a_query_imports_no_loss_that_nobody_typed(
-    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = lying(tmp_path / "index", loss=LossConfig("stranger:loss"))
+    index = lying(loss=LossConfig("stranger:loss"))
     gold = tmp_path / "gold.jsonl"
     gold.write_text("".join(json.dumps({"gold": [0]}) + "\n" for _ in lines("questions.jsonl")))
     recall = ["recall", "--gold", gold, "--index", index, "--dataset", world() / "questions.jsonl"]
@@ -418,10 +429,10 @@ def test_a_query_imports_no_loss_that_nobody_typed(
 
 
 def test_a_loss_that_is_no_name_is_not_repeated_as_something_to_type(
-    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "stranger:loss; touch ran \x1b[2J"
-    index = lying(tmp_path / "index", loss=LossConfig(evil))
+    index = lying(loss=LossConfig(evil))
     status, said = asked(capsys, "query", "--index", index, *TEXT)
     assert (status, ran.exists()) == (1, False)
     assert "which is no loss" in said
@@ -430,9 +441,9 @@ def test_a_loss_that_is_no_name_is_not_repeated_as_something_to_type(
 
 
 def test_a_query_runs_no_code_of_a_model_that_nobody_trusted(
-    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = lying(tmp_path / "index", model=ModelConfig(str(tmp_path / "own"), trust_remote_code=True))
+    index = lying(model=ModelConfig(str(tmp_path / "own"), trust_remote_code=True))
     status, said = asked(capsys, "query", "--index", index, *TEXT)
     assert (status, ran.exists()) == (1, False)
     assert "type --trust-remote-code" in said
@@ -446,7 +457,7 @@ def test_a_query_runs_no_code_of_a_model_that_nobody_trusted(
 
 
 def test_explore_runs_no_code_of_a_tokenizer_that_nobody_trusted(
-    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where every token has a row, texts need the tokenizer."""
     told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
@@ -457,7 +468,7 @@ def test_explore_runs_no_code_of_a_tokenizer_that_nobody_trusted(
             "from transformers import PreTrainedTokenizerFast\nclass Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
         )
     model = ModelConfig(str(tmp_path / "own"), trust_remote_code=True)
-    index = lying(tmp_path / "index", "loss", model=model)
+    index = lying("loss", model=model)
     status, said = asked(capsys, "explore", index)
     assert (status, ran.exists()) == (1, False)
     assert "--trust-remote-code" in said
@@ -505,7 +516,7 @@ RECORDED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("kind", RECORDED)
 def test_settings_that_lead_to_code_are_not_taken_from_an_index(
-    kind: str, ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups, match = RECORDED[kind]
     says: dict[str, Any] = {}
@@ -515,20 +526,22 @@ def test_settings_that_lead_to_code_are_not_taken_from_an_index(
         says["data"] = replace(corpus(), **groups["data"])
     if "appended" in groups:
         stored = to_mapping(replace(corpus(), **groups["appended"]))
-        says["appended"] = [{"first": 0, "config": {"data": stored}, "command": [], "recorded": {}}]
-    index = lying(tmp_path / "index", **says)
+        says["appended"] = ({"first": 0, "config": {"data": stored}, "command": [], "recorded": {}},)
+    index = lying(**says)
     status, said = asked(capsys, "query", "--index", index, *TEXT)
     assert (status, ran.exists()) == (1, False), said
     assert match in said
     assert str(index) in said
 
 
-def test_settings_that_lead_to_no_code_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_lead_to_no_code_are_taken(
+    lying: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     model = replace(model_config(), model_kwargs="{attn_implementation: eager, dtype: float64}")
     data = replace(corpus(), data_kwargs="{encoding: utf-8}")
-    index = lying(tmp_path / "index", model=model, data=data)
+    index = lying(model=model, data=data)
     assert asked(capsys, "query", "--index", index, *TEXT)[0] == 0
-    index = lying(tmp_path / "other", model=replace(model, model_kwargs="{num_labels: 3}"))
+    index = lying(model=replace(model, model_kwargs="{num_labels: 3}"))
     status, said = asked(capsys, "query", "--index", index, *TEXT)
     assert status == 1
     assert "type --model-kwargs '{num_labels: 3}'" in said
