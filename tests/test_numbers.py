@@ -1,10 +1,13 @@
 """Numbers that mean nothing (NaN, infinite, negative, zero) are refused by name, by every function that takes one."""
 
 import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -37,6 +40,7 @@ from influence import (
     unit_norm,
     viz,
 )
+from influence.cli import COMMANDS, CONFIGS, main
 from influence.func.retrieval import recall
 from influence.hessians import cg, lissa
 
@@ -226,6 +230,94 @@ def test_a_number_that_means_nothing_is_refused_by_name(row: int) -> None:
         with pytest.raises(ValueError, match=name) as refused:
             call(value)
         assert f"{value}" in str(refused.value)
+
+
+MEANT = {
+    **dict.fromkeys([("TransformConfig", "power"), ("QueryConfig", "power")], (-1, 0)),
+    **dict.fromkeys([("BifConfig", "scale"), ("SusceptibilitiesConfig", "scale")], (-1, 0)),
+    **dict.fromkeys([("TracinConfig", "learning_rates"), ("LessConfig", "learning_rates")], (0,)),
+    **dict.fromkeys([("LossConfig", "label_smoothing"), ("FeltConfig", "label_smoothing")], (0,)),
+    **dict.fromkeys([("TransformConfig", "damping"), ("QueryConfig", "damping"), ("MixConfig", "weight")], (0,)),
+    **dict.fromkeys([("TransformConfig", "projection_dim"), ("LlcConfig", "localizations")], (0,)),
+}
+"""Which of -1 and 0 mean something, where one does."""
+
+LATER = ("ChainConfig", "PaceConfig", "ExploreConfig", "RecallConfig.k", "BifConfig.query", "BifConfig.pair")
+"""What is finite here, and whose range the run refuses: `test_the_run_refuses_by_the_flag` and the tests of each."""
+
+
+def made(kind: Any) -> Any:
+    """Return a configuration with its defaults, and something where it has none."""
+    hints, given = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            hint = hints[field.name]
+            plain = ("x",) if get_origin(hint) is tuple else "x"
+            given[field.name] = made(hint) if dataclasses.is_dataclass(hint) else plain
+    return kind(**given)
+
+
+def numeric() -> Iterator[tuple[Any, str, Any]]:
+    """Yield every numeric field of every command's configuration, and how it is spelt."""
+    waiting, seen = [getattr(import_module(f"influence.pipelines.{c}"), CONFIGS[c]) for c in COMMANDS], set()
+    while waiting:
+        kind = waiting.pop()
+        seen.add(kind)
+        for field in dataclasses.fields(kind):
+            hint = get_type_hints(kind)[field.name]
+            if dataclasses.is_dataclass(hint):
+                waiting += [hint] * (hint not in seen)
+            elif {int, float} & {hint, *get_args(hint)} and not field.name.endswith("seed"):
+                seen.add(hint)
+                yield kind, field.name, hint
+
+
+FIELDS = sorted({(kind.__name__, name): (kind, name, hint) for kind, name, hint in numeric()}.values(), key=str)
+
+
+@pytest.mark.parametrize(("kind", "name", "hint"), FIELDS, ids=[f"{kind.__name__}.{name}" for kind, name, _ in FIELDS])
+def test_every_number_of_the_command_line_is_refused_where_it_means_nothing(kind: Any, name: str, hint: Any) -> None:
+    config = made(kind)
+    meant = MEANT.get((kind.__name__, name), ())
+    many = get_origin(hint) is tuple
+    real = float in {hint, *get_args(hint)}
+    later = kind.__name__ in LATER or f"{kind.__name__}.{name}" in LATER
+    for value in (*((NAN, INF, -INF) if real else ()), *(() if later else (-1, 0))):
+        given: Any = float(value) if real else value
+        if value in meant:
+            dataclasses.replace(config, **{name: (given,) * 2 if many else given})
+            continue
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be") as refused:
+            dataclasses.replace(config, **{name: (given,) * 2 if many else given})
+        assert str(refused.value).endswith(f"; got {given}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((name, "-1") for name in ("lr", "n-beta", "localization", "weight-decay", "init-noise", "accumulate")),
+        *((name, "-1") for name in ("batch-size", "num-chains", "num-draws", "num-burnin-steps", "num-steps-bw-draws")),
+        *((name, "-1") for name in ("chain-chunk", "observable-batch", "checkpoint-every")),
+        *((name, "0") for name in ("lr", "accumulate", "num-chains", "num-draws", "num-steps-bw-draws")),
+        *((name, "0") for name in ("chain-chunk", "observable-batch", "checkpoint-every")),
+    ],
+)
+def test_the_run_refuses_by_the_flag_before_it_loads(flag: str, value: str, tmp_path: Path, capsys: Any) -> None:
+    flags = ["sample", "--model", "nowhere/nothing", "--dataset", "none.jsonl", "--run", str(tmp_path / "run")]
+    assert main([*flags, f"--{flag}", value]) == 1
+    said = capsys.readouterr().err
+    assert flag in said
+    assert "must be" in said
+    assert value in said
+
+
+def test_the_command_line_says_it_by_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    for smoothing in ("-0.5", "nan", "inf"):
+        flags = ["build", "--model", "m", "--dataset", "d", "--run", "r", "--label-smoothing", smoothing]
+        assert main(flags) == 2
+        said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert "--label-smoothing must be" in said
+        assert f"from 0 to 1; got {smoothing}" in said
 
 
 def adam(spoil: Callable[[dict[str, Any]], None] | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -76,8 +76,10 @@ class QueryConfig:
     width: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are too small."""
+        """Refuse numbers that are out of range."""
+        at_least(self, -1, "power", most=0)
         at_least(self, 0, "damping")
+        at_least(self, 1, "k")
         at_least(self, 2, "width")
 
     @property
