@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from influence.data.damaged import said, unreadable
+from influence.data.parsing import shortly, yaml_of
 
 Rows: TypeAlias = list[dict[str, Any]]
 """A slice of a dataset."""
@@ -88,14 +89,9 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        read = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no JSON or YAML: {' '.join(str(error).split())}; got {kwargs!r}") from error
+    read = yaml_of(kwargs, f"{name}={shortly(kwargs)}") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
-        raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {kwargs!r}')
+        raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {shortly(kwargs)}')
     return dict(read or {})
 
 

@@ -35,11 +35,12 @@ def at_least(config: Any, least: float | int, *names: str, most: float | int = m
         if value is None or value is tyro.MISSING:
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if math.isfinite(number) and least <= number <= most and not (above and number == least):
+            sized = abs(number) < 1 << 63 if isinstance(number, int) else math.isfinite(number)
+            if sized and least <= number <= most and not (above and number == least):
                 continue
             low = "" if least == -math.inf else f" above {least}" if above else f" at least {least}"
             bound = f" from {least} to {most}" if most < math.inf else low
-            kind = "" if math.isfinite(number) else " a finite number" + "," * bool(bound)
+            kind = "" if sized else " a finite number of 64 bits" + "," * bool(bound)
             raise ValueError(f"--{name.replace('_', '-')} must be{kind}{bound}; got {number}")
 
 

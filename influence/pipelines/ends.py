@@ -11,7 +11,7 @@ from torch import Tensor
 from influence.func.top import Top
 from influence.index import Index, open_index
 from influence.pipelines.outcome import Outcome, table
-from influence.pipelines.plain import read_config
+from influence.pipelines.plain import names_in
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
 
@@ -83,8 +83,7 @@ def ends(run: str | Path, k: int = 5) -> dict[str, End]:
 
 def outcome_of(run: str | Path) -> Outcome:
     """Return what there is to say of finished scores: the ends of each query's."""
-    about = read_config(Path(run) / "config.yaml") if (Path(run) / "config.yaml").exists() else {}
-    names = list(about.get("query", ()))
+    names = names_in(Path(run) / "config.yaml", "query")
     found = ends(run)
     facts: dict[str, Any] = {"run": str(run), "queries": []}
     lines = []
