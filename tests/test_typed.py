@@ -1,4 +1,4 @@
-"""The checker of types itself: it finds what is wrong, in functions inside functions too, however often they are made."""
+"""The checker of types itself: it finds what is wrong, in inner functions too, however often they are made."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ def test_what_yields_and_names_that_are_quoted() -> None:
         yield from x
 
     @checked
-    def named(x: "Tensor", other: "NotThere | None" = None) -> int:  # noqa: F821
+    def named(x: "Tensor", other: "NotThere | None" = None) -> int:
         return len(x)
 
     assert len(list(rows(torch.ones(2, 3)))) == 2

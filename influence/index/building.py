@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.batches import batch_size
+from influence.func.numbers import check_number
 from influence.func.per_example import per_example_grads_fn
 from influence.func.per_token import per_token_grads_fn, real_positions
 from influence.func.plan import Plan
@@ -90,6 +91,7 @@ def build(
                 [ 9., 12.]]), tensor([0.5000, 4.5000]))
     """
     check_dtype(dtype)
+    check_number("shard_size", shard_size, 1)
     if path is None and (append or overwrite):
         raise ValueError("append and overwrite are for an index on disk: pass path=")
     if path is not None:

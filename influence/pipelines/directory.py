@@ -19,6 +19,7 @@ from influence.pipelines.reading import data_hash, vocabulary_hash
 from influence.pipelines.seen import Step
 from influence.store import Lock
 from influence.store.folder import RUN, read_manifest, refuse_foreign, tidy
+from influence.store.schema import conform
 
 CONFIG = "config.yaml"
 RESULTS = (ROOT, "factors.h5", "best.h5")
@@ -128,6 +129,15 @@ def refuse_finished(config: Any) -> None:
 def config_of(run: str | Path) -> dict[str, Any]:
     """Return the configuration that a run's manifest holds; none where there is no run."""
     return read_manifest(run).config if (Path(run) / RUN).exists() else {}
+
+
+def names_in(run: str | Path, field: str) -> list[str]:
+    """Return the names that a run's configuration lists under a field; none, where it has no such field.
+
+    Raises:
+        BadFileError: if there is something else.
+    """
+    return conform(config_of(run).get(field, []), list[str], f"{Path(run) / RUN}: {field}")
 
 
 def kind_command(kind: str) -> str:
