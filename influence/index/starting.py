@@ -10,7 +10,7 @@ from typing import Any
 
 from influence import store
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.index.agreement import differences
+from influence.index.agreement import differences, shown
 from influence.index.fingerprints import Fingerprint
 from influence.index.lock import LOCK, Lock
 from influence.index.run import (
@@ -96,7 +96,7 @@ def start(
             write_run(directory, about)
             return Run(directory, about, 0, _count(about), lock)
         there = read_run(directory)
-        _check_same(directory, there, about, append)
+        _check_same(directory, there, about, fingerprint, append)
         present = rooted(directory)
         if append:
             return _append(directory, there, about, present, lock)
@@ -180,7 +180,9 @@ def _segments(about: Mapping[str, Any]) -> list[tuple[int, int]]:
     return list(pairwise([*firsts, _count(about) or 0]))
 
 
-def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], append: bool) -> None:
+def _check_same(
+    directory: Path, there: dict[str, Any], about: dict[str, Any], fingerprint: Fingerprint, append: bool
+) -> None:
     """Refuse a run of another kind or fingerprint; data that are appended may be others."""
     if there["kind"] != about["kind"]:
         raise FileExistsError(
@@ -188,13 +190,12 @@ def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], a
             "write to another directory"
         )
     free = ("data",) if append else ()
-    for name, mine, theirs in differences(
-        Fingerprint.from_json(about["fingerprint"]), Fingerprint.from_json(there["fingerprint"]), free
-    ):
+    now = Fingerprint.from_json(about["fingerprint"], fingerprint.live)
+    for name, mine, theirs in differences(now, Fingerprint.from_json(there["fingerprint"]), free):
         verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
         raise ValueError(
-            f"{what_is_there(directory)}. Its {name} is {_short(theirs)}, and this run's is {_short(mine)}: {verb}; "
-            "pass overwrite=True to replace it, or write to another directory"
+            f"{what_is_there(directory)}. Its {name} is {_short(theirs, mine)}, and this run's is "
+            f"{_short(mine, theirs)}: {verb}; pass overwrite=True to replace it, or write to another directory"
         )
 
 
@@ -252,6 +253,8 @@ def _wipe(directory: Path, results: Sequence[str] = ()) -> None:
     store.sync(directory)
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, other: Any = None) -> str:
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return shown(value, other)
     text = json.dumps(value)
     return text if len(text) < 200 else f"{text[:120]} … {text[-60:]}"
