@@ -27,8 +27,8 @@ LEFT_OUT: Mapping[str, tuple[str, ...]] = {
         *("dtype", "torch_dtype", "device", "device_map", "hf_device_map", "quantization_config", "kernel_config"),
     ),
     "the same function up to rounding, by another way": (
-        *("attn_implementation", "fused_attn", "chunk_size_feed_forward", "pretraining_tp", "inplace"),
-        *("gradient_checkpointing", "torchscript"),
+        *("attn_implementation", "experts_implementation", "fused_attn", "chunk_size_feed_forward", "pretraining_tp"),
+        *("gradient_checkpointing", "torchscript", "inplace"),
     ),
     "it acts in training alone, or acted before it": (
         *("training", "initializer_range", "initializer_factor", "warnings_issued", "inference_mode"),
