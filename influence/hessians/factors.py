@@ -15,6 +15,7 @@ from torch import Tensor
 
 from influence.func.blocks import as_blocks
 from influence.func.curvature import Basis, Curvature, inverse_weights
+from influence.func.described import differing
 from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.layout import Layout
 from influence.func.plan import human
@@ -41,6 +42,7 @@ class Factors:
         transform: the transform itself, if it is at hand.
         weights: hash of the parameters.
         notes: blocks whose curvature is coarser than the method's, and why.
+        function: what the model makes of the weights, as `ModuleLoss.function` says; `None` of a function by hand.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Factors:
     transform: Transform | None
     weights: str
     notes: Mapping[str, str] = field(default_factory=dict)
+    function: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -160,6 +163,21 @@ class Factors:
                 f"these factors were fitted at other weights (hash {self.weights[:12]}…, these parameters have "
                 f"{weights[:12]}…). Fit them on this model, or load the checkpoint they belong to"
             )
+        self.check_function(getattr(loss_fn, "function", None))
+
+    def check_function(self, function: Mapping[str, Any] | None) -> None:
+        """Refuse another function of the same weights: another epsilon, activation or scale.
+
+        Raises:
+            ValueError: naming what differs, and both values.
+        """
+        if self.function is None or function is None or self.function == function:
+            return
+        theirs, mine = differing(self.function, function)
+        raise ValueError(
+            f"these factors were fitted with another function of the same weights: theirs has {theirs}, this one "
+            f"{mine}. Fit them on this model, or load it with the config that they belong to"
+        )
 
     def save(self, path: str | Path, run: str = "") -> None:
         """Write the factors to one HDF5 file, atomically, with checksums.
@@ -199,6 +217,7 @@ class Factors:
             "description": self.description,
             "weights": self.weights,
             "notes": dict(self.notes),
+            "function": self.function,
             "blocks": blocks,
         }
         store.write(path, arrays, about, kind="factors", schema=SCHEMA, run=run)

@@ -212,9 +212,10 @@ def differences(was: Any, now: Any, *path: str) -> Iterator[tuple[str, Any, Any]
         [('lr', 1.0, 2.0)]
     """
     was, now = _plain(was), _plain(now)
-    if isinstance(was, dict) and isinstance(now, dict) and (not path or was.keys() == now.keys()):
-        for key in now:
-            yield from differences(was.get(key), now[key], *path, key)
+    nested = not path or path == ("function",)
+    if isinstance(was, dict) and isinstance(now, dict) and (nested or was.keys() == now.keys()):
+        for key in {**was, **now} if path else now:
+            yield from differences(was.get(key), now.get(key), *path, key)
     elif was != now:
         grouped = path[0] == "groups" and len(path) > 2
         name = [f"{path[-1]} of {path[1]}" if path[1] else path[-1]] if grouped else path
