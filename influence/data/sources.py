@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from influence.data.settings import read_yaml
+
 Rows: TypeAlias = list[dict[str, Any]]
 """A slice of a dataset."""
 
@@ -85,12 +87,7 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        read = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no JSON or YAML: {' '.join(str(error).split())}; got {kwargs!r}") from error
+    read = read_yaml(kwargs, f"{name} {kwargs[:200]!r}", "JSON or YAML") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
         raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {kwargs!r}')
     return dict(read or {})

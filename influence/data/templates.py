@@ -1,10 +1,15 @@
-"""Templates: YAML with Jinja which says how a row becomes text. Rendered in a sandbox."""
+"""Templates: YAML with Jinja which says how a row becomes text. Rendered in a sandbox.
+
+The sandbox keeps a template from Python, not from looping for ever: whoever reads a dataset renders `apart`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from influence.data.settings import read_yaml
 
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
@@ -72,6 +77,8 @@ class Template:
             return str(compiled(source).render(row))
         except UndefinedError as error:
             raise ValueError(f"{self.name}: {field}: {error.message}; the row has {', '.join(row)}") from error
+        except MemoryError:
+            raise
         except Exception as error:  # whatever an expression may raise
             raise ValueError(f"{self.name}: {field} could not be rendered: {error}") from error
 
@@ -135,13 +142,9 @@ def parse(text: str, name: str = "template") -> Template:
         >>> parse("doc_to_text: '{{ title }}: {{ body }}'").render({"title": "A", "body": "b"})
         ('A: b', None)
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
     from jinja2 import TemplateSyntaxError
 
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+    fields = read_yaml(text, name)
     if not isinstance(fields, dict) or not isinstance(fields.get("doc_to_text"), str):
         raise ValueError(f"{name} must be a mapping with doc_to_text, a Jinja string, and optionally {FIELDS[1:]}")
     unknown = [str(field) for field in fields if field not in FIELDS]
@@ -163,4 +166,6 @@ def parse(text: str, name: str = "template") -> Template:
             environment().parse(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{name}: {field}, line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise ValueError(f"{name}: {field} is nested too deeply") from error
     return template

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+from influence.data.settings import LARGEST, read_yaml
 
 C = TypeVar("C")
 
@@ -113,23 +116,38 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         ValueError: if it is no mapping.
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    read = read_yaml(text_of(path), str(path))
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)
 
 
+def text_of(path: Path) -> str:
+    """Return the text of a file of settings, so much of it as shows that it is too long.
+
+    Raises:
+        ValueError: if it is no text.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            return file.read(LARGEST + 1)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text, and so no YAML: {error}") from error
+
+
 def command_of(path: str | Path) -> str:
-    """Return the command that wrote a configuration, as its first line says."""
-    return Path(path).read_text().split()[2]
+    """Return the command that wrote a configuration, as its first line says.
+
+    Raises:
+        ValueError: if it says none.
+    """
+    said = re.match(r"# influence ([a-z]+) ", text_of(Path(path)))
+    if said is None:
+        raise ValueError(f"{path} does not say which command wrote it: its first line has no 'influence COMMAND'")
+    return said[1]
 
 
 def write_config(path: str | Path, config: Any, command: str) -> None:
