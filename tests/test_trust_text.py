@@ -121,12 +121,12 @@ def test_no_child_is_left_and_no_file_is_open() -> None:
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    """A parent that is killed leaves nobody behind who holds its locks: nothing loops on for longer than the limit."""
+    """A parent that is killed leaves nobody behind who holds its locks."""
     script = (
         "import os, signal, sys\nfrom influence.data.apart import Limits, apart\n"
         "def work(item):\n    open(sys.argv[1], 'w').write(str(os.getpid()))\n"
         "    os.kill(os.getppid(), signal.SIGKILL)\n    while True: pass\n"
-        "apart(work, [0], 'it', Limits(seconds=0.2))\n"
+        "apart(work, [0], 'it', Limits(seconds=600))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "pid")], check=False)
     assert done.returncode == -9
