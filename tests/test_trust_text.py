@@ -5,12 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from influence.data import TextFormat, apart, load, templates, tokenize
+from influence.cli import main
+from influence.data import TextFormat, apart, load, sizes, templates, tokenize
 from influence.data.apart import ItemError, Limits
 from influence.data.settings import MOST, read_yaml
 from influence.data.templates import Template
@@ -18,6 +24,7 @@ from influence.pipelines.configs import DataConfig
 from influence.pipelines.plain import read_config
 from influence.pipelines.texts import texts_of
 from tests import tokenizers_zoo as zoo
+from tests.pipeline_world import world
 
 ENDLESS = {
     "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -173,3 +180,112 @@ def test_a_configuration_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"config\.yaml is no text"):
         read_config(tmp_path / "config.yaml")
+
+
+# Documents
+
+
+def oracle(raw: bytes) -> tuple[int, int]:
+    """The deepest nesting of brackets, and the longest row, character by character."""
+    depth = deepest = longest = begin = at = 0
+    base, text = int(raw.lstrip().startswith(b"[")), False
+    while at < len(raw):
+        letter = raw[at : at + 1]
+        if letter == b"\\":
+            at += 2
+            continue
+        if letter == b"\n":
+            text = False
+        elif letter == b'"':
+            text = not text
+        if not text and letter in b"[{":
+            depth += 1
+            deepest = max(depth, deepest)
+        if not text and letter in b"]}":
+            depth -= 1
+        if not text and letter in b"]}\n" and depth <= base:
+            longest, begin = max(longest, at - begin), at
+        at += 1
+    return deepest, max(longest, len(raw) - begin)
+
+
+VALUES = st.recursive(
+    st.text('ab"\\[]{}\n,é', max_size=8) | st.integers() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[{', max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=80)
+@given(rows=st.lists(st.dictionaries(st.text("ab", max_size=2), VALUES, max_size=3), max_size=6), data=st.data())
+def test_rows_are_measured_as_they_are(rows: list[Any], data: Any) -> None:
+    kind = data.draw(st.sampled_from(["lines", "list", "indented list"]))
+    if kind == "lines":
+        raw = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+    else:
+        raw = json.dumps(rows, indent=2 if kind == "indented list" else None).encode()
+    deepest, longest = oracle(raw)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sizes, "AT_ONCE", data.draw(st.integers(1, 40))):
+        path = Path(folder) / "rows.json"
+        path.write_bytes(raw)
+        with mock.patch.object(sizes, "DEEPEST", deepest):
+            sizes.check_files([path], max(longest, 1))
+            if longest > 1:
+                with pytest.raises(ValueError, match=r"rows\.json has a row of .* max_document_bytes="):
+                    sizes.check_files([path], longest - 1)
+        if deepest:
+            with (
+                mock.patch.object(sizes, "DEEPEST", deepest - 1),
+                pytest.raises(ValueError, match=r"rows\.json has more than \d+ brackets"),
+            ):
+                sizes.check_files([path], max(longest, 1))
+
+
+DEEP = {
+    "lists": "[" * 100_000 + "]" * 100_000,
+    "dictionaries": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "lists in lines": "[\n" * 100_000 + "]\n" * 100_000,
+    "lists behind a text without an end": '"\n' + "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_a_row_that_is_too_deep_kills_nobody(kind: str, tmp_path: Path) -> None:
+    """Readers of JSON go down a step of the stack for each bracket, and end the process."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": ' + DEEP[kind] + "}\n")
+    for source in (tmp_path / "rows.jsonl", tmp_path):
+        with pytest.raises(ItemError, match=r"rows\.jsonl has more than 100 brackets inside one another, at byte"):
+            apart.apart(lambda path: len(load(str(path))), [source], "reading")
+
+
+def test_a_row_that_is_too_large_is_refused_before_a_reader_meets_it(tmp_path: Path) -> None:
+    for name, row in (("a.jsonl", '{"text": "%s"}\n'), ("a.csv", "text\n%s\n"), ("a.txt", "%s\n")):
+        (tmp_path / name).write_text(row % ("ok " * 100) + row % ("ok " * 1000))
+        with pytest.raises(ValueError, match=rf"{name} has a row of 3,0\d\d bytes or more.* max_document_bytes=2000"):
+            load(str(tmp_path / name), max_document_bytes=2000)
+        assert len(load(str(tmp_path / name), max_document_bytes=4000)) >= 2
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "ok"}] * 1000))
+    with pytest.raises(ValueError, match=r"list\.json is one list of 16,000 bytes, which is read whole"):
+        load(str(tmp_path / "list.json"), max_document_bytes=100)
+    assert len(load(str(tmp_path / "list.json"), max_document_bytes=200)) == 1000
+    files = {"data_files": str(tmp_path / "a.jsonl")}
+    with pytest.raises(ValueError, match="has a row of"):
+        load("json", data_kwargs=files, max_document_bytes=2000)
+
+
+def test_a_text_that_is_too_large_is_refused_before_the_tokenizer_meets_it() -> None:
+    rows = load([{"text": "ok"}, {"text": "é" * 100}])
+    with pytest.raises(ValueError, match="row 1: its text has 200 bytes, and max_document_bytes=150 is the limit"):
+        tokenize(rows, zoo.bpe(), max_document_bytes=150)
+    assert len(tokenize(rows, zoo.bpe(), max_document_bytes=200)) == 2
+    talk = load([{"m": [{"role": "user", "content": "ok " * 100}, {"role": "assistant", "content": "ok"}]}])
+    with pytest.raises(ValueError, match="row 0: its text has 302 bytes"):
+        tokenize(talk, zoo.bpe(chat=zoo.CHAT), TextFormat(conversation_column="m"), max_document_bytes=150)
+
+
+def test_the_command_line_has_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["build", "--model", world() / "model", "--dataset", world() / "corpus.jsonl", "--run", tmp_path / "run"]
+    assert main([str(word) for word in [*flags, "--max-document-bytes", 40]]) == 1
+    assert "and --max-document-bytes 40 is the limit" in capsys.readouterr().err
+    assert main([str(word) for word in [*flags, "--max-document-bytes", 0]]) != 0
+    assert main([str(word) for word in [*flags, "--dry-run"]]) == 0

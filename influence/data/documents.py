@@ -51,6 +51,12 @@ class Document(NamedTuple):
         """Whether nothing is said."""
         return not self.text and not any(message["content"] for message in self.messages)
 
+    @property
+    def bytes(self) -> int:
+        """How many bytes the text, or what all turns say, has."""
+        said = [self.text or "", *(message["content"] for message in self.messages)]
+        return sum(len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass")) for part in said)
+
     def prompt(self) -> str:
         """Return what the last answer answers: equal prompts have rewards that can be compared."""
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=0)

@@ -18,6 +18,7 @@ from influence.data.chat import Marked, marked_from, marker
 from influence.data.context import context_length
 from influence.data.documents import Document, TextFormat, present, read_documents, reader
 from influence.data.encode import encoder
+from influence.data.sizes import LARGEST
 from influence.data.sources import Rows, column_names, slices
 from influence.data.tokenized import Tokenized, flat
 from influence.func.losses import IGNORED
@@ -47,7 +48,13 @@ class Reading(NamedTuple):
 
 
 def reading(
-    dataset: Any, tokenizer: Any, form: TextFormat, limit: int | None, separate: bool, scored: str | None
+    dataset: Any,
+    tokenizer: Any,
+    form: TextFormat,
+    limit: int | None,
+    separate: bool,
+    scored: str | None,
+    most: int = LARGEST,
 ) -> Reading:
     """Decide how slices become tokens.
 
@@ -58,6 +65,7 @@ def reading(
         limit: cut documents to so many tokens.
         separate: end plain texts in the tokenizer's end-of-sequence token.
         scored: a column of numbers to read too.
+        most: refuse documents of more bytes.
 
     Returns:
         The functions that do it.
@@ -83,9 +91,17 @@ def reading(
     def marked_of(document: Document) -> Marked | None:
         return None if document.empty else mark(document)
 
+    def within(document: Document) -> Document:
+        if (size := document.bytes) > most:
+            raise ValueError(
+                f"its text has {size:,} bytes, and max_document_bytes={most} is the limit: a tokenizer takes two "
+                "hundred times as much memory. Cut the document, or raise it"
+            )
+        return document
+
     def read(first: int, rows: Rows) -> Tokenized:
         try:
-            documents = read_documents(document_of, rows, form)
+            documents = each(within, read_documents(document_of, rows, form))
             if templated and any(document.messages for document in documents):
                 marked = [marked_from(parts) for parts in apart(marked_of, documents, "the chat template")]
             else:
