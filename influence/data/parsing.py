@@ -5,6 +5,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+LARGEST = 1 << 20
+"""Characters of the longest text of settings that is read."""
 VALUES = 100_000
 """Values that a file of settings may have, each counted as often as it stands there: aliases repeat theirs."""
 
@@ -61,6 +63,8 @@ def yaml_of(text: str, name: str) -> Any:
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
+    if len(text) > LARGEST:
+        raise ValueError(f"{name} has {len(text):,} characters; settings have at most {LARGEST:,}")
     try:
         read = yaml.safe_load(text)
         number = _count(read, {})
