@@ -15,6 +15,7 @@ from influence.func.described import described
 from influence.func.layout import Layout, ParamLayout, block_name
 from influence.func.module_call import Model, constants_of
 from influence.func.module_loss import LOSSES, ModuleLoss
+from influence.func.numbers import check_number
 from influence.func.unembedding import unembedding
 from influence.types import ExampleLoss, Params
 
@@ -114,6 +115,7 @@ def _check_options(
         raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}")
     if mode not in ("eval", "train"):
         raise ValueError(f"mode must be 'eval' or 'train'; got {mode!r}")
+    check_number("label_smoothing", smoothing, 0, 1)
     if smoothing and loss != "cross_entropy":
         raise ValueError("label_smoothing is for loss='cross_entropy'")
     if reference is not None and loss != "kl":

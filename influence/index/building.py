@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.batches import batch_size
+from influence.func.numbers import check_number
 from influence.func.per_example import per_example_grads_fn
 from influence.func.per_token import per_token_grads_fn, real_positions
 from influence.func.plan import Plan
@@ -21,6 +22,7 @@ from influence.index.reading import Held, Index, open_index
 from influence.index.root import About, finish
 from influence.index.shards import Collected, memory_sink, shard_sink
 from influence.index.starting import start
+from influence.store.folder import refuse_foreign
 from influence.types import Batch, LossFn, Params
 
 Step = Callable[[Params, Batch], Collected]
@@ -67,7 +69,7 @@ def build(
         command: what to type to make it again.
         recorded: more to record in the fingerprint, as `{"data": "wikitext"}`.
         weights: the hash of the weights, if it is known.
-        overwrite: delete a run that is there.
+        overwrite: delete the run that is there: the files that its manifest names, no others.
         append: add to a finished index; examples without `index` are counted on.
         progress: called with the examples and tokens so far after every batch.
 
@@ -90,8 +92,11 @@ def build(
                 [ 9., 12.]]), tensor([0.5000, 4.5000]))
     """
     check_dtype(dtype)
+    check_number("shard_size", shard_size, 1)
     if path is None and (append or overwrite):
         raise ValueError("append and overwrite are for an index on disk: pass path=")
+    if path is not None:
+        refuse_foreign(path)
     source = iter(batches)
     first = next(source, None)
     if first is None:

@@ -7,7 +7,7 @@ loss; a query may measure something else, and says so by another name. `agreemen
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
@@ -16,6 +16,7 @@ from influence.func.nested import unprojected
 from influence.func.transform import CollectedRows, Step, Transform
 from influence.func.trial import tried
 from influence.index.recipe import recipe
+from influence.store.schema import conform
 from influence.types import Batch, LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
@@ -50,8 +51,8 @@ class Fingerprint:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], live: tuple[LossFn, Params] | None = None) -> "Fingerprint":
         """Return a fingerprint from its JSON, and from the function where it is at hand."""
-        must_match, complement, recorded = (dict(fields[kind]) for kind in ("must_match", "complement", "recorded"))
-        return cls(must_match, complement, recorded, live)
+        held = conform(fields, FingerprintFacts, "a fingerprint")
+        return cls(held.must_match, held.complement, held.recorded, live)
 
     @property
     def digest(self) -> str:
@@ -62,6 +63,14 @@ class Fingerprint:
     def dim(self) -> int | None:
         """The projection's dim, if there is one."""
         return self.must_match.get("dim")
+
+
+class FingerprintFacts(NamedTuple):
+    """A fingerprint as JSON holds it."""
+
+    must_match: dict[str, Any]
+    complement: dict[str, Any]
+    recorded: dict[str, Any]
 
 
 def provenance(

@@ -12,7 +12,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.index import Collected, Columns, Fingerprint, Index, done, finish, open_index, shard_sink, start
 from influence.pipelines import build
 from influence.pipelines.checkpoints import learning_rates, model_at
-from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig, at_least
 from influence.pipelines.ends import outcome_of
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.queries import column, load_queries
@@ -32,6 +32,10 @@ class SumConfig(RecipeConfig):
 
     checkpoints: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no training has."""
+        at_least(self, 0, "learning_rates")
 
 
 def rates_of(config: SumConfig, say: Say) -> list[float]:
