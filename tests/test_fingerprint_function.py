@@ -7,6 +7,7 @@ resumed, by name and with both values; what is the same function is accepted at 
 import copy
 import enum
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -27,9 +28,11 @@ from torch.nn import functional as F
 from influence import Attributor, as_blocks, build, chain, functionalize, hessians, per_example_grads, project, sgmcmc
 from influence.func.described import described
 from influence.func.trial import KEPT, apart, tried
-from influence.index import FingerprintError, fingerprint_of, open_index, provenance, start
+from influence.index import Fingerprint, FingerprintError, fingerprint_of, open_index, provenance, start
+from influence.index.agreement import trials_apart
 from influence.index.chosen import choose
 from influence.index.matching import matched
+from influence.store import BadFileError
 
 IDS = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZES = {**IDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -593,6 +596,20 @@ def test_examples_come_back_as_they_were() -> None:
             batch_of({"examples": damaged})
     with pytest.raises(ValueError, match="damaged"):
         batch_of({"vocabulary": 10, "shape": [2, 1 << 40]})
+
+
+def test_a_trial_that_is_none_is_refused() -> None:
+    """An index is data: whatever its trial says, nothing but numbers is compared."""
+    side = of(Net())
+    trial, rows = json.loads(json.dumps(tried(*side))), print_of(side).json()
+    damaged: list[Any] = [7, {}, {**trial, "losses": 3}, {**trial, "tolerance": {"losses": 1.0}}, {**trial, "on": None}]
+    for one in [*damaged, {**trial, "outputs": [[1.0]]}, {**trial, "other": 1}, {**trial, "floor": "0"}]:
+        with pytest.raises(BadFileError, match=r"^the trial of a fingerprint is not what it says: "):
+            Fingerprint.from_json({**rows, "recorded": {**rows["recorded"], "trial": one}})
+    asked = provenance(*side[:2], per_example_grads(*side, transform=TRANSFORM))
+    for on in ({}, {"examples": 3}, {"vocabulary": "x", "shape": []}, {"vocabulary": 4, "shape": [9, 1 << 60]}):
+        held = {**rows, "recorded": {**rows["recorded"], "trial": {**trial, "on": on}}}
+        assert [name for name, _, _ in trials_apart(asked, Fingerprint.from_json(held))] == ["loss"]
 
 
 def test_another_process_says_the_same() -> None:

@@ -6,7 +6,7 @@ edited constant shows, or another function of the same name. They are compared w
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,24 @@ DTYPES: Mapping[str, torch.dtype] = {
     )
 }
 """Types that kept examples may have."""
+
+
+class Tolerance(NamedTuple):
+    """How far numbers of two trials may lie apart, the largest of them being 1."""
+
+    outputs: float
+    losses: float
+
+
+class Trial(NamedTuple):
+    """What a file holds of a trial, as `tried` returns it."""
+
+    on: dict[str, Any]
+    outputs: list[float | str] | None
+    losses: list[float | str]
+    tolerance: Tolerance
+    floor: float
+    note: str | None = None
 
 
 def tried(loss_fn: LossFn, params: Params, batch: Batch) -> dict[str, Any]:
