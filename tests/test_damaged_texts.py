@@ -72,17 +72,13 @@ def budgets(path: Path) -> Any:
     return auto_token_budget(lambda batch: None, rows, cache=path, key={"a": 1})
 
 
-def command(path: Path) -> Any:
-    return plain.command_of(path)
-
-
 def results(path: Path) -> Any:
     (path.parent / "results").mkdir(exist_ok=True)
     (path.parent / "results" / "a.json").write_bytes(path.read_bytes())
     return page.render(path.parent / "results")
 
 
-READERS = {reader.__name__: reader for reader in (template, settings, gold, texts, trainer, budgets, command, results)}
+READERS = {reader.__name__: reader for reader in (template, settings, gold, texts, trainer, budgets, results)}
 NAMED = {"trainer": "checkpoint", "results": "a.json", "texts": ""}
 """What a refusal names, where it is not the file: texts that are read are no failure of the file's."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from influence.data.parsing import shortly, text_of, yaml_of
+from influence.store import BadFileError
 
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
@@ -139,7 +140,7 @@ def parse(text: str, name: str = "template") -> Template:
     """
     from jinja2 import TemplateSyntaxError
 
-    fields = yaml_of(text, name)
+    fields = yaml_of(text, name, BadFileError)
     if not isinstance(fields, dict) or not isinstance(fields.get("doc_to_text"), str):
         raise ValueError(f"{name} must be a mapping with doc_to_text, a Jinja string, and optionally {FIELDS[1:]}")
     unknown = [str(field) for field in fields if field not in FIELDS]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from influence.data.parsing import shortly, text_of, yaml_of
+from influence.store import BadFileError, write_text
 
 C = TypeVar("C")
 
@@ -118,46 +118,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    read = yaml_of(text_of(path), str(path))
+    read = yaml_of(text_of(path), str(path), BadFileError)
     if not isinstance(read, Mapping):
-        raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
+        raise BadFileError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)
 
 
-def names_in(path: Path, field: str) -> list[str]:
-    """Return the names which a run's configuration lists under a field; none, where it has no such file or field.
-
-    Raises:
-        ValueError: if there is something else.
-    """
-    listed = read_config(path).get(field, []) if path.exists() else []
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"{path}: {field} must be a list of names; got {shortly(listed)}")
-    return listed
-
-
-def command_of(path: str | Path) -> str:
-    """Return the command that wrote a configuration, as its first line says.
-
-    Raises:
-        ValueError: if it doesn't say.
-    """
-    head = text_of(path).partition("\n")[0]
-    found = re.match(r"# influence ([a-z]+)( |$)", head)
-    if found is None:
-        raise ValueError(
-            f"{path} does not say which command wrote it: its first line is {shortly(head)}, and # influence COMMAND … "
-            "is expected. It was changed, or is not of a run"
-        )
-    return found[1]
-
-
-def write_config(path: str | Path, config: Any, command: str) -> None:
+def write_config(path: str | Path, config: Any, command: str, run: str = "") -> None:
     """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
     head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
+    write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)
