@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -216,24 +216,76 @@ def load(path: str | Path, run: str | None = None) -> Factors:
         needed, and is checked against the fingerprint.
 
     Raises:
-        ValueError: if the file is no file of factors, or is damaged.
+        BadFileError: if the file is no file of factors, is damaged, or its blocks are no curvature.
     """
     from influence import store
+    from influence.store.schema import conform
 
-    arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
-
-    def get(name: str | None) -> Any:
-        return None if name is None else arrays[name]
-
-    blocks = {
-        name: Curvature(
-            tuple(block["shape"]),
-            tuple(Basis(get(b["vectors"]), arrays[b["values"]]) for b in block["bases"]),
-            get(block["corrected"]),
-        )
-        for name, block in about.pop("blocks").items()
-    }
+    arrays, said = store.read(path, kind="factors", schema=SCHEMA, run=run)
+    about: Facts = conform(said, Facts, str(path))
+    if not about.blocks or any(name not in about.blocks for name in about.positions):
+        raise store.BadFileError(f"{path} is not what it says: it has no blocks, or positions of others")
+    where = f"{path} is not what it says: its block"
+    blocks = {name: _curvature(block, arrays, f"{where} {name[:200]!r}") for name, block in about.blocks.items()}
     known = (as_blocks(bias=bias) for bias in (False, True))
-    transform = next((t for t in known if t.fingerprint == about["under"]), None)
-    labels = Labels(**about.pop("labels"))
-    return Factors(blocks=blocks, labels=labels, transform=transform, **about)
+    transform = next((t for t in known if t.fingerprint == about.under), None)
+    return Factors(**{**about._asdict(), "blocks": blocks}, transform=transform)
+
+
+class BasisFacts(NamedTuple):
+    """What a file says of one basis: the names of its tensors."""
+
+    vectors: str | None
+    values: str
+
+
+class BlockFacts(NamedTuple):
+    """What a file says of a block: its shape, and the names of its tensors."""
+
+    shape: tuple[int, ...]
+    bases: tuple[BasisFacts, ...]
+    corrected: str | None
+
+
+class Facts(NamedTuple):
+    """What a file of factors says beside its tensors: `Factors`, with names for tensors."""
+
+    method: str
+    documents: int
+    positions: dict[str, int]
+    reduction: str
+    labels: Labels
+    under: str
+    description: str
+    weights: str
+    notes: dict[str, str]
+    blocks: dict[str, BlockFacts]
+
+
+def _curvature(said: BlockFacts, arrays: Mapping[str, Tensor], where: str) -> Curvature:
+    """Return a block's curvature from a file, checked: what it is made of fits together, and is a curvature.
+
+    Raises:
+        BadFileError: naming the file and the block.
+    """
+    from influence.store import BadFileError
+
+    def get(name: str, shape: tuple[int, ...], eigenvalues: bool) -> Tensor:
+        tensor = arrays.get(name)
+        if tensor is None:
+            raise BadFileError(f"{where} names the tensor {name!r}, which is not there")
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise BadFileError(f"{where} has {name!r} as {tensor.dtype} {list(tensor.shape)}; expected {list(shape)}")
+        if not bool(tensor.isfinite().all()) or (eigenvalues and tensor.numel() and bool(tensor.amin() < 0)):
+            raise BadFileError(f"{where} has numbers in {name!r} that are not finite, or negative eigenvalues")
+        return tensor
+
+    sides = said.shape if len(said.bases) == len(said.shape) else (prod(said.shape),)
+    if len(said.bases) != len(sides) or not said.shape or min(said.shape) < 1:
+        raise BadFileError(f"{where} has the shape {list(said.shape)} and {len(said.bases)} bases")
+    bases = tuple(
+        Basis(None if each.vectors is None else get(each.vectors, (d, d), False), get(each.values, (d,), True))
+        for each, d in zip(said.bases, sides, strict=True)
+    )
+    corrected = None if said.corrected is None else get(said.corrected, tuple(sides), True)
+    return Curvature(said.shape, bases, corrected)

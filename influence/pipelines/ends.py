@@ -37,8 +37,15 @@ def read_best(path: str | Path) -> dict[str, Top]:
 
     file = Path(path) / BEST if Path(path).is_dir() else Path(path)
     tensors, _ = store.read(file, kind="best", schema=1, run=run_id(file.parent))
-    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-    return {name: Top(tensors[f"{name}/values"], tensors[f"{name}/indices"]) for name in names}
+    names = [f"{column(number)}/{end}" for number in range(len(tensors) // 4) for end in ("best", "worst")]
+    if not names or {*tensors} != {f"{name}/{key}" for name in names for key in Top._fields}:
+        raise store.BadFileError(f"{file} is not what it says: its tensors are {', '.join(sorted(tensors)[:5])} …")
+    heaps = {name: Top(tensors[f"{name}/values"], tensors[f"{name}/indices"]) for name in names}
+    for name, heap in heaps.items():
+        fits = heap.values.ndim == 2 and heap.values.shape == heap.indices.shape
+        if not (fits and heap.values.is_floating_point() and heap.indices.dtype == torch.int64):
+            raise store.BadFileError(f"{file} is not what it says: {name} has no scores and examples of one shape")
+    return heaps
 
 
 class End(NamedTuple):
