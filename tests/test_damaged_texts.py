@@ -18,6 +18,7 @@ from influence.pipelines.checkpoints import learning_rates
 from influence.pipelines.query import QueryConfig
 from influence.pipelines.query import run as ask
 from influence.pipelines.recall import read_gold
+from influence.store.folder import read_manifest
 from tests.damage import changes
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -73,14 +74,19 @@ def budgets(path: Path) -> Any:
     return auto_token_budget(lambda batch: None, rows, cache=path, key={"a": 1})
 
 
+def manifest(path: Path) -> Any:
+    (path.parent / "run.json").write_bytes(path.read_bytes())
+    return read_manifest(path.parent)
+
+
 def results(path: Path) -> Any:
     (path.parent / "results").mkdir(exist_ok=True)
     (path.parent / "results" / "a.json").write_bytes(path.read_bytes())
     return page.render(path.parent / "results")
 
 
-READERS = {reader.__name__: reader for reader in (template, settings, gold, texts, trainer, budgets, results)}
-NAMED = {"trainer": "checkpoint", "results": "a.json", "texts": ""}
+READERS = {reader.__name__: reader for reader in (template, settings, gold, texts, trainer, budgets, manifest, results)}
+NAMED = {"manifest": "run.json", "trainer": "checkpoint", "results": "a.json", "texts": ""}
 """What a refusal names, where it is not the file: texts that are read are no failure of the file's."""
 
 

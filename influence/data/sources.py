@@ -214,6 +214,10 @@ def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, 
         raise ValueError(f"the folder {source} is empty")
     elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise FileNotFoundError(f"no file or folder {source}")
+    if source == "pandas":
+        raise ValueError(
+            "the builder 'pandas' of datasets reads pickles, which can run code: save the table as .parquet"
+        )
     try:
         read = datasets.load_dataset(source, subset, streaming=streaming, **kwargs)
     except Exception as error:  # readers of files raise whatever they meet

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from influence.func.blocks import as_blocks
 from influence.func.curvature import Basis, Curvature, inverse_weights
+from influence.func.described import differing
 from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.layout import Layout
 from influence.func.plan import human
@@ -41,6 +42,7 @@ class Factors:
         transform: the transform itself, if it is at hand.
         weights: hash of the parameters.
         notes: blocks whose curvature is coarser than the method's, and why.
+        function: what the model makes of the weights, as `ModuleLoss.function` says; `None` of a function by hand.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Factors:
     transform: Transform | None
     weights: str
     notes: Mapping[str, str] = field(default_factory=dict)
+    function: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -160,6 +163,21 @@ class Factors:
                 f"these factors were fitted at other weights (hash {self.weights[:12]}…, these parameters have "
                 f"{weights[:12]}…). Fit them on this model, or load the checkpoint they belong to"
             )
+        self.check_function(getattr(loss_fn, "function", None))
+
+    def check_function(self, function: Mapping[str, Any] | None) -> None:
+        """Refuse another function of the same weights: another epsilon, activation or scale.
+
+        Raises:
+            ValueError: naming what differs, and both values.
+        """
+        if self.function is None or function is None or self.function == function:
+            return
+        theirs, mine = differing(self.function, function)
+        raise ValueError(
+            f"these factors were fitted with another function of the same weights: theirs has {theirs}, this one "
+            f"{mine}. Fit them on this model, or load it with the config that they belong to"
+        )
 
     def save(self, path: str | Path, run: str = "") -> None:
         """Write the factors to one HDF5 file, atomically, with checksums.
@@ -199,6 +217,7 @@ class Factors:
             "description": self.description,
             "weights": self.weights,
             "notes": dict(self.notes),
+            "function": self.function,
             "blocks": blocks,
         }
         store.write(path, arrays, about, kind="factors", schema=SCHEMA, run=run)
@@ -221,34 +240,34 @@ def load(path: str | Path, run: str | None = None) -> Factors:
     from influence import store
     from influence.store.schema import conform
 
-    arrays, said = store.read(path, kind="factors", schema=SCHEMA, run=run)
-    about: Facts = conform(said, Facts, str(path))
-    if not about.blocks or any(name not in about.blocks for name in about.positions):
+    arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
+    held: FactorFacts = conform(about, FactorFacts, str(path))
+    if not held.blocks or any(name not in held.blocks for name in held.positions):
         raise store.BadFileError(f"{path} is not what it says: it has no blocks, or positions of others")
     where = f"{path} is not what it says: its block"
-    blocks = {name: _curvature(block, arrays, f"{where} {name[:200]!r}") for name, block in about.blocks.items()}
+    blocks = {name: _curvature(block, arrays, f"{where} {name[:200]!r}") for name, block in held.blocks.items()}
     known = (as_blocks(bias=bias) for bias in (False, True))
-    transform = next((t for t in known if t.fingerprint == about.under), None)
-    return Factors(**{**about._asdict(), "blocks": blocks}, transform=transform)
+    transform = next((t for t in known if t.fingerprint == held.under), None)
+    return Factors(**{**held._asdict(), "blocks": blocks, "transform": transform})
 
 
 class BasisFacts(NamedTuple):
-    """What a file says of one basis: the names of its tensors."""
+    """The names of a basis's tensors."""
 
     vectors: str | None
     values: str
 
 
 class BlockFacts(NamedTuple):
-    """What a file says of a block: its shape, and the names of its tensors."""
+    """What a file says of a block's curvature: its shape, and the names of its tensors."""
 
     shape: tuple[int, ...]
-    bases: tuple[BasisFacts, ...]
+    bases: list[BasisFacts]
     corrected: str | None
 
 
-class Facts(NamedTuple):
-    """What a file of factors says beside its tensors: `Factors`, with names for tensors."""
+class FactorFacts(NamedTuple):
+    """The facts of factors as JSON holds them; see `Factors`."""
 
     method: str
     documents: int
@@ -259,6 +278,7 @@ class Facts(NamedTuple):
     description: str
     weights: str
     notes: dict[str, str]
+    function: dict[str, Any] | None
     blocks: dict[str, BlockFacts]
 
 
@@ -271,9 +291,7 @@ def _curvature(said: BlockFacts, arrays: Mapping[str, Tensor], where: str) -> Cu
     from influence.store import BadFileError
 
     def get(name: str, shape: tuple[int, ...], eigenvalues: bool) -> Tensor:
-        tensor = arrays.get(name)
-        if tensor is None:
-            raise BadFileError(f"{where} names the tensor {name!r}, which is not there")
+        tensor = arrays[name]
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
             raise BadFileError(f"{where} has {name!r} as {tensor.dtype} {list(tensor.shape)}; expected {list(shape)}")
         if not bool(tensor.isfinite().all()) or (eigenvalues and tensor.numel() and bool(tensor.amin() < 0)):

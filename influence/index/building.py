@@ -1,6 +1,7 @@
 """Any data and any loss to an index, in memory or on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def build(
         loss_fn, params, first, transform, engine, per_token, chunk_size=chunk_size, nonfinite=nonfinite
     )
     columns = Columns(plan.folded.row_shapes)
-    fingerprint = fingerprint_of(loss_fn, params, plan.transform, columns.shapes, weights, recorded, plan.layout)
+    shapes = columns.shapes
+    fingerprint = fingerprint_of(loss_fn, params, plan.transform, shapes, weights, recorded, plan.layout, first)
     whole = _chained(first, source)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
     if path is None:
@@ -112,7 +114,8 @@ def build(
         state = sink.init()
         for index, value in _collected(_numbered(whole, 0), step, params, progress):
             state = sink.update(state, index, value)
-        about = About("index", dtype, per_token is not None, columns, fingerprint, settings, list(command), {}, ())
+        what = replace(fingerprint, live=None)  # which holds on to the model
+        about = About("index", dtype, per_token is not None, columns, what, settings, list(command), {}, ())
         return Index(about, [Held(sink.finalize(state))])
     planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
     with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from influence.data import Tokenized
+from influence.data import Tokenized, collate
+from influence.func.trial import EXAMPLES
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
 from influence.index.run import ROOT, what_is_there
@@ -137,7 +138,7 @@ def names_in(run: str | Path, field: str) -> list[str]:
     Raises:
         BadFileError: if there is something else.
     """
-    return conform(config_of(run).get(field, []), list[str], f"{field} in {Path(run) / RUN}")
+    return conform(config_of(run).get(field, []), list[str], f"{Path(run) / RUN}: {field}")
 
 
 def kind_command(kind: str) -> str:
@@ -156,6 +157,13 @@ def fingerprint_for(config: Any, measured: Measured, tokens: Tokenized, step: St
         "model": config.model.model,
     }
     shapes, layout = (step.shapes, step.layout) if isinstance(step, Step) else (step.about.shapes, step.plan.layout)
+    some = (tokens.lengths > 0).nonzero().flatten()[:EXAMPLES]
     return fingerprint_of(
-        measured.loss_fn, measured.params, measured.transform, shapes, recorded=recorded, layout=layout
+        measured.loss_fn,
+        measured.params,
+        measured.transform,
+        shapes,
+        recorded=recorded,
+        layout=layout,
+        batch=collate(tokens, some) if len(some) else None,
     )

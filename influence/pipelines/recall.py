@@ -45,6 +45,9 @@ class RecallConfig:
         completion_column: the dataset's column with the answer; then it alone is labelled.
         k: how many documents to look through; one or more.
         force: answer what the fingerprints refuse, with a warning.
+        model_kwargs: as for influence query.
+        trust_remote_code: run code that comes with the model; an index cannot ask for it.
+        loss: as for influence query: a function that the index was built with runs only if it is named here.
         device: where the model runs.
     """
 
@@ -56,6 +59,9 @@ class RecallConfig:
     completion_column: str | None = None
     k: tuple[int, ...] = (1, 10)
     force: bool = False
+    model_kwargs: str | None = None
+    trust_remote_code: bool = False
+    loss: str | None = None
     device: str = "cpu"
 
 
@@ -104,7 +110,7 @@ def run(config: RecallConfig, say: Say = quiet) -> Outcome:
         raise ValueError("give either --scores RUN, or --index RUN and the --dataset of its queries")
     if config.index is not None and config.dataset is None:
         raise ValueError("an index needs queries: give their --dataset")
-    asked = ("dataset", "prompt_column", "completion_column")
+    asked = ("dataset", "prompt_column", "completion_column", "loss", "model_kwargs")
     if config.scores is not None and (unused := [name for name in asked if getattr(config, name) is not None]):
         raise ValueError(f"{unused[0]} is for --index: the queries of --scores were asked already")
     gold = read_gold(config.gold)
@@ -216,7 +222,8 @@ def _name(names: Sequence[str], number: int) -> str:
 
 def of_index(config: RecallConfig, gold: Gold) -> Ranked:
     """Return where an index puts the gold documents of a dataset's queries."""
-    session = open_session(QueryConfig(str(config.index), k=1, force=config.force, device=config.device))
+    same = {name: getattr(config, name) for name in ("force", "device", "model_kwargs", "trust_remote_code", "loss")}
+    session = open_session(QueryConfig(str(config.index), k=1, **same))
     columns = {name: getattr(config, name) for name in ("prompt_column", "completion_column")}
     chosen = {name: value for name, value in columns.items() if value is not None}
     data = replace(session.data, dataset=str(config.dataset), split=None, subset=None, max_examples=None, **chosen)

@@ -38,7 +38,7 @@ def of_scores(page: Page, path: str, examples: Examples, limits: Limits) -> list
     page.facts["queries"] = [
         text
         for name, one in zip(_names(path, len(found)), found, strict=True)
-        for text in query_texts(name, len(one.values))
+        for text in query_texts(name, len(one.values), limits.trust_remote_code)
     ]
     values, indices = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
     view = {"of": "queries", "name": "scores", "k": indices.shape[2], "indices": page.pack(indices)}

@@ -131,6 +131,7 @@ def over_checkpoints(indexes: Sequence[Index], rates: Sequence[float] = ()) -> F
     first = indexes[0].fingerprint
     hashes = [index.fingerprint.must_match["weights"] for index in indexes]
     recorded = {**first.recorded, "checkpoints": hashes, "learning_rates": list(rates)}
+    recorded.pop("trial", None)  # of one of them
     return replace(first, must_match={**first.must_match, "weights": hash_of(hashes)}, recorded=recorded)
 
 
