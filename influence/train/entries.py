@@ -95,16 +95,9 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> 
         )
 
 
-TENSORS: tuple[str, ...] = (
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_avg_sq_row",
-    "exp_avg_sq_col",
-    "row_var",
-    "col_var",
-)
-TENSORS += ("variance", "state1", "state2", "absmax1", "absmax2", "max1", "max2", "qmap1", "qmap2")
+ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+EIGHT_BIT = ("state1", "state2", "absmax1", "absmax2", "max1", "max2", "qmap1", "qmap2")
+TENSORS = (*ADAM, *EIGHT_BIT, *(key for keys in FACTORS for key in keys), "variance")
 """Parts of an entry that are tensors."""
 
 
