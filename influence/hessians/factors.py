@@ -22,6 +22,7 @@ from influence.func.plan import human
 from influence.func.transform import Transform, unblock
 from influence.hessians.labels import Labels
 from influence.types import LossFn, Params, Rows
+from influence.visible import visible
 
 SCHEMA = 1
 
@@ -74,12 +75,14 @@ class Factors:
         """Return a table of every block's spectrum, the units and what is not covered."""
         source = self.labels
         drawn = f", seed {source.seed}, {source.draws} per position" if source.source == "sampled" else ""
+        shown = {name: visible(name, lines=False) for name in (*self.blocks, *self.notes)}
         lines = [
             f"{self.method}: curvature per document (mean over N = {self.documents:,}) of the loss as reduced "
             f"({self.reduction}); labels: {source.source}{drawn}",
             f"rows: {self.description}",
         ]
-        width = max([5, *(len(name) for name in self.blocks)])
+        lines = [visible(line, lines=False) for line in lines]  # a file says them
+        width = max([5, *(len(shown[name]) for name in self.blocks)])
         lines.append(
             f"{'block':{width}}  {'shape':>12}  {'kind':10} {'positions':>9}  {'trace':>9} {'largest':>9} "
             f"{'condition':>9} {'eff. rank':>9}"
@@ -88,12 +91,13 @@ class Factors:
             shape = "×".join(map(str, c.shape))
             seen = human(self.positions[name]) if name in self.positions else ""
             lines.append(
-                f"{name:{width}}  {shape:>12}  {c.kind:10} {seen:>9}  {c.moment(1):9.3g} {c.extremes[1]:9.3g} "
+                f"{shown[name]:{width}}  {shape:>12}  {c.kind:10} {seen:>9}  {c.moment(1):9.3g} {c.extremes[1]:9.3g} "
                 f"{c.condition:9.2g} {c.effective_rank:9.1f}"
             )
         whole = sum(prod(c.shape) for c in self.blocks.values())
         lines.append(f"{len(self.blocks)} blocks, {human(whole)} directions, trace {self.trace:.4g}")
-        return "\n".join([*lines, *(f"note: {name}: {why}" for name, why in self.notes.items())])
+        notes = (f"note: {shown[name]}: {visible(why, lines=False)}" for name, why in self.notes.items())
+        return "\n".join([*lines, *notes])
 
     @property
     def trace(self) -> float:

@@ -15,6 +15,7 @@ from influence.pipelines.outcome import Outcome, table
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
 from influence.store.folder import run_id
+from influence.visible import visible
 
 AT_ONCE = 1 << 14
 """Scores that are looked through at once."""
@@ -111,5 +112,5 @@ def outcome_of(run: str | Path) -> Outcome:
             for rank in range(min(SHOWN, top.values.shape[1]))
         ]
         head = ["query", "rank", "score", "example", *(["token"] if top.positions is not None else [])]
-        lines += [f"{name}: {len(top.values):,} query rows", table(head, rows, "  ")]
+        lines += [f"{visible(name, lines=False)}: {len(top.values):,} query rows", table(head, rows, "  ")]
     return Outcome(str(run), facts, "\n".join([*lines, f"scores in {run}"]))

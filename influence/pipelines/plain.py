@@ -12,6 +12,7 @@ import tyro
 
 from influence.data.parsing import shortly, text_of, yaml_of
 from influence.store import BadFileError, write_text
+from influence.visible import visible
 
 C = TypeVar("C")
 
@@ -129,5 +130,6 @@ def write_config(path: str | Path, config: Any, command: str, run: str = "") -> 
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
-    head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
+    place = visible(shlex.quote(str(path)), lines=False)  # a newline would end the comment
+    head = f"# influence {command} --config {place} --run ANOTHER_RUN\n"
     write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)
