@@ -55,7 +55,7 @@ def parsed(text: str, name: str) -> Any:
         raise BadFileError(f"{name} is no JSON that can be read: {_why(error)}. Write it again") from error
 
 
-def yaml_of(text: str, name: str, kind: type[ValueError] = ValueError) -> Any:
+def yaml_of(text: str, name: str, kind: type[ValueError] = BadFileError, what: str = "YAML") -> Any:
     """Return what a text in YAML, or in JSON, says; `name` is for messages, and `kind` is the error.
 
     Raises:
@@ -67,7 +67,7 @@ def yaml_of(text: str, name: str, kind: type[ValueError] = ValueError) -> Any:
         read = yaml.safe_load(text)
         number = _count(read, {})
     except Exception as error:  # a constructor may raise anything: of a date of the 13th month, ValueError
-        raise kind(f"{name} is no YAML: {_why(error)}") from error
+        raise kind(f"{name} is no {what}: {_why(error)}") from error
     if number > VALUES:
         raise kind(f"{name} has {number:,} values, aliases counted, and settings have fewer than {VALUES:,}")
     return read

@@ -90,7 +90,7 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    read = yaml_of(kwargs, f"{name}={shortly(kwargs)}") if isinstance(kwargs, str) else kwargs
+    read = yaml_of(kwargs, name, ValueError, "JSON or YAML") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
         raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {shortly(kwargs)}')
     return dict(read or {})

@@ -140,7 +140,7 @@ def parse(text: str, name: str = "template") -> Template:
     """
     from jinja2 import TemplateSyntaxError
 
-    fields = yaml_of(text, name, BadFileError)
+    fields = yaml_of(text, name)
     if not isinstance(fields, dict) or not isinstance(fields.get("doc_to_text"), str):
         raise ValueError(f"{name} must be a mapping with doc_to_text, a Jinja string, and optionally {FIELDS[1:]}")
     unknown = [str(field) for field in fields if field not in FIELDS]

@@ -119,7 +119,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    read = yaml_of(text_of(path), str(path), BadFileError)
+    read = yaml_of(text_of(path), str(path))
     if not isinstance(read, Mapping):
         raise BadFileError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)
