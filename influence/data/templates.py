@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from influence.data.parsing import shortly, text_of, yaml_of
-from influence.store import BadFileError
 
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
