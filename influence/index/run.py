@@ -10,6 +10,7 @@ from influence import store
 from influence.store import BadFileError, Lock
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
+from influence.visible import visible
 
 ROOT = "index.h5"
 SHARDS, PARTIALS = "shard-#.h5", "partial-#.h5"
@@ -149,4 +150,4 @@ def what_is_there(directory: str | Path) -> str:
 
 def made_by(command: Sequence[str]) -> str:
     """Return a command as one may type it again."""
-    return shlex.join(command) or "a call from Python"
+    return visible(shlex.join(command), lines=False) or "a call from Python"
