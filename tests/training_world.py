@@ -108,6 +108,7 @@ def train(
         at: chooses the checkpoint's step; default the last.
         settings: of `trainer_of`.
     """
-    found = checkpoints(directory) if resume else {}
+    last = settings.get("max_steps", 0)  # from the last in the middle of an epoch, a Trainer takes a step too many
+    found = {step: path for step, path in checkpoints(directory).items() if resume and step != last}
     step = at(found)
     trainer_of(directory, **settings).train(resume_from_checkpoint=None if step is None else str(found[step]))
