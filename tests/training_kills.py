@@ -1,10 +1,8 @@
 """Trainings that are killed and taken up again, judged beside one that nobody stopped."""
 
 import functools
-import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,10 @@ from influence.train.visits import Visits
 from tests import training_world
 from tests.killing import in_child
 
-PLACE = Path(tempfile.gettempdir())
-
-
-def quiet(work: Callable[[], object]) -> None:
-    """Run something in a child without its prints and warnings."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    warnings.simplefilter("ignore")
-    work()
-
 
 def child(directory: Path, resume: bool, kill_at: int | None = None, **settings: Any) -> tuple[int, list[str]]:
     """Train in a child, which dies at one of its file events if told."""
-    return in_child(lambda: quiet(lambda: training_world.train(directory, resume, **settings)), directory, kill_at)
+    return in_child(lambda: training_world.train(directory, resume, **settings), directory, kill_at)
 
 
 class Whole:
@@ -144,7 +133,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "epochs": {"save_strategy": "epoch"},
     "half": {"collected": {"dtype": "float16"}, "save_steps": 3, "first": True},
     "int8, accumulated": {"collected": {"dtype": "int8"}, "gradient_accumulation_steps": 2, "save_steps": 1},
-    "cut short": {"max_steps": 10, "save_steps": 3},
+    "cut short": {"max_steps": 6, "save_steps": 2},
     "few kept": {"save_total_limit": 1, "save_steps": 3},
 }
 """Settings of trainings."""

@@ -1,6 +1,6 @@
 """A tiny training whose rows are collected, in a directory, for tests that stop it: begun, or taken up again.
 
-Two matrices, twelve examples, three epochs of four steps: half a second. `train` is all that a test of another kind
+Two matrices, twelve examples, two epochs of four steps: half a second. `train` is all that a test of another kind
 needs: it is the script that a user would start again after a crash.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from influence.train import GradientCollectorCallback, prepare_for_gradient_collection
 
-EXAMPLES, STEPS, EPOCHS = 12, 4, 3
+EXAMPLES, STEPS, EPOCHS = 12, 4, 2
 """Examples, steps of an epoch and epochs of a training that nobody stops."""
 
 
@@ -90,6 +90,7 @@ def trainer_of(
         train_dataset=dataset() if data is None else data,
         callbacks=[ours, *callbacks] if first else [*callbacks, ours],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     return prepare_for_gradient_collection(trainer)
 
 
