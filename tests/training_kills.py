@@ -77,12 +77,15 @@ def said(place: Path) -> tuple[torch.Tensor, ...]:
 
 def files_of(directory: Path) -> dict[str, bytes]:
     """Return the bytes of every file of the rows; of a root what our readers read: HDF5 writes the time behind it."""
-    found = {}
-    for path in sorted((directory / "rows").rglob("*")):
-        if path.is_file() and path.name != LOCK:
-            name = str(path.relative_to(directory / "rows"))
-            found[name] = repr(any_head(path)).encode() if path.name == ROOT else path.read_bytes()
-    return found
+    rows = directory / "rows"
+    files = plain_files(rows)
+    return {name: repr(any_head(rows / name)).encode() if name.endswith(ROOT) else data for name, data in files.items()}
+
+
+def plain_files(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of a directory, locks apart."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def answer(work: Callable[[], Any]) -> Any:
@@ -130,7 +133,7 @@ def trial(name: str, kills: list[int], at: Callable[[dict[int, Path]], int | Non
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "steps": {},
-    "epochs": {"save_strategy": "epoch"},
+    "epochs": {"save_strategy": "epoch", "lr_scheduler_type": "linear"},
     "half": {"collected": {"dtype": "float16"}, "save_steps": 3, "first": True},
     "int8, accumulated": {"collected": {"dtype": "int8"}, "gradient_accumulation_steps": 2, "save_steps": 1},
     "cut short": {"max_steps": 6, "save_steps": 2},

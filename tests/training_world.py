@@ -73,9 +73,10 @@ def trainer_of(
         data: other examples.
         arguments: of `TrainingArguments`.
     """
-    settings = {"loss": own_loss, "targets": "*", "shard_size": 5, "overwrite": True} | (collected or {})
-    ours = GradientCollectorCallback(directory / "rows", **settings)
+    settings = {"path": directory / "rows", "loss": own_loss, "targets": "*", "shard_size": 5, "overwrite": True}
+    ours = GradientCollectorCallback(**settings | (collected or {}))
     known = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": EPOCHS, "learning_rate": 0.05}
+    known["lr_scheduler_type"] = "constant"  # how long a training is meant to be changes none of its steps
     trainer = transformers.Trainer(
         Tiny(),
         transformers.TrainingArguments(

@@ -60,7 +60,7 @@ class Growing:
             FileNotFoundError: if there is none.
             BadFileError: if it is none of ours, of another kind or run, or its beginning is damaged.
         """
-        self.path = path
+        self.path, self._fresh = path, False
         self.handle = opened(path, os.O_RDWR | os.O_APPEND if grow else os.O_RDONLY)
         try:
             self.size = os.fstat(self.handle).st_size
@@ -99,6 +99,7 @@ class Growing:
                 "was there is whole: free some space and go on from the last checkpoint",
             ) from error
         self.size += needed
+        self._fresh = True
 
     def read(self, begin: int, size: int) -> bytes:
         """Return bytes of the file, fewer where it ends."""
@@ -113,7 +114,9 @@ class Growing:
 
     def sync(self) -> None:
         """Have everything on the disk."""
-        os.fsync(self.handle)
+        if self._fresh:
+            os.fsync(self.handle)
+        self._fresh = False
 
     def close(self) -> None:
         """Close the file; again is nothing."""

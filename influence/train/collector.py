@@ -119,8 +119,7 @@ class Collector:
             return
         began = time.perf_counter()
         self._open.drop_step()
-        self.ranks.each(self._open.sync)
-        self._open.close_rows()
+        self.ranks.each(self._open.close_rows)
         self.ranks.first(
             lambda: record.finish_epoch(training, read_logs(training.path, training.id, self.ranks.world), epoch)
         )
@@ -131,8 +130,7 @@ class Collector:
         if self._open.training is None and not (self._begin and (self.settings.path / RUN).exists()):
             return  # nothing was collected
         self._open.drop_step()
-        self.ranks.each(self._open.sync)
-        self._open.close_rows()
+        self.ranks.each(self._open.close_rows)
         self.ranks.first(lambda: self._end(track_order))
         self.close()
 

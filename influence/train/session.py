@@ -86,16 +86,18 @@ class Session:
                 file.sync()
 
     def close_rows(self) -> None:
-        """Close the epoch's rows."""
+        """End the epoch's rows, whose place is the index from now on: the log that speaks of them is on the disk."""
+        if self.order is not None:
+            self.order.sync()
         if self.rows is not None:
             self.rows.close()
         self.rows = None
 
     def close(self) -> None:
         """Close everything, and give the lock back."""
-        self.close_rows()
-        if self.order is not None:
-            self.order.close()
+        for file in (self.rows, self.order):
+            if file is not None:
+                file.close()
         if self.lock is not None:
             self.lock.release()
-        self.lock, self.training, self.order, self.pending = None, None, None, None
+        self.lock, self.training, self.order, self.rows, self.pending = None, None, None, None, None
