@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import transformers
 
 from influence.index import open_index
 from influence.train import read_order, sum_epochs
-from tests import training_kills
-from tests.killing import in_child
+from tests import training_kills, training_world
+from tests.killing import Events, in_child
+from tests.ranks import in_two_ranks
 from tests.training_kills import child, trial, whole
 from tests.training_world import EPOCHS, STEPS, train, trainer_of
 
@@ -96,7 +98,7 @@ class copied:
         self.name = name
 
     def __enter__(self) -> Path:
-        self.directory = Path(training_kills.tempfile.mkdtemp(prefix="influence-copy-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="influence-copy-"))
         shutil.copytree(whole(self.name).directory, self.directory, dirs_exist_ok=True)
         return self.directory
 
@@ -122,6 +124,56 @@ def test_killed_in_a_resume_from_an_older_checkpoint(window: str) -> None:
         status, _ = child(directory, True, at=lambda found: 2)
         assert status == 0
         assert whole("steps").differing(directory) == []
+
+
+DATA = training_world.dataset(11)
+"""For two ranks, which pad them: one example comes twice in every epoch."""
+RANKS = {
+    "one has not flushed": (1, r"sync rows/rows-0-1", None),
+    "one has not flushed the second epoch": (1, r"sync rows/order-1\.jsonl", None),
+    "in the checkpoint": (0, r"save trainer/checkpoint-3/optimizer", None),
+    "in the index": (0, r"os\.rename rows/epoch-0/\.index", None),
+    "rows of one are gone": (0, r"os\.remove rows/rows-0-1", None),
+    "a resume has cut one log": (0, r"was cut rows/order-0", 1),
+    "rows of one are back": (0, r"os\.rename rows/\.rows-0-1", 1),
+}
+"""Which of two ranks dies, where, and the checkpoint that a training which had ended is taken up from, if one is."""
+
+
+def ranks_train(directory: Path, resume: bool, step: int | None, dies: int, kill: str | None) -> None:
+    if torch.distributed.get_rank() == dies:
+        Events(directory, kill, lambda line: None).install()
+    settings = {"data": DATA, "save_steps": 1, "ddp_backend": "gloo", "per_device_train_batch_size": 3}
+    train(directory, resume, **{} if step is None else {"at": lambda found: step}, **settings)
+
+
+@functools.cache
+def whole_of_ranks() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="influence-ranks-"))
+    in_two_ranks(ranks_train, directory, directory, False, None, 0, None)
+    order = read_order(directory / "rows")
+    assert len(order.example) == 2 * 12
+    assert (directory / "trainer/checkpoint-4").exists()
+    sum_epochs(directory / "rows")
+    return directory
+
+
+@pytest.mark.parametrize("window", RANKS)
+def test_one_of_two_ranks_is_killed(tmp_path: Path, window: str) -> None:
+    """A checkpoint is written once the rows of both are on the disk; what one has lost, none has a checkpoint of."""
+    dies, pattern, step = RANKS[window]
+    if step is not None:
+        shutil.copytree(whole_of_ranks(), tmp_path, dirs_exist_ok=True)
+        (tmp_path / "rendezvous").unlink()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        in_two_ranks(ranks_train, tmp_path, tmp_path, step is not None, step, dies, pattern)
+    for rank in (0, 1):
+        steps = (tmp_path / f"rows/order-{rank}.jsonl").read_bytes().count(b"\n") - 3
+        assert step is not None or steps >= max(training_world.checkpoints(tmp_path), default=0)
+    (tmp_path / "rendezvous").unlink()
+    in_two_ranks(ranks_train, tmp_path, tmp_path, True, step, 0, None)
+    sum_epochs(tmp_path / "rows")
+    assert training_kills.files_of(tmp_path) == training_kills.files_of(whole_of_ranks())
 
 
 # Without kills: what a resume keeps, drops and refuses

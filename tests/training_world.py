@@ -76,12 +76,12 @@ def trainer_of(
     settings = {"path": directory / "rows", "loss": own_loss, "targets": "*", "shard_size": 5, "overwrite": True}
     ours = GradientCollectorCallback(**settings | (collected or {}))
     known = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": EPOCHS, "learning_rate": 0.05}
+    known["per_device_train_batch_size"] = EXAMPLES // STEPS
     known["lr_scheduler_type"] = "constant"  # how long a training is meant to be changes none of its steps
     trainer = transformers.Trainer(
         Tiny(),
         transformers.TrainingArguments(
             str(directory / "trainer"),
-            per_device_train_batch_size=EXAMPLES // STEPS,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
