@@ -28,7 +28,8 @@ class GradientCollectorCallback(TrainerCallback):
 
     whatever the Trainer divides its loss by. `path/epoch-0`, `path/epoch-1`, … are indexes in the order of the dataset
     (`sum_epochs(path)` adds them), and `read_order(path)` says at which step of which epoch each example was seen, at
-    which learning rate.
+    which learning rate. Rows are on the disk before the Trainer writes a checkpoint that counts them; a training that
+    goes on from it keeps them, and drops those of later steps.
 
     Args:
         path: a directory for this run; ranks and resumed runs share it.
@@ -38,7 +39,7 @@ class GradientCollectorCallback(TrainerCallback):
         scale: `"optimizer"` divides by the optimizer's second moments at that step, bias-corrected, as its update is
             about to (before it adds this step's gradient). Visits before the first update have none: they are marked
             in `read_order(path).scaled`. `None`: as they are.
-        track_order: keep `visits-*.h5` when training is done.
+        track_order: keep the order logs when training is done; without them it cannot be taken up again.
         loss: each example's loss, as `functionalize` takes it. It must be what the Trainer's loss is the mean of.
         reduction: `"sum"` or `"mean"` over an example's labelled positions.
         targets: globs over parameter names; default the matrices of the repeated layers.
@@ -46,7 +47,7 @@ class GradientCollectorCallback(TrainerCallback):
         dtype: how rows are stored.
         shard_size: most examples of a shard.
         nonfinite: `"error"`, or `"zero"` with a warning.
-        overwrite: replace what another run left in `path`.
+        overwrite: replace the run that is in `path` when a training begins at step 0; one that goes on keeps it.
 
     Example:
         >>> from influence import as_blocks, chain, project
