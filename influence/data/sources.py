@@ -90,7 +90,10 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    read = read_yaml(kwargs, f"{name} {kwargs[:200]!r}", "JSON or YAML") if isinstance(kwargs, str) else kwargs
+    try:
+        read = read_yaml(kwargs, name, "JSON or YAML") if isinstance(kwargs, str) else kwargs
+    except ValueError as error:
+        raise ValueError(f"{error}; got {str(kwargs)[:200]!r}") from error
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
         raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {kwargs!r}')
     return dict(read or {})
