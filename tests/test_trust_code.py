@@ -32,6 +32,7 @@ from influence.pipelines.chains import Sampling
 from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.sampled import tokenizer_of
+from influence.store import BadFileError
 from influence.train import load_from_optimizer, read_optimizer
 from influence.train.checkpoints import read_state
 from tests.pipeline_world import build_config, corpus, lines, model_config, world
@@ -96,7 +97,7 @@ def checkpoint(folder: Path, table: bytes) -> Path:
 @pytest.mark.parametrize("kind", tables())
 def test_a_table_of_contents_runs_nothing(kind: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "checkpoint", hostile(tmp_path / "ran")[kind])
-    with pytest.raises(ValueError, match=r"optimizer_0/\.metadata"):
+    with pytest.raises(BadFileError, match=r"optimizer_0/\.metadata"):
         load_from_optimizer(small(), folder)
     assert not (tmp_path / "ran").exists()
 

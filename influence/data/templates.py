@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from influence.data.settings import read_yaml
+from influence.data.parsing import shortly, text_of, yaml_of
 
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
@@ -122,7 +122,7 @@ def read(source: str | Path) -> Template:
         if str(source) not in shipped:
             raise FileNotFoundError(f"no template file {source}; templates of the package: {', '.join(shipped)}")
         path = shipped[str(source)]
-    return parse(path.read_text(encoding="utf-8"), str(source))
+    return parse(text_of(path), str(source))
 
 
 def parse(text: str, name: str = "template") -> Template:
@@ -144,7 +144,7 @@ def parse(text: str, name: str = "template") -> Template:
     """
     from jinja2 import TemplateSyntaxError
 
-    fields = read_yaml(text, name)
+    fields = yaml_of(text, name)
     if not isinstance(fields, dict) or not isinstance(fields.get("doc_to_text"), str):
         raise ValueError(f"{name} must be a mapping with doc_to_text, a Jinja string, and optionally {FIELDS[1:]}")
     unknown = [str(field) for field in fields if field not in FIELDS]
@@ -154,7 +154,11 @@ def parse(text: str, name: str = "template") -> Template:
     if target is None and choices is not None:
         raise ValueError(f"{name} has doc_to_choice but no doc_to_target, which chooses")
     if choices is not None and not isinstance(choices, list | str):
-        raise ValueError(f"{name}: doc_to_choice must be a list, Jinja or a column; got {choices!r}")
+        raise ValueError(f"{name}: doc_to_choice must be a list, Jinja or a column; got {shortly(choices)}")
+    each = choices if isinstance(choices, list) else []
+    for field, value in ((FIELDS[1], target), *((FIELDS[2], choice) for choice in each)):
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{name}: {field} must be Jinja, a column or a number; got {shortly(value)}")
     listed = tuple(map(str, choices)) if isinstance(choices, list) else choices
     template = Template(fields["doc_to_text"], None if target is None else str(target), listed, name)
     for field, source in (

@@ -104,6 +104,8 @@ def _path(config: ExploreConfig) -> Path:
     """Return where the page goes, refusing what cannot be before the work."""
     if config.serve and config.to is not None:
         raise ValueError("--serve writes no file: leave --to out, or --serve")
+    if not 0 <= config.port <= 65_535:
+        raise ValueError(f"--port must be from 0, which takes a free one, to 65535; got {config.port}")
     if config.port and not config.serve:
         raise ValueError(f"--port {config.port} is for --serve: pass both, or neither")
     path = Path(config.to) if config.to is not None else Path(config.run.rstrip("/") + ".html")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
-from influence.data.settings import LARGEST, read_yaml
+from influence.data.parsing import shortly, text_of, yaml_of
+from influence.store import write_text
 
 C = TypeVar("C")
 
@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", partial: bool = False) -> C:
+def from_mapping(kind: type[C], mapping: Any, where: str = "", partial: bool = False) -> C:
     """Return a configuration from what JSON or YAML hold.
 
     Args:
@@ -47,13 +47,12 @@ def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", par
         ValueError: naming the unknown field, the missing one, or the one that holds something else.
     """
     if not isinstance(mapping, Mapping):
-        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
+        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {shortly(mapping)}")
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = [name for name in mapping if name not in fields]
     if unknown:
-        raise FieldError(
-            f"unknown field {where}{unknown[0]}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
-        )
+        name = unknown[0] if isinstance(unknown[0], str) and len(unknown[0]) < 100 else shortly(unknown[0])
+        raise FieldError(f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}: correct or remove it")
     hints = get_type_hints(kind)
     values = {}
     for name, field in fields.items():
@@ -84,14 +83,14 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         value = tuple(map(_number, value))
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
-        raise FieldError(f"field {name} must be {_said(hint)}; got {value!r}")
+        raise FieldError(f"field {name} must be {_said(hint)}; got {shortly(value)}")
     return value
 
 
 def _number(value: Any) -> Any:
     """Return what can only mean a float as one: YAML reads 1e-3, without a point, as a string."""
     if isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value
 
@@ -119,43 +118,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    read = read_yaml(text_of(path), str(path))
+    read = yaml_of(text_of(path), str(path))
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)
 
 
-def text_of(path: Path) -> str:
-    """Return the text of a file of settings, so much of it as shows that it is too long.
-
-    Raises:
-        ValueError: if it is no text.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            return file.read(LARGEST + 1)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text, and so no YAML: {error}") from error
-
-
-def command_of(path: str | Path) -> str:
-    """Return the command that wrote a configuration, as its first line says.
-
-    Raises:
-        ValueError: if it says none.
-    """
-    said = re.match(r"# influence ([a-z]+) ", text_of(Path(path)))
-    if said is None:
-        raise ValueError(f"{path} does not say which command wrote it: its first line has no 'influence COMMAND'")
-    return said[1]
-
-
-def write_config(path: str | Path, config: Any, command: str) -> None:
+def write_config(path: str | Path, config: Any, command: str, run: str = "") -> None:
     """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
     head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
+    write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)

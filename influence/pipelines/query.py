@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from influence import data
+from influence.data.parsing import text_of
 from influence.func.fingerprint import weights_hash
 from influence.func.per_example import per_example_grads_fn
 from influence.index import Fingerprint, Index, fingerprint_of, open_index
@@ -75,8 +76,10 @@ class QueryConfig:
     width: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are too small."""
+        """Refuse numbers that are out of range."""
+        at_least(self, -1, "power", most=0)
         at_least(self, 0, "damping")
+        at_least(self, 1, "k")
         at_least(self, 2, "width")
 
     @property
@@ -95,7 +98,7 @@ class Session(NamedTuple):
         data: how the index's examples became tokens.
         task: of the model.
         weights: the hash of the model's weights.
-        recorded: what else a query's fingerprint says: the tokenizer's vocabulary.
+        recorded: what else a query's fingerprint says: the tokenizer's vocabulary, and the reference of a KL.
         texts: what examples say.
         marked: what they say around a token.
         greeting: what to say first.
@@ -160,7 +163,9 @@ def open_session(config: QueryConfig) -> Session:
     texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
-    known = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    if (reference := measured.loss_fn.reference) is not None:
+        known["reference"] = reference
     asked = Attributor(config.index, faiss=config.faiss.made())
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
@@ -266,4 +271,6 @@ def _lines(file: str | None) -> list[str]:
         return []
     if file == "-":
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    return [line for line in Path(file).read_text().splitlines() if line.strip()]
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {file} of texts to ask about")
+    return [line for line in text_of(file).splitlines() if line.strip()]

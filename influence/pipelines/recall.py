@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from influence.data.parsing import parsed, shortly, text_of
 from influence.func.per_example import per_example_grads_fn
 from influence.func.retrieval import Recall, first_gold, first_gold_listed, recall
 from influence.index import fingerprint_of, open_index
 from influence.pipelines.configs import RunConfig
+from influence.pipelines.directory import config_of, names_in
 from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.plain import read_config
 from influence.pipelines.prepare import batches_of
 from influence.pipelines.queries import column
 from influence.pipelines.query import QueryConfig, open_session
@@ -145,10 +146,10 @@ def read_gold(path: str | Path) -> Gold:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no gold file {path}")
-    text = Path(path).read_text()
+    text = text_of(path)
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # it is read line by line below, which says what is wrong
         whole = None
     if isinstance(whole, Mapping) and "gold" not in whole:
         lines = [(f"query {query!r}", {"query": query, "gold": rows}) for query, rows in whole.items()]
@@ -160,7 +161,7 @@ def read_gold(path: str | Path) -> Gold:
         if query is None or not isinstance(rows, list) or not rows or None in (known := [_number(r) for r in rows]):
             raise ValueError(
                 f'{path}, {where}: expected {{"gold": [rows of the corpus]}} with at least one row, and the number of '
-                f'its query in "query" or by its place; got {json.dumps(line)[:200]}'
+                f'its query in "query" or by its place; got {shortly(line)}'
             )
         if query in gold:
             raise ValueError(f"{path}, {where}: query {query} has gold already: put all of its rows in one list")
@@ -175,10 +176,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 
 def _parsed(line: str, path: str | Path, number: int) -> dict[str, Any]:
-    try:
-        read = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    read = parsed(line, f"{path}, line {number}")
     if not isinstance(read, dict):
         raise ValueError(f"{path}, line {number}: expected an object with the field gold; got {line[:100]}")
     return read
@@ -194,10 +192,10 @@ def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
     """Return where scores put the gold documents, for every query run that was scored."""
     path = Path(str(config.scores))
     path = path / "scores" if (path / "scores" / "run.json").exists() else path
-    about = read_config(path / "config.yaml") if (path / "config.yaml").exists() else {}
+    about = config_of(path)
     if about.get("mode") == "nearest":
         raise ValueError(f"{path} keeps the best score over all queries: score with --mode individual")
-    names = [str(name) for name in about.get("query", ())]
+    names = names_in(path, "query")
     if (path / "best.h5").is_file():
         heaps = [heap for name, heap in read_best(path).items() if name.endswith("/best")]
         kept = heaps[0].indices.shape[1]

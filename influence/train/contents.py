@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from influence.store import BadFileError
+
 CONTENTS = ".metadata"
 """The file's name."""
 LARGEST = 1 << 28
@@ -123,16 +125,16 @@ def read_contents(folder: Path) -> Contents:
     """Read a table of contents.
 
     Raises:
-        ValueError: if it is none, or asks for anything but plain values; naming the file.
+        BadFileError: if it is none, or asks for anything but plain values; naming the file.
     """
     path = folder / CONTENTS
     if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a table of contents has at most {LARGEST:,}")
+        raise BadFileError(f"{path} has {path.stat().st_size:,} bytes; a table of contents has at most {LARGEST:,}")
     try:
         return _contents(unpacked(path.read_bytes()), folder)
     except (ValueError, TypeError, KeyError, IndexError) as error:  # whatever a broken table leads to
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"the table of contents {path}: {said}: not read") from error
+        raise BadFileError(f"the table of contents {path}: {said}: not read") from error
 
 
 def unpacked(raw: bytes) -> Any:
