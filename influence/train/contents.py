@@ -297,6 +297,8 @@ def _bytes(folder: Path, name: str) -> int:
 def _fields(made: Any, kind: str) -> dict[str, Any]:
     if not isinstance(made, Made) or made.kind != kind or not isinstance(made.state, dict):
         raise ValueError(f"expected a {kind.rpartition('.')[2]}; got {_said(made)}")
+    if not all(isinstance(name, str) for name in made.state):
+        raise ValueError(f"a {kind.rpartition('.')[2]} has fields without a name")
     return made.state
 
 
