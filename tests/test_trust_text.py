@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence.cli import main
-from influence.data import TextFormat, apart, load, parsing, sizes, templates, tokenize
+from influence.data import TextFormat, apart, load, sizes, templates, tokenize
 from influence.data.apart import ItemError, Limits
+from influence.data.parsing import yaml_of
 from influence.data.templates import Template
 from influence.pipelines.configs import DataConfig
 from influence.pipelines.plain import read_config
@@ -151,12 +152,12 @@ def test_yaml_that_stands_for_more_than_it_is(tmp_path: Path) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{b}: &{b} [{', '.join('*' + a for _ in range(10))}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
     )
-    with pytest.raises(ValueError, match=f"values, aliases counted, and settings have fewer than {parsing.VALUES:,}"):
-        parsing.yaml_of(bomb, "it")
+    with pytest.raises(ValueError, match=r"it has .* values, aliases counted"):
+        yaml_of(bomb, "it")
     (tmp_path / "config.yaml").write_text(bomb)
     with pytest.raises(ValueError, match=r"config\.yaml has .* values, aliases counted"):
         read_config(tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match="values, aliases counted"):
+    with pytest.raises(ValueError, match=r"t has .* values, aliases counted"):
         templates.parse("doc_to_text: a\n" + bomb, "t")
 
 
@@ -165,19 +166,19 @@ def test_yaml_that_stands_for_more_than_it_is(tmp_path: Path) -> None:
     [
         ("[" * 2000, "it is no YAML"),
         ("a: 2001-99-99", "it is no YAML"),
-        ("x" * (1 << 21), "it has 2,097,152 characters; settings have at most"),
+        ("x" * (1 << 21), "it has 2,097,152 characters, and settings have at most"),
         ("!!python/object/apply:os.system ['true']", "it is no YAML"),
     ],
     ids=["nested", "no date", "long", "an object"],
 )
 def test_yaml_that_is_none(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        parsing.yaml_of(text, "it")
+        yaml_of(text, "it")
 
 
 def test_a_configuration_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"config\.yaml is no text"):
+    with pytest.raises(ValueError, match=r"config\.yaml, line 1, is no text"):
         read_config(tmp_path / "config.yaml")
 
 

@@ -69,15 +69,15 @@ def _check_json(path: Path, most: int) -> None:
         within = ((seen - before) & 1).astype(bool)
         steps = numpy.where(within, 0, (kinds == OPEN).astype(numpy.int64) - (kinds == CLOSE))
         depths = depth + numpy.cumsum(steps)
-        deep = numpy.flatnonzero((depths > DEEPEST) | (depths < 0))
+        depths -= numpy.minimum(numpy.minimum.accumulate(depths), 0)  # a bracket that nothing opened closes nothing
+        deep = numpy.flatnonzero(depths > DEEPEST)
         ends = places[((steps < 0) | ((kinds == LINE) & ~within)) & (depths <= base)] + at
         if len(deep):
             place = at + int(places[deep[0]])
             found = row + int((ends < place).sum())
-            what = f"more than {DEEPEST} brackets inside one another" if depths[deep[0]] > 0 else "a bracket too many"
             raise ValueError(
-                f"{path} has {what}, at byte {place:,} (about row {found:,}): no reader of JSON is given that. "
-                "Correct the row, or leave it out"
+                f"{path} has more than {DEEPEST} brackets inside one another, at byte {place:,} (about row {found:,}), "
+                "which can end the process that reads them: correct the row, or leave it out"
             )
         begin, row = _longest(path, begin, row, ends, at + len(chunk), most)
         if len(places):
