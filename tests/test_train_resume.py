@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from influence.index import open_index
+from influence.pipelines import inspect
 from influence.train import read_order, sum_epochs
 from tests import training_kills, training_world
 from tests.killing import Events, in_child
@@ -280,6 +281,20 @@ def test_a_training_that_has_not_ended(tmp_path: Path) -> None:
     total = sum_epochs(tmp_path / "rows", partial=True)
     assert torch.equal(total.matrix(), open_index(whole("steps").directory / "rows/epoch-0").matrix())
     assert read_order(tmp_path / "rows").step.max() == STEPS - 1
+
+
+def test_what_inspect_says(tmp_path: Path) -> None:
+    stopped(tmp_path, r"(?<=open trainer/checkpoint-6/trainer_state\.json\n)write rows")
+    found = inspect.run(inspect.InspectConfig(str(tmp_path / "rows"), verify=True))
+    assert found.facts["epochs"] == {
+        0: {"steps": [0, 4], "visits": 12, "index": True},
+        1: {"steps": [4, 6], "visits": 6, "index": False},
+    }
+    assert "not ended, 12 examples" in found.text
+    assert "verified" in found.text
+    assert inspect.run(inspect.InspectConfig(str(whole("steps").directory / "rows"))).facts["finished"]
+    with pytest.raises(ValueError, match=r"the directory of a training, .*: open epoch-0, …, or what sum_epochs makes"):
+        open_index(tmp_path / "rows")
 
 
 def test_rows_that_begin_late(tmp_path: Path) -> None:
