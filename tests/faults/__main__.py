@@ -1,0 +1,104 @@
+"""Faults, injected into every command that writes and every file that is read.
+
+    python -m tests.faults                    # all of them, in at most an hour on two cores
+    python -m tests.faults --sample           # a seeded few of each, in a minute
+    python -m tests.faults --only kill/build  # those whose names begin so
+    python -m tests.faults --replay 'kill/build/17'
+
+Exit status 1 if any fault shows in the library.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from tests.faults import foreign, forks, kills
+from tests.faults.results import Result, Task, table
+from tests.faults.world import World
+
+RUN = {"kill": kills.run, "foreign": foreign.run}
+SAMPLED = {"build": 4, "score top": 3, "hessian ekfac": 3, "sample": 4}
+"""How many kills of which command a sample has."""
+
+
+def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
+    """Yield every fault to inject; each case's sample is drawn from a seed of its own."""
+    for case in world.cases().values():
+        if f"kill/{case.name}/".startswith(only) or only.startswith(f"kill/{case.name}"):
+            most = SAMPLED.get(case.name, 0) if sample else None
+            if most != 0:
+                yield from kills.tasks(world, case, Random(f"{seed} {case.name}"), most)
+        variants = foreign.variants()[:3] if sample else foreign.variants()
+        if not sample or case.name in SAMPLED:
+            yield from foreign.tasks(case, variants)
+
+
+def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Result]:
+    """Inject faults, in processes that were forked before any thread was."""
+    for name in {task.case for task in chosen} & {*world.cases()}:
+        world.prepare(world.cases()[name])
+    found: list[Result] = []
+    began = time.monotonic()
+    with multiprocessing.get_context("fork").Pool(jobs, _keep, (world,)) as pool:
+        for number, result in enumerate(pool.imap_unordered(_one, chosen), 1):
+            found.append(result)
+            if result.bad:
+                print(f"{result.outcome}: {result.task}: {result.detail}\n    {result.task.replay}", flush=True)
+            elif shown and number % 50 == 0:
+                print(f"{number} of {len(chosen)} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+_world: World
+
+
+def _keep(world: World) -> None:
+    global _world
+    _world = world
+
+
+def _one(task: Task) -> Result:
+    return RUN[task.kind](_world, task)
+
+
+def main() -> int:
+    """Inject what was asked for and print what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="faults whose names begin so: kill, kill/build, foreign/sample")
+    parser.add_argument("--replay", help="one fault, by its name")
+    parser.add_argument("--sample", action="store_true", help="a seeded few of each")
+    parser.add_argument("--most", type=int, help="at most so many, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", help="write every result to this file")
+    options = parser.parse_args()
+    forks.preloaded("tests.faults", sys.argv[1:])
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="influence-faults-") as folder:
+        world = World(Path(folder))
+        if options.replay:
+            (result,) = inject(world, [Task.read(options.replay)], 1, False)
+            print(f"{result.outcome}: {result.detail}")
+            return int(result.bad)
+        chosen = [
+            t for t in tasks(world, options.seed, options.sample, options.only) if str(t).startswith(options.only)
+        ]
+        if options.most is not None and options.most < len(chosen):
+            chosen = Random(options.seed).sample(chosen, options.most)
+        results = inject(world, chosen, options.jobs, sys.stderr.isatty())
+    print(table(results))
+    bad = sum(result.bad for result in results)
+    print(f"{len(results)} faults injected in {time.monotonic() - began:.0f} s: {bad} show in the library")
+    if options.json:
+        Path(options.json).write_text(json.dumps([result.json() for result in results], indent=1) + "\n")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Kills: each command ends by SIGKILL at a file event, is read, is typed again, and must be as if nobody killed it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.faults.forks import Kill
+from tests.faults.results import Result, Task
+from tests.faults.world import Case, World, answers, differing, remove, tree
+
+SAMPLE = 30
+"""Kills of a command that is one more instance of its protocol."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a command does when nobody disturbs it.
+
+    Attributes:
+        tree: what its folder holds then.
+        answers: what is read there.
+        before: what was read before it began.
+        events: what it did to files.
+        seconds: how long it took.
+    """
+
+    tree: dict[str, str]
+    answers: dict[str, str]
+    before: dict[str, str]
+    events: list[str]
+    seconds: float
+
+
+def reference(world: World, case: Case) -> Reference:
+    """Return a command's reference, made once in a world.
+
+    Raises:
+        RuntimeError: if the command fails by itself, or two runs of it are not the same bytes.
+    """
+    place = world.root / "references" / f"{case.name}.json"
+    if place.exists():
+        return Reference(**json.loads(place.read_text()))
+    world.prepare(case)
+    folders = [world.folder_for(case) for _ in range(2)]
+    before = world.do(lambda: answers(folders[0]), folders[0]).value
+    ended = [world.do(case.call(), folder, Kill()) for folder in folders]
+    for each in ended:
+        if each.status != 0:
+            raise RuntimeError(f"{case.name} fails by itself: {each.said}")
+    trees = [tree(folder) for folder in folders]
+    if other := differing(*trees):
+        raise RuntimeError(f"{case.name}: two runs of it differ in {other}")
+    read = world.do(lambda: answers(folders[0]), folders[0])
+    unread = [f"{name}: {said}" for name, said in (read.value or {"all": read.said}).items() if ": " in said]
+    if unread:
+        raise RuntimeError(f"{case.name}: what it wrote cannot be read: {unread}")
+    made = Reference(trees[0], read.value, before, ended[0].events, ended[0].seconds)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(made.__dict__))
+    for folder in folders:
+        remove(folder)
+    return made
+
+
+def tasks(world: World, case: Case, draw: Random, most: int | None = None) -> list[Task]:
+    """Return the kills of a command: at every event or a sample of them, some in the middle of a write, some by time.
+
+    Args:
+        world: the world.
+        case: the command.
+        draw: decides the samples.
+        most: at most so many.
+    """
+    events = reference(world, case).events
+    writes = [n for n, event in enumerate(events, 1) if event.split()[1] in ("write", "pwrite", "pwrite64", "fwrite")]
+    whole = [f"{n}" for n in range(1, len(events) + 1)]
+    halves = [f"{n}h" for n in draw.sample(writes, min(len(writes), SAMPLE // 3))]
+    times = [f"{draw.random():.3f}t" for _ in range(SAMPLE // 6)]
+    if not case.every:
+        whole = draw.sample(whole, min(len(whole), SAMPLE - len(halves) - len(times)))
+    chosen = whole + halves + times
+    if most is not None and most < len(chosen):
+        renames = [f"{n}" for n, event in enumerate(events, 1) if event.split()[1] not in ("write", "pwrite64")]
+        chosen = draw.sample(renames, min(most, len(renames)))
+    return [Task("kill", case.name, what) for what in chosen]
+
+
+def run(world: World, task: Task) -> Result:
+    """Kill a command once, and see what is left of it."""
+    case = world.cases()[task.case]
+    expected = reference(world, case)
+    folder = world.folder_for(case)
+    try:
+        outcome, detail = _killed(world, case, expected, folder, task.what)
+    finally:
+        remove(folder)
+    return Result(task, case.protocol, outcome, detail)
+
+
+def _killed(world: World, case: Case, expected: Reference, folder: Path, what: str) -> tuple[str, str]:
+    if what.endswith("t"):
+        ended = world.do(case.call(), folder, Kill(), limit=float(what[:-1]) * expected.seconds)
+    else:
+        ended = world.do(case.call(), folder, Kill(int(what.removesuffix("h")), what.endswith("h")))
+    at = f"killed at {ended.events[-1]}" if ended.events else "killed before any event"
+    if ended.status not in (None, -9, 0):
+        return ended.fault or "lost", f"it was not killed: {ended.brief()}"
+    read = world.do(lambda: answers(folder), folder)
+    if read.fault or read.value is None:
+        return read.fault or "traceback", f"{at}; reading: {read.brief()}"
+    for name, said in read.value.items():
+        if said.startswith("broken: "):
+            return "traceback", f"{at}; {name} is {said}"
+        between = any(part.startswith("chains-") for part in Path(name).parts)  # a share, before it is joined
+        if not between and ": " not in said and said not in (expected.answers.get(name), expected.before.get(name)):
+            return "wrong", f"{at}; {name} is read, and is not what it should be"
+    there = tree(folder)
+    again = world.do(case.call(), folder, Kill())
+    if again.fault:
+        return again.fault, f"{at}; again: {again.brief()}"
+    found = tree(folder)
+    other = differing(found, expected.tree)
+    if not other:
+        return "same", at
+    whole = again.status == 0 or not any(there.get(name) != it for name, it in expected.tree.items())
+    more = all(name not in expected.tree for name in other)
+    return "left" if whole and more else "lost", f"{at}; again: {again.brief()}; other: {other[:6]}"
