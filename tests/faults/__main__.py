@@ -18,31 +18,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tests.faults import foreign, forks, kills
+from tests.faults import damage, foreign, forks, kills
 from tests.faults.results import Result, Task, table
 from tests.faults.world import World
 
-RUN = {"kill": kills.run, "foreign": foreign.run}
+RUN = {"kill": kills.run, "damage": damage.run, "foreign": foreign.run}
 SAMPLED = {"build": 4, "score top": 3, "hessian ekfac": 3, "sample": 4}
 """How many kills of which command a sample has."""
 
 
 def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
     """Yield every fault to inject; each case's sample is drawn from a seed of its own."""
+
+    def asked(kind: str, name: str) -> bool:
+        return f"{kind}/{name}/".startswith(only) or only.startswith(f"{kind}/{name}/")
+
     for case in world.cases().values():
-        if f"kill/{case.name}/".startswith(only) or only.startswith(f"kill/{case.name}"):
-            most = SAMPLED.get(case.name, 0) if sample else None
-            if most != 0:
-                yield from kills.tasks(world, case, Random(f"{seed} {case.name}"), most)
-        variants = foreign.variants()[:3] if sample else foreign.variants()
-        if not sample or case.name in SAMPLED:
-            yield from foreign.tasks(case, variants)
+        draw = Random(f"{seed} {case.name}")
+        if asked("kill", case.name) and (not sample or case.name in SAMPLED):
+            yield from kills.tasks(world, case, draw, SAMPLED[case.name] if sample else None)
+        if asked("foreign", case.name) and (not sample or case.name in SAMPLED):
+            yield from foreign.tasks(case, foreign.variants()[:3] if sample else foreign.variants())
+    for reader in damage.readers(world).values():
+        if asked("damage", reader.name):
+            damage.prepare(world, reader)
+            yield from damage.tasks(world, reader, Random(f"{seed} {reader.name}"), sample)
 
 
 def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Result]:
     """Inject faults, in processes that were forked before any thread was."""
-    for name in {task.case for task in chosen} & {*world.cases()}:
+    for name in sorted({task.case for task in chosen} & {*world.cases()}):
         world.prepare(world.cases()[name])
+    for name in sorted({task.case for task in chosen} & {*damage.readers(world)}):
+        damage.prepare(world, damage.readers(world)[name])
     found: list[Result] = []
     began = time.monotonic()
     with multiprocessing.get_context("fork").Pool(jobs, _keep, (world,)) as pool:

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
+from tests.faults.commands import Case
 from tests.faults.results import Result, Task
-from tests.faults.world import Case, World, differing, remove, tree
+from tests.faults.world import World, differing, remove, tree
 
 NAMES = (
     "run.json config.yaml config.partial index.h5 shard-00000.h5 shard-00007.h5 partial-00000.h5 factors.h5 kfac.h5 "
@@ -51,10 +52,9 @@ def variants() -> list[str]:
 
 def tasks(case: Case, chosen: list[str]) -> list[Task]:
     """Return a command's tasks: each folder, without and with `--overwrite`."""
-    if not case.over:
+    if not case.over or not case.directory:
         return []
-    flags = [""] if callable(case.work) else ["", "+"]
-    return [Task("foreign", case.name, what + flag) for what in chosen for flag in flags]
+    return [Task("foreign", case.name, what + flag) for what in chosen for flag in ("", "+")]
 
 
 def run(world: World, task: Task) -> Result:
@@ -65,7 +65,7 @@ def run(world: World, task: Task) -> Result:
     try:
         folder_of(what, folder / "run")
         before = _all(folder)
-        ended = world.do(case.call(more), folder)
+        ended = world.do(case.call(*more), folder)
         after = _all(folder)
     finally:
         remove(folder)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from tests.faults.commands import Case
 from tests.faults.forks import Kill
 from tests.faults.results import Result, Task
-from tests.faults.world import Case, World, answers, differing, remove, tree
+from tests.faults.world import TRAINER, World, answers, differing, remove, tree
 
 SAMPLE = 30
 """Kills of a command that is one more instance of its protocol."""
@@ -48,7 +49,7 @@ def reference(world: World, case: Case) -> Reference:
     for each in ended:
         if each.status != 0:
             raise RuntimeError(f"{case.name} fails by itself: {each.said}")
-    trees = [tree(folder) for folder in folders]
+    trees = [_compared(folder) for folder in folders]
     if other := differing(*trees):
         raise RuntimeError(f"{case.name}: two runs of it differ in {other}")
     read = world.do(lambda: answers(folders[0]), folders[0])
@@ -115,14 +116,19 @@ def _killed(world: World, case: Case, expected: Reference, folder: Path, what: s
         between = any(part.startswith("chains-") for part in Path(name).parts)  # a share, before it is joined
         if not between and ": " not in said and said not in (expected.answers.get(name), expected.before.get(name)):
             return "wrong", f"{at}; {name} is read, and is not what it should be"
-    there = tree(folder)
-    again = world.do(case.call(), folder, Kill())
+    there = _compared(folder)
+    again = world.do(case.call_again(), folder, Kill())
     if again.fault:
         return again.fault, f"{at}; again: {again.brief()}"
-    found = tree(folder)
+    found = _compared(folder)
     other = differing(found, expected.tree)
     if not other:
         return "same", at
     whole = again.status == 0 or not any(there.get(name) != it for name, it in expected.tree.items())
     more = all(name not in expected.tree for name in other)
     return "left" if whole and more else "lost", f"{at}; again: {again.brief()}; other: {other[:6]}"
+
+
+def _compared(folder: Path) -> dict[str, str]:
+    """Return what of a folder must be the same."""
+    return {name: it for name, it in tree(folder).items() if Path(name).parts[0] != TRAINER}

@@ -8,13 +8,15 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tests.faults.forks import Ended, Kill, forked, refusing
+import influence
+from tests.faults.commands import Case, commands, inputs
+from tests.faults.forks import Ended, Kill, forked
 
 DOCUMENTS = 25
 IMPORTS = (
@@ -29,67 +31,47 @@ IMPORTS = (
     "safetensors.torch",
     "tyro",
     "yaml",
+    "beartype.door",
     "matplotlib.figure",
-    "influence.cli",
-    "influence.train",
-    "influence.viz",
 )
-"""What children would import each for itself."""
+"""What children would import each for itself, beside all of the library."""
 UNCOMPARED = (".lock",)
 """Files of a run directory that say who is at it, and nothing of the work."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A command that writes.
+class Given(Protocol):
+    """What is given finished runs."""
 
-    Attributes:
-        name: its name.
-        protocol: which way of writing to a disk it is an instance of.
-        work: what it does in its folder: what is typed after `influence`, or a function of Python.
-        given: finished runs that lie in the folder before it starts, by the name there.
-        needs: finished runs elsewhere, which it reads.
-        every: whether each of its file events is killed; otherwise a seeded thirty.
-        over: whether `--overwrite` is a flag of it.
-    """
+    @property
+    def given(self) -> Mapping[str, str]: ...
 
-    name: str
-    protocol: str
-    work: list[str] | Callable[[], Any]
-    given: Mapping[str, str] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    every: bool = False
-    over: bool = True
 
-    def call(self, more: list[str] | None = None) -> Callable[[], Any]:
-        """Return what a child does."""
-        if callable(self.work):
-            return refusing(self.work)
-        typed = [*self.work, *(more or [])]
-
-        def run() -> int:
-            from influence.cli import main
-
-            return main(typed)
-
-        return run
+TRAINER = "trainer"
+"""Where a Trainer keeps its checkpoints."""
 
 
 class World:
     """A model, a corpus, questions, and finished runs that commands read, made once."""
 
     def __init__(self, root: Path) -> None:
-        """Make model and data in a directory; runs are made when they are first asked for."""
+        """Make model and data in a directory; runs are made when they are first asked for.
+
+        All is done by children, so that no thread is running here when others are forked.
+        """
         from notebooks.make_corpus import make
 
         self.root = root.resolve()
-        make(self.root, DOCUMENTS, steps=0, hidden=16, layers=1, double=True)
+        self._numbers = iter(range(1 << 30))
+        ours = (module.name for module in pkgutil.walk_packages(influence.__path__, "influence."))
+        for name in (*IMPORTS, *(name for name in ours if not name.endswith("__main__"))):
+            importlib.import_module(name)
+        making = forked(lambda: make(self.root, DOCUMENTS, steps=0, hidden=16, layers=1, double=True) and 0, self.root)
+        if making.wait().status != 0:
+            raise RuntimeError("the world could not be made")
         rows = (self.root / "corpus.jsonl").read_text().splitlines()
         (self.root / "more.jsonl").write_text("\n".join(rows[:9]) + "\n")
-        (self.root / "work").mkdir()
-        self._numbers = iter(range(1 << 30))
-        for name in IMPORTS:
-            importlib.import_module(name)
+        (self.root / "gold.jsonl").write_text('{"gold": [2, 4]}\n')
+        (self.root / "reverse.jsonl").write_text("\n".join(reversed(rows)) + "\n")
 
     def fresh(self) -> Path:
         """Return a new folder."""
@@ -97,30 +79,38 @@ class World:
         folder.mkdir(parents=True)
         return folder
 
-    def folder_for(self, case: Case) -> Path:
+    def folder_for(self, case: Given) -> Path:
         """Return a new folder with what a case is given."""
         folder = self.fresh()
         for name, made in case.given.items():
-            shutil.copytree(self.made(made) / "run", folder / name, symlinks=True)
+            shutil.copytree(self.made(made), folder / name, symlinks=True)
         return folder
 
-    def prepare(self, case: Case) -> None:
+    def prepare(self, case: Given) -> None:
         """Make every run that a case reads or is given."""
-        for name in (*case.given.values(), *case.needs):
+        for name in (*case.given.values(), *getattr(case, "needs", ())):
             self.made(name)
 
     def made(self, name: str) -> Path:
-        """Return the folder of a finished run, made if it is not there."""
+        """Return a finished run, or one that was killed as it put a file there: `build at shard-00002.h5`.
+
+        It is made if it is not there.
+        """
         place = self.root / "made" / name
         if not place.exists():
-            case = self.cases()[name]
+            whole, _, file = name.partition(" at ")
+            case = (self.cases() | inputs(self.root))[whole]
             self.prepare(case)
             folder = self.folder_for(case)
             ended = self.do(case.call(), folder, Kill())
             if ended.status != 0:
-                raise RuntimeError(f"the run {name!r} that others need failed: {ended.said}")
-            place.parent.mkdir(exist_ok=True)
-            folder.rename(place)
+                raise RuntimeError(f"the run {whole!r} that others need failed: {ended.said}")
+            if file:
+                last = max(n for n, event in enumerate(ended.events, 1) if " rename" in event and event.endswith(file))
+                folder = self.folder_for(case)
+                self.do(case.call(), folder, Kill(last))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (folder / case.writes).rename(place)
         return place
 
     def do(self, work: Callable[[], Any], folder: Path, kill: Kill | None = None, **limits: Any) -> Ended:
@@ -129,7 +119,7 @@ class World:
 
     def cases(self) -> dict[str, Case]:
         """Return every command that writes, by name."""
-        return {case.name: case for case in _cases(self.root)}
+        return {case.name: case for case in commands(self.root)}
 
 
 def remove(folder: Path) -> None:
@@ -143,8 +133,10 @@ def settle() -> None:
 
     from influence.index import starting
     from influence.pipelines import collect
+    from influence.train import collector
 
     collect.SAVE_EVERY = 0.0
+    collector.time = SimpleNamespace(perf_counter=lambda: 0.0)  # an epoch notes the seconds that it took
     if hasattr(starting, "secrets"):  # a run's stamp was random once
         starting.secrets = SimpleNamespace(token_hex=lambda size: "0" * 2 * size)
 
@@ -178,17 +170,22 @@ def answers(folder: Path) -> dict[str, str]:
     from influence.pipelines.ends import read_best
 
     found = {}
-    for path in [folder, *sorted(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]:
+    for path in [folder, *(path for path in _ours(folder) if path.is_dir() and not path.is_symlink())]:
         ways = {"index.h5": open_index, "best.h5": read_best, "run.h5": sgmcmc.load}
         ways |= {"factors.h5": lambda at: hessians.load(at / "factors.h5")}
         for name, read in ways.items():
             if (path / name).exists():
                 where = str((path / name).relative_to(folder))
                 found[where] = _answer(lambda read=read, path=path: read(path))
-    for path in sorted(folder.rglob("*")):
+    for path in _ours(folder):
         if path.suffix in (".npy", ".csv", ".safetensors", ".parquet", ".html") and not path.name.startswith("."):
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def _ours(folder: Path) -> list[Path]:
+    """Return what lies under a folder, but for a Trainer's own."""
+    return [path for path in sorted(folder.rglob("*")) if path.relative_to(folder).parts[0] != TRAINER]
 
 
 def _answer(read: Callable[[], Any]) -> str:
@@ -224,38 +221,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _cases(root: Path) -> list[Case]:
-    model, corpus, questions = (str(root / name) for name in ("model", "corpus.jsonl", "questions.jsonl"))
-    mean = str(root / "made/reduce/run")
-    of_model = ["--model", model, "--token-budget", "256", "--dtype", "float64", "--progress", "False"]
-    small = [*of_model, "--dataset", corpus, "--run", "run", "--shard-size", "8"]
-    asked = [*of_model, "--dataset", questions, "--run", "run", "--shard-size", "2"]
-    rows = ["--projection-dim", "4"]
-    chains = ["--model", model, "--dataset", corpus, "--run", "run", "--progress", "False", "--num-draws", "8"]
-    chains += ["--num-burnin-steps", "2", "--batch-size", "4", "--num-chains", "2", "--localization", "1000"]
-    chains += ["--checkpoint-every", "3"]
-    watched = ["--observables", f"questions={questions}", "data", "--observed", "4"]
-    fits = {
-        method: Case(f"hessian {method}", "factors", ["hessian", *small, "--method", method])
-        for method in ("kfac", "ekfac", "tkfac", "shampoo")
-    }
-    return [
-        Case("build", "index", ["build", *small, *rows], every=True),
-        Case("append", "index", ["build", *small, *rows, "--append", "--dataset", str(root / "more.jsonl")],
-             {"run": "build"}, every=True, over=False),
-        Case("build over", "index", ["build", *small, *rows, "--overwrite"], {"run": "reduce"}, every=True, over=False),
-        Case("reduce", "index", ["reduce", *asked, *rows]),
-        Case("score", "scores", ["score", *small, *rows, "--query", mean], needs=("reduce",), every=True),
-        Case("score top", "scores", ["score", *small, *rows, "--query", mean, "--top-k", "3"], needs=("reduce",),
-             every=True),
-        Case("hessian kfac", "factors", fits["kfac"].work, every=True),
-        Case("hessian ekfac", "factors", fits["ekfac"].work, every=True),
-        Case("hessian tkfac", "factors", fits["tkfac"].work),
-        Case("hessian shampoo", "factors", fits["shampoo"].work),
-        Case("hessian autocorrelation", "factors", ["hessian", *small, *rows, "--method", "autocorrelation"]),
-        Case("sample", "chains", ["sample", *chains, *watched], every=True),
-        Case("sample over", "chains", ["sample", *chains, "--overwrite"], {"run": "sample"}, every=True, over=False),
-        Case("llc", "chains", ["llc", *chains]),
-    ]  # fmt: skip
