@@ -18,13 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from tests.faults import damage, foreign, forks, kills
+from tests.faults import damage, foreign, forks, kills, pairs
 from tests.faults.results import Result, Task, table
 from tests.faults.world import World
 
-RUN = {"kill": kills.run, "damage": damage.run, "foreign": foreign.run}
+RUN = {"kill": kills.run, "damage": damage.run, "pair": pairs.run, "foreign": foreign.run}
 SAMPLED = {"build": 4, "score top": 3, "hessian ekfac": 3, "sample": 4}
 """How many kills of which command a sample has."""
+PAIRED = ("build, build of other data", "python sample, another seed")
+"""Which pairs are in a sample."""
 
 
 def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
@@ -43,6 +45,10 @@ def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
         if asked("damage", reader.name):
             damage.prepare(world, reader)
             yield from damage.tasks(world, reader, Random(f"{seed} {reader.name}"), sample)
+    for pair in pairs.pairs(world).values():
+        if asked("pair", pair.name) and (not sample or pair.name in PAIRED):
+            pairs.alone(world, pair)
+            yield from pairs.tasks(pair, Random(f"{seed} {pair.name}"), 2 if sample else pairs.TIMES)
 
 
 def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Result]:
@@ -51,6 +57,8 @@ def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Res
         world.prepare(world.cases()[name])
     for name in sorted({task.case for task in chosen} & {*damage.readers(world)}):
         damage.prepare(world, damage.readers(world)[name])
+    for name in sorted({task.case for task in chosen} & {*pairs.pairs(world)}):
+        pairs.alone(world, pairs.pairs(world)[name])
     found: list[Result] = []
     began = time.monotonic()
     with multiprocessing.get_context("fork").Pool(jobs, _keep, (world,)) as pool:

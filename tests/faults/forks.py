@@ -57,6 +57,10 @@ class Kill:
     half: bool = False
 
 
+COUNT = Kill()
+"""Count, and kill nobody."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a child ended.
@@ -105,7 +109,7 @@ class Ended:
 def forked(
     work: Callable[[], Any],
     folder: Path,
-    kill: Kill | None = None,
+    kill: Kill = COUNT,
     limit: float = LIMIT,
     memory: int | None = None,
     start: int | None = None,
@@ -140,10 +144,9 @@ def forked(
             resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
         if start is not None:
             os.read(start, 1)
-        if kill is not None:
-            events = os.open(log / "events", os.O_WRONLY | os.O_CREAT, 0o600)
-            shim = ctypes.CDLL(os.environ["FAULTS_SHIM"])
-            shim.faults_arm(os.fsencode(folder.resolve()), ctypes.c_long(kill.at), int(kill.half), events)
+        events = os.open(log / "events", os.O_WRONLY | os.O_CREAT, 0o600)
+        shim = ctypes.CDLL(os.environ["FAULTS_SHIM"])
+        shim.faults_arm(os.fsencode(folder.resolve()), ctypes.c_long(kill.at), int(kill.half), events)
         value = work()
         status = value if isinstance(value, int) else 0
         if not isinstance(value, int):

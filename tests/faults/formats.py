@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"influence store 1\n"
+FREE = ("config", "command", "recorded")
+"""Attributes under which anything may stand: it is shown, and decides nothing."""
 
 
 def facts(path: Path) -> Any:

@@ -45,7 +45,7 @@ def reference(world: World, case: Case) -> Reference:
     world.prepare(case)
     folders = [world.folder_for(case) for _ in range(2)]
     before = world.do(lambda: answers(folders[0]), folders[0]).value
-    ended = [world.do(case.call(), folder, Kill()) for folder in folders]
+    ended = [world.do(case.call(), folder) for folder in folders]
     for each in ended:
         if each.status != 0:
             raise RuntimeError(f"{case.name} fails by itself: {each.said}")
@@ -101,7 +101,7 @@ def run(world: World, task: Task) -> Result:
 
 def _killed(world: World, case: Case, expected: Reference, folder: Path, what: str) -> tuple[str, str]:
     if what.endswith("t"):
-        ended = world.do(case.call(), folder, Kill(), limit=float(what[:-1]) * expected.seconds)
+        ended = world.do(case.call(), folder, limit=float(what[:-1]) * expected.seconds)
     else:
         ended = world.do(case.call(), folder, Kill(int(what.removesuffix("h")), what.endswith("h")))
     at = f"killed at {ended.events[-1]}" if ended.events else "killed before any event"
@@ -117,7 +117,7 @@ def _killed(world: World, case: Case, expected: Reference, folder: Path, what: s
         if not between and ": " not in said and said not in (expected.answers.get(name), expected.before.get(name)):
             return "wrong", f"{at}; {name} is read, and is not what it should be"
     there = _compared(folder)
-    again = world.do(case.call_again(), folder, Kill())
+    again = world.do(case.call_again(), folder)
     if again.fault:
         return again.fault, f"{at}; again: {again.brief()}"
     found = _compared(folder)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import influence
 from tests.faults.commands import Case, commands, inputs
-from tests.faults.forks import Ended, Kill, forked
+from tests.faults.forks import COUNT, Child, Ended, Kill, forked
 
 DOCUMENTS = 25
 IMPORTS = (
@@ -102,7 +102,7 @@ class World:
             case = (self.cases() | inputs(self.root))[whole]
             self.prepare(case)
             folder = self.folder_for(case)
-            ended = self.do(case.call(), folder, Kill())
+            ended = self.do(case.call(), folder)
             if ended.status != 0:
                 raise RuntimeError(f"the run {whole!r} that others need failed: {ended.said}")
             if file:
@@ -113,9 +113,18 @@ class World:
             (folder / case.writes).rename(place)
         return place
 
-    def do(self, work: Callable[[], Any], folder: Path, kill: Kill | None = None, **limits: Any) -> Ended:
+    def start(self, work: Callable[[], Any], folder: Path, kill: Kill = COUNT, **limits: Any) -> Child:
+        """Do something in a child."""
+
+        def settled() -> Any:
+            settle()
+            return work()
+
+        return forked(settled, folder, kill, **limits)
+
+    def do(self, work: Callable[[], Any], folder: Path, kill: Kill = COUNT, **limits: Any) -> Ended:
         """Do something in a child and wait for it."""
-        return forked(lambda: (settle(), work())[1], folder, kill, **limits).wait()
+        return self.start(work, folder, kill, **limits).wait()
 
     def cases(self) -> dict[str, Case]:
         """Return every command that writes, by name."""
