@@ -55,6 +55,8 @@ def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Res
     """Inject faults, in processes that were forked before any thread was."""
     for name in sorted({task.case for task in chosen} & {*world.cases()}):
         world.prepare(world.cases()[name])
+    for name in sorted({task.case for task in chosen if task.what.endswith(" in a run")}):
+        world.made(name)
     for name in sorted({task.case for task in chosen} & {*damage.readers(world)}):
         damage.prepare(world, damage.readers(world)[name])
     for name in sorted({task.case for task in chosen} & {*pairs.pairs(world)}):

@@ -1,6 +1,7 @@
 """Folders of the user's: whatever their files are called, a command refuses and leaves every byte as it was."""
 
 import os
+import shutil
 from pathlib import Path
 
 from tests.faults.commands import Case
@@ -20,7 +21,7 @@ BYTES = b"these are the user's own bytes\n"
 
 
 def folder_of(what: str, at: Path) -> None:
-    """Make one of the user's folders.
+    """Put the user's own into a folder, where nothing of their names is.
 
     Args:
         what: `files` and `folders` have every name that the library uses, `links` has them as links to things outside,
@@ -31,18 +32,20 @@ def folder_of(what: str, at: Path) -> None:
     (outside / "folder").mkdir(parents=True)
     (outside / "file").write_bytes(BYTES)
     (outside / "folder" / "shard-00000.h5").write_bytes(BYTES)
-    at.mkdir()
-    link = what.startswith("link ")
-    names = {"files": FILES, "folders": FOLDERS, "links": (*FILES, *FOLDERS)}.get(what, (what.removeprefix("link "),))
-    for name in names:
-        if what == "links" or link:
-            (at / name).symlink_to(outside / ("folder" if name in FOLDERS else "file"))
+    at.mkdir(exist_ok=True)
+    many = {"files": [*FILES, "notes.txt"], "folders": FOLDERS, "links": [*FILES, *FOLDERS]}
+    for name in many.get(what, [what.removeprefix("link ")]):
+        path = at / name
+        if path.exists():
+            continue
+        if what.startswith("link"):
+            path.symlink_to(outside / ("folder" if name in FOLDERS else "file"))
         elif name in FOLDERS:
-            (at / name).mkdir()
+            path.mkdir()
             for inner in ("notes.txt", "shard-00000.h5", "state.h5", "factors.h5"):
-                (at / name / inner).write_bytes(BYTES)
+                (path / inner).write_bytes(BYTES)
         else:
-            (at / name).write_bytes(BYTES)
+            path.write_bytes(BYTES)
 
 
 def variants() -> list[str]:
@@ -51,14 +54,18 @@ def variants() -> list[str]:
 
 
 def tasks(case: Case, chosen: list[str]) -> list[Task]:
-    """Return a command's tasks: each folder, without and with `--overwrite`."""
+    """Return a command's tasks: each folder, without and with `--overwrite`; and a finished run with more in it."""
     if not case.over or not case.directory:
         return []
-    return [Task("foreign", case.name, what + flag) for what in chosen for flag in ("", "+")]
+    empty = [what + flag for what in chosen for flag in ("", "+")]
+    added = [f"{what} in a run" for what in ("files", "folders", "links") if what in chosen]
+    return [Task("foreign", case.name, what) for what in empty + added]
 
 
 def run(world: World, task: Task) -> Result:
     """Run a command in one of the user's folders."""
+    if task.what.endswith(" in a run"):
+        return _added(world, task)
     case, what = world.cases()[task.case], task.what.removesuffix("+")
     more = ["--overwrite"] if task.what.endswith("+") else []
     folder = world.fresh()
@@ -78,6 +85,34 @@ def run(world: World, task: Task) -> Result:
         return Result(task, case.protocol, "mixed", f"it wrote beside the user's: {ended.brief()}")
     named = "run" in ended.complained
     return Result(task, case.protocol, "refused" if named else "unclear", ended.brief())
+
+
+def _added(world: World, task: Task) -> Result:
+    """Overwrite a finished run to which the user added files: they stay, and are named."""
+    case = world.cases()[task.case]
+    folder = world.fresh()
+    try:
+        shutil.copytree(world.made(case.name), folder / "run")
+        own = tree(folder)
+        folder_of(task.what.removesuffix(" in a run"), folder / "run")
+        before = _all(folder)
+        ended = world.do(case.call("--overwrite"), folder)
+        after = _all(folder)
+    finally:
+        remove(folder)
+    mine = [name for name in before if name not in own and not name.endswith("run/.lock")]
+    changed = [name for name in mine if before[name] != after.get(name)]
+    if changed:
+        return Result(task, case.protocol, "changed", f"{changed[:6]}; {ended.brief()}")
+    if ended.fault:
+        return Result(task, case.protocol, ended.fault, ended.brief())
+    if other := differing({name: it for name, it in after.items() if name in own}, own) if ended.status == 0 else []:
+        return Result(task, case.protocol, "lost", f"{other[:6]}; {ended.brief()}")
+    tops = {name.split("/")[1] for name in mine if name.startswith("run/")}
+    unnamed = sorted(name for name in tops if name not in ended.said)
+    if unnamed:
+        return Result(task, case.protocol, "unclear", f"left, and not named: {unnamed[:6]}; {ended.brief()}")
+    return Result(task, case.protocol, "refused" if ended.refused else "same", ended.brief())
 
 
 def _all(folder: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tests.faults.commands import Case, Work, called, python_build, python_sample
 from tests.faults.forks import Ended
@@ -80,7 +79,8 @@ def pairs(world: World) -> dict[str, Pair]:
 
 def tasks(pair: Pair, draw: Random, times: int = TIMES) -> list[Task]:
     """Return the starts of a pair: at once, and the second later by a share of the first's time."""
-    return [Task("pair", pair.name, f"{0 if n == 0 else draw.random():.2f}") for n in range(times)]
+    shares = [0.0, *((n + draw.random()) / (times - 1) for n in range(times - 1))]
+    return [Task("pair", pair.name, f"{share:.2f}") for share in shares]
 
 
 @dataclass(frozen=True)
