@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from influence import store
 from influence.cli import main
-from influence.index.lock import HELD, Lock
+from influence.store.lock import HELD, Lock
 from notebooks.make_corpus import make
 
 DOCUMENTS = 25

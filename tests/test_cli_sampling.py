@@ -11,6 +11,7 @@ import torch
 
 from influence import sgmcmc
 from influence.cli import main
+from influence.index import Fingerprint, start
 from influence.pipelines import chains
 from tests.pipeline_world import world
 from tests.test_cli import refused, run
@@ -60,7 +61,7 @@ def test_llc_says_its_plan_its_number_and_its_verdict(tmp_path: Path, capsys: An
     assert any("3 chains of" in line and "10 steps: 2 of burn-in" in line for line in rest)
     assert any(line.startswith("LLC ") and " ± " in line for line in rest)
     assert (tmp_path / "llc.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "config.yaml", "run.h5"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "config.yaml", "run.h5", "run.json"]
     again = json.loads(run(capsys, "llc", "--run", tmp_path / "a", "--json")[1])  # no model: it is read
     stored = sgmcmc.load(tmp_path / "a")
     assert isinstance(stored, dict)
@@ -244,13 +245,12 @@ def test_runs_that_are_not_there_or_of_another_kind(samples: Path, tmp_path: Pat
     refused(capsys, ["bif", "--run", str(samples), "--rows", "code"], "no observable 'code'; it has questions, data")
     refused(capsys, ["llc", "--run", str(tmp_path / "no")], "no finished chains", "--model and --dataset")
     refused(capsys, ["llc", "--run", str(tmp_path / "no"), "--model", "x"], "no dataset", "--dataset")
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "run.json").write_text("{}")
+    start(tmp_path / "index", "index", {}, ["influence", "build"], {"shards": []}, Fingerprint()).close()
     refused(capsys, made("llc", tmp_path / "index"), "another kind", "another --run")
     refused(capsys, ["bif", "--run", samples, "--restriction", "l9"], "no chains of the restriction 'l9'", "l0 mlp")
     refused(capsys, ["bif", "--run", samples, "--query", "77"], "no example 77", "rows have 7")
     refused(capsys, ["bif", "--run", samples, "--rows", "code"], "no observable 'code'", "questions, data")
-    from influence.index.lock import Lock
+    from influence.store.lock import Lock
 
     (tmp_path / "held").mkdir()
     with Lock(tmp_path / "held"):

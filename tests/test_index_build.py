@@ -214,7 +214,7 @@ def test_an_append_that_was_killed_before_its_root_is_finished_by_the_next(
     build(loss_fn, params, parts[:1], path, transform=SMALL)
     written = root.write_root
 
-    def killed(directory: Path, about: Any) -> None:
+    def killed(directory: Path, about: Any, run: str) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(root, "write_root", killed)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import torch
 
 from influence import store
 from influence.index import Collected, Columns, Fingerprint, Run, done, finish, open_index, shard_sink, start
-from influence.index.lock import HELD
 from influence.store import hdf5
+from influence.store.folder import read_manifest
+from influence.store.lock import HELD
 
 COLUMNS = Columns({"w": (50,)})
 PRINT = Fingerprint({"weights": "abc", "dim": 8}, {"curvature": []}, {"data": "one", "loss": "sum"})
@@ -67,20 +69,23 @@ def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_shard_that_was_cut_off_or_is_another_runs_is_made_again(tmp_path: Path) -> None:
     """A shard by its name alone."""
-    with begin(tmp_path / "other") as run:
+    with begin(tmp_path / "other", {**PLAN, "tokens": 50}) as run:
         write(run, [0, 1, 2])
     with begin(tmp_path / "run") as run:
         write(run, [0, 1])
     path = tmp_path / "run" / "shard-00001.h5"
     path.write_bytes(path.read_bytes()[:-100])
-    (tmp_path / "run" / "shard-00002.h5").write_bytes((tmp_path / "other" / "shard-00002.h5").read_bytes())
-    assert done(tmp_path / "run") == {0}
-    with pytest.raises(ValueError, match=r"shard-00001.h5 is damaged"):
+    foreign = tmp_path / "run" / "shard-00002.h5"
+    foreign.write_bytes((tmp_path / "other" / "shard-00002.h5").read_bytes())
+    with pytest.raises(store.BadFileError, match=r"shard-00002.h5 belongs to another run"):
+        done(tmp_path / "run")
+    with pytest.raises(store.BadFileError, match=r"shard-00001.h5 is damaged"):
         finish(tmp_path / "run")
     with begin(tmp_path / "run") as run:
         write(run, [1])
-        with pytest.raises(ValueError, match=r"shard-00002.h5 is shard 2 of another run"):
+        with pytest.raises(store.BadFileError, match=r"shard-00002.h5 belongs to another run"):
             finish(tmp_path / "run")
+        foreign.unlink()
         write(run, run.todo)
         finish(tmp_path / "run")
     open_index(tmp_path / "run").verify()
@@ -98,9 +103,13 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         begin(tmp_path, kind="scores")
     assert contents(tmp_path) == before
     assert not HELD
-    (tmp_path / ".shard-00000.h5.abc.partial").write_text("left by a killed process")
-    whole(tmp_path, overwrite=True, plan={"shards": [[0, 3]]})
-    assert sorted(contents(tmp_path)) == [".lock", "index.h5", "run.json", "shard-00000.h5"]
+    run = read_manifest(tmp_path).id
+    (tmp_path / f".shard-00000.h5.{run[:16]}.{'0' * 16}.partial").write_text("left by a killed process")
+    (tmp_path / ".shard-00000.h5.abc.partial").write_text("mine")
+    with pytest.warns(UserWarning, match=r"since the run did not write it: .shard-00000.h5.abc.partial"):
+        whole(tmp_path, overwrite=True, plan={"shards": [[0, 3]]})
+    kept = [".lock", ".shard-00000.h5.abc.partial", "index.h5", "run.json", "shard-00000.h5"]
+    assert sorted(contents(tmp_path)) == kept
     assert len(open_index(tmp_path)) == 3
 
 
@@ -208,8 +217,11 @@ def test_a_damaged_shard_of_an_appended_index_is_made_again(tmp_path: Path) -> N
 
 
 def test_a_start_that_was_killed_leaves_no_trace(tmp_path: Path) -> None:
-    (tmp_path / ".lock").write_text("process 1 on nowhere")
-    (tmp_path / ".run.json.abc.partial").write_text("{")
+    whole(tmp_path / "other")
+    run = read_manifest(tmp_path / "other").id
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / ".lock").write_text("influence lock: process 1 on nowhere")
+    (tmp_path / f".run.json.{run[:16]}.{'0' * 16}.partial").write_text("{")
     whole(tmp_path)
     assert sorted(contents(tmp_path)) == [".lock", "index.h5", "run.json", *(f"shard-0000{i}.h5" for i in range(3))]
 
@@ -222,18 +234,31 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"thesis.tex": b"years"}
     whole(tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    whole(tmp_path / "run", overwrite=True)
+    with pytest.warns(UserWarning, match=r"since the run did not write it: notes.txt"):
+        whole(tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_a_damaged_run_json_is_named(tmp_path: Path) -> None:
     begin(tmp_path).close()
-    (tmp_path / "run.json").write_text('{"schema": 1, "ki')
-    with pytest.raises(ValueError, match=r"run.json is damaged"):
+    text = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(text[:50])
+    for how in ({}, {"overwrite": True}):
+        with pytest.raises(store.BadFileError, match=r"run.json is damaged"):
+            begin(tmp_path, **how)
+    (tmp_path / "run.json").write_text(text.replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(store.BadFileError, match=r"schema 99, this version reads 1"):
         begin(tmp_path)
-    (tmp_path / "run.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match=r"schema 99, this version reads 2"):
+    (tmp_path / "run.json").write_text(text.replace('"kind": "index"', '"kind": ["index"]'))
+    with pytest.raises(
+        store.BadFileError, match=r"run.json is not what it says: kind must be a text, and is \['index'\]"
+    ):
         begin(tmp_path)
+    (tmp_path / "run.json").write_text('{"name": "a run of mine"}')
+    for how in ({}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match=r"holds run.json, which is no manifest of a run of influence"):
+            begin(tmp_path, **how)
+    assert (tmp_path / "run.json").read_text() == '{"name": "a run of mine"}'
 
 
 HOLD = """

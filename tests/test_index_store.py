@@ -35,6 +35,7 @@ from influence.index import (
 from influence.index.encoding import DTYPES, Encoded, decode
 from influence.index.root import About, Shard, write_root
 from influence.store.checksums import sha256
+from influence.store.folder import read_manifest
 
 COLUMNS = Columns({"a": (3, 4), "b": (5,)})
 PRINT = Fingerprint({"weights": "abc"}, {"curvature": [], "scaling": None}, {"data": "none"})
@@ -360,7 +361,9 @@ def test_more_columns_than_an_int_counts_bytes(tmp_path: Path) -> None:
     if os.stat(path).st_blocks * 512 > 2**20:
         # three rows of gigabytes lie in holes; without holes they would fill the disk
         pytest.skip("this file system does not keep sparse files")
-    shard = Shard(path.name, path.stat().st_size, 0, 3, 3, 3, "", store.locate(path))
+    places = {"rows": store.Place(offset, (3, big), "float32", "not taken")}
+    places |= {name: store.Place(0, (3,), "int64", "not taken") for name in ("loss", "length", "index")}
+    shard = Shard(path.name, path.stat().st_size, 0, 3, 3, 3, "", places)
     write_root(tmp_path, About("index", "float32", False, columns, PRINT, {}, [], {}, (shard,)))
     index = open_index(tmp_path, verify=False)
     assert index.dim == big
@@ -374,7 +377,7 @@ def test_many_shards_fit_into_the_root(tmp_path: Path) -> None:
     write(tmp_path)
     index = open_index(tmp_path)
     shards = index.about.shards[:1] * 5000
-    write_root(tmp_path, index.about._replace(shards=shards))
+    write_root(tmp_path, index.about._replace(shards=shards), read_manifest(tmp_path).id)
     assert len(open_index(tmp_path)) == 5000 * 7
 
 

@@ -11,11 +11,11 @@ import torch
 
 from influence import hessians, store
 from influence.index import open_index
-from influence.index.lock import Lock
 from influence.models import load
 from influence.pipelines import build, hessian, reduce, score, trackstar
 from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.views import load_factors
+from influence.store.lock import Lock
 from tests.pipeline_world import FAST, build_config, corpus, lines, model_config, questions, world
 
 WHOLE = TransformConfig(projection_dim=0)

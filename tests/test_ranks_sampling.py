@@ -57,7 +57,7 @@ def test_two_processes_run_the_chains_of_one(tmp_path: Path) -> None:
         assert run.loss.shape == (3, 55)
         same(run, two[name], 1e-10)
         assert run.facts == two[name].facts
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "config.yaml", "run.h5"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [".lock", "config.yaml", "run.h5", "run.json"]
     assert main(flags(tmp_path / "two")) == 0  # one process reads what two have written
 
 

@@ -11,10 +11,10 @@ import torch
 
 from influence import store
 from influence.index import open_index
-from influence.index.lock import Lock
 from influence.pipelines import build, collect, ekfac, hessian, inspect, mix, reduce, score, trackstar, trak
 from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.prepare import load_factors
+from influence.store.lock import Lock
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, questions, world
 
 DRY = replace(FAST, dry_run=True)

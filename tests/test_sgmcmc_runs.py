@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_bit_by_bit(
     assert killed == 3
     resumed = sgmcmc.sample(loss_fn, params, data, {"few": few}, **arguments, output_path=tmp_path / "run")
     same(whole, resumed)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.h5"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "run.h5", "run.json"]
     monkeypatch.setattr(drive, "advance", None)  # a complete run is read, not run
     same(whole, sgmcmc.sample(loss_fn, params, data, {"few": few}, **arguments, output_path=tmp_path / "run"))
     loaded = sgmcmc.load(tmp_path / "run")

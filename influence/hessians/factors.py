@@ -22,7 +22,7 @@ from influence.func.transform import Transform, unblock
 from influence.hessians.labels import Labels
 from influence.types import LossFn, Params, Rows
 
-SCHEMA = 2
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,12 @@ class Factors:
                 f"{weights[:12]}…). Fit them on this model, or load the checkpoint they belong to"
             )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, run: str = "") -> None:
         """Write the factors to one HDF5 file, atomically, with checksums.
 
         Args:
             path: where; an existing file is replaced.
+            run: the id of the run that the file belongs to.
         """
         from influence import store
 
@@ -200,14 +201,15 @@ class Factors:
             "notes": dict(self.notes),
             "blocks": blocks,
         }
-        store.write(path, arrays, about, kind="factors", schema=SCHEMA)
+        store.write(path, arrays, about, kind="factors", schema=SCHEMA, run=run)
 
 
-def load(path: str | Path) -> Factors:
+def load(path: str | Path, run: str | None = None) -> Factors:
     """Read factors that `Factors.save` wrote; every checksum is verified.
 
     Args:
         path: the file.
+        run: the id of the run that it should belong to; `None` takes any.
 
     Returns:
         The factors. Their `transform` is there again if it was `as_blocks(…)` alone; another must be given where one is
@@ -218,7 +220,7 @@ def load(path: str | Path) -> Factors:
     """
     from influence import store
 
-    arrays, about = store.read(path, kind="factors", schema=SCHEMA)
+    arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
 
     def get(name: str | None) -> Any:
         return None if name is None else arrays[name]

@@ -20,6 +20,7 @@ from influence.index.reading import Held, Index, open_index
 from influence.index.root import About, finish
 from influence.index.shards import Collected, memory_sink, shard_sink
 from influence.index.starting import start
+from influence.store.folder import refuse_foreign
 from influence.types import Batch, LossFn, Params
 
 Step = Callable[[Params, Batch], Collected]
@@ -66,7 +67,7 @@ def build(
         command: what to type to make it again.
         recorded: more to record in the fingerprint, as `{"data": "wikitext"}`.
         weights: the hash of the weights, if it is known.
-        overwrite: delete a run that is there.
+        overwrite: delete the run that is there: the files that its manifest names, no others.
         append: add to a finished index; examples without `index` are counted on.
         progress: called with the examples and tokens so far after every batch.
 
@@ -91,6 +92,8 @@ def build(
     check_dtype(dtype)
     if path is None and (append or overwrite):
         raise ValueError("append and overwrite are for an index on disk: pass path=")
+    if path is not None:
+        refuse_foreign(path)
     source = iter(batches)
     first = next(source, None)
     if first is None:

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.folding import flat
+from influence.store import BadFileError
+from influence.store.schema import conform
 from influence.types import Rows
 
 
@@ -96,6 +98,29 @@ def columns_of(rows: Rows) -> Columns:
     return Columns({name: tuple(row.shape[1:]) for name, row in rows.items()})
 
 
-def from_json(blocks: list[dict[str, object]]) -> Columns:
-    """Return the columns that a file describes."""
-    return Columns({str(block["name"]): tuple(torch.Size(block["shape"])) for block in blocks})  # type: ignore[arg-type]
+class Described(NamedTuple):
+    """A block as a file describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+
+def from_json(blocks: Any, where: str) -> Columns:
+    """Return the columns that a file describes.
+
+    Args:
+        blocks: what it says.
+        where: the file.
+
+    Raises:
+        BadFileError: if they are no blocks side by side.
+    """
+    held = conform(blocks, list[Described], where)
+    columns = Columns({block.name: block.shape for block in held})
+    if any(min(block.shape, default=0) < 0 for block in held) or columns.json() != [
+        {**block._asdict(), "shape": list(block.shape)} for block in held
+    ]:
+        raise BadFileError(f"{where} is not what it says: its blocks do not lie side by side")
+    return columns

@@ -1,22 +1,32 @@
-"""FAISS indexes kept beside the rows that they are of, under everything that they depend on."""
+"""FAISS indexes kept next to the shards, or in the user's cache, keyed by everything they depend on."""
 
-import json
+import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from influence.func.fingerprint import fingerprint
 from influence.index.neighbours import FaissConfig, Neighbours, Stored, begins_of, shards_of
 from influence.index.run import NEIGHBOURS
+from influence.store import BadFileError, Lock, sync
+from influence.store.folder import (
+    RUN,
+    Manifest,
+    discard,
+    manifest_of,
+    read_manifest,
+    write_manifest,
+)
+from influence.store.replacing import TEMPORARY
 
-SCHEMA = 1
+KIND = "faiss"
 
 
 def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neighbours:
     """Return the FAISS index of some rows: the one that is kept, or a new one, which is then kept.
+
+    It is kept beside the rows; where that disk cannot be written, in the user's cache.
 
     Args:
         stored: the rows.
@@ -28,73 +38,123 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
 
     Raises:
         ValueError: if FAISS does not understand the factory, or cannot learn it from so few rows.
+        BadFileError: if something else stands where it would be kept.
         MemoryError: if it would not fit.
     """
     import faiss
 
+    begins = begins_of(stored.number, config.num_shards)
     if beside is None:
-        made = tuple(shard for _, shard in shards_of(stored, config))
-        return Neighbours(made, begins_of(stored.number, config.num_shards))
+        return Neighbours(tuple(shard for _, shard in shards_of(stored, config)), begins)
+    names = [f"{number}.faiss" for number in range(config.num_shards)]
     key = {
-        "schema": SCHEMA,
         "faiss": faiss.__version__,
         "index_factory": config.index_factory,
         "max_train_examples": config.max_train_examples,
         "num_shards": config.num_shards,
-        "rows": stored.identity,
+        "rows": dict(stored.identity),
     }
-    directory = beside / NEIGHBOURS / f"{config.index_factory.replace(',', '_')}-{fingerprint(key)[:16]}"
-    if not _is_whole(directory, key):
-        _write(directory, key, stored, config)
-        _forget(directory, key)
-    paths = [directory / f"{number}.faiss" for number in range(config.num_shards)]
-    return Neighbours(tuple(_read(path, config) for path in paths), begins_of(stored.number, config.num_shards))
+    wanted = manifest_of(KIND, {}, [], key, {}, names)
+    name = f"{config.index_factory.replace(',', '_')}-{wanted.id[:16]}"
+    places = [folder / name for folder in (beside / NEIGHBOURS, cache())]
+    directory = next((place for place in places if _is_kept(place, wanted)), None)
+    if directory is None:
+        directory = places[0 if os.access(beside, os.W_OK) else 1]
+        _keep(directory, wanted, stored, config)
+    ends = [*begins[1:], stored.number]
+    sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    read = (_read(directory / each, config, stored.chosen.dim, n) for each, n in zip(names, sizes, strict=True))
+    return Neighbours(tuple(read), begins)
 
 
-def _write(directory: Path, key: Mapping[str, Any], stored: Stored, config: FaissConfig) -> None:
-    """Write all shards to a temporary directory, then rename it."""
+def cache() -> Path:
+    """Return where FAISS indexes of rows on a disk that cannot be written are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "influence" / NEIGHBOURS
+
+
+def _keep(directory: Path, wanted: Manifest, stored: Stored, config: FaissConfig) -> None:
+    """Write all shards and their checksums to a temporary directory, then rename it."""
     import faiss
 
-    temporary = directory.parent / f".{directory.name}.{secrets.token_hex(8)}.partial"
-    temporary.mkdir(parents=True)
-    try:
+    folder = directory.parent
+    if folder.is_symlink():
+        raise BadFileError(f"{folder} is a link out of its directory, which is not followed: remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder, wait=True):
+        if _is_kept(directory, wanted):  # by another process, meanwhile
+            return
+        _forget(folder, wanted)
+        if directory.exists():  # and a file of it is damaged
+            discard(directory)
+        temporary = folder / f".{directory.name}.{wanted.id[:16]}.{secrets.token_hex(8)}.partial"
+        temporary.mkdir()
+        sums = {}
         for number, shard in shards_of(stored, config):
-            faiss.write_index(shard, str(temporary / f"{number}.faiss"))
+            path = temporary / wanted.files[number]
+            faiss.write_index(shard, str(path))
+            sync(path)
+            sums[path.name] = _sha256(path)
             del shard  # before the next is made
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        (temporary / "about.json").write_text(json.dumps({"key": key, "sizes": sizes}, indent=1))
-        if directory.exists():
-            shutil.rmtree(directory)
+        write_manifest(temporary, wanted._replace(config={"sha256": sums}))
         os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        sync(folder)
 
 
-def _forget(directory: Path, key: Mapping[str, Any]) -> None:
-    """Remove what was kept of the same index before rows were appended: nothing will ask for it again."""
-    for about in directory.parent.glob("*/about.json"):
-        kept = json.loads(about.read_text())["key"]
-        same = {**kept, "rows": {**kept["rows"], "shards": key["rows"]["shards"]}}
-        if about.parent != directory and same == json.loads(json.dumps(key)):
-            shutil.rmtree(about.parent)
+def _forget(folder: Path, wanted: Manifest) -> None:
+    """Remove what killed writers left, and what was kept of the same rows before others were appended."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_dir():
+            continue
+        if TEMPORARY.fullmatch(path.name):
+            for left in path.iterdir():
+                left.unlink()
+            path.rmdir()
+        elif (path / RUN).is_file():
+            kept = read_manifest(path)
+            rows = {**kept.plan.get("rows", {}), "shards": wanted.plan["rows"]["shards"]}
+            if kept.kind == KIND and {**kept.plan, "rows": rows} == wanted.plan:
+                discard(path)
 
 
-def _is_whole(directory: Path, key: Mapping[str, Any]) -> bool:
-    """Whether a directory holds the FAISS index of a key, and all of it."""
-    try:
-        about = json.loads((directory / "about.json").read_text())
-        sizes = {name: (directory / name).stat().st_size for name in about["sizes"]}
-    except (OSError, ValueError, KeyError):
+def _is_kept(directory: Path, wanted: Manifest) -> bool:
+    """Whether a directory holds the FAISS index that is wanted, whole.
+
+    Raises:
+        BadFileError: if it is something else.
+    """
+    if not directory.is_dir():
         return False
-    return about["key"] == json.loads(json.dumps(key)) and about["sizes"] == sizes
+    there = read_manifest(directory)
+    if (there.kind, there.plan, there.files) != (wanted.kind, wanted.plan, wanted.files):
+        raise BadFileError(f"{directory} does not hold the FAISS index that its name says: delete it")
+    sums = there.config.get("sha256")
+    if not isinstance(sums, Mapping):
+        return False
+    paths = [directory / name for name in wanted.files]
+    return all(path.is_file() and sums.get(path.name) == _sha256(path) for path in paths)
 
 
-def _read(path: Path, config: FaissConfig) -> Any:
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path, config: FaissConfig, dim: int, number: int) -> Any:
+    """Return the FAISS index of a file.
+
+    Raises:
+        BadFileError: if it is no FAISS index of so many rows of so many columns.
+    """
     import faiss
 
-    if not config.mmap_index:
-        return faiss.read_index(str(path))
     cells = faiss.IO_FLAG_MMAP  # maps the lists of an IVF index, and reads any other whole
-    return faiss.read_index(
-        str(path), cells if "IVF" in config.index_factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
-    )
+    mapped = cells if "IVF" in config.index_factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
+    try:
+        found = faiss.read_index(str(path), mapped if config.mmap_index else 0)
+    except RuntimeError as error:
+        raise BadFileError(f"{path} is no FAISS index: delete {path.parent}, and it is made again") from error
+    if (found.d, found.ntotal) != (dim, number):
+        raise BadFileError(
+            f"{path} has {found.ntotal} rows of {found.d}, and the shards have {number} of {dim}: delete {path.parent}"
+        )
+    return found

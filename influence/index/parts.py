@@ -9,6 +9,7 @@ from torch import Tensor
 from influence import store
 from influence.index.root import Shard
 from influence.index.run import ROOT
+from influence.store import BadFileError
 
 
 @runtime_checkable
@@ -56,7 +57,7 @@ class Mapped:
         """Return a dataset, if it has it.
 
         Raises:
-            ValueError: if its bytes are not those that were written.
+            BadFileError: if its bytes are not those that were written.
         """
         if name not in self.shard.places:
             return None
@@ -70,11 +71,11 @@ class Mapped:
         """Verify one dataset's checksum.
 
         Raises:
-            ValueError: naming the file and the dataset.
+            BadFileError: naming the file and the dataset.
         """
         place = self.shard.places[name]
         if place.bytes and store.checksum(self._buffer, place) != place.sha256:
-            raise ValueError(
+            raise BadFileError(
                 f"{self.path} is damaged: the checksum of its dataset {name!r} differs from what was written. Delete "
                 f"the file and {ROOT}, and run the same command again, which makes this shard anew"
             )
@@ -85,12 +86,14 @@ def check_size(path: Path, shard: Shard) -> None:
 
     Raises:
         FileNotFoundError: if it is gone.
-        ValueError: if it has another size.
+        BadFileError: if it has another size.
     """
     again = f"Restore it, or delete {ROOT} and run the same command again, which makes what is missing"
     if not path.exists():
         raise FileNotFoundError(f"shard {path} is missing ({shard.rows:,} rows). {again}")
+    if path.resolve().parent != path.parent.resolve():
+        raise BadFileError(f"shard {path} is a link out of its directory, which is not followed: put the file there")
     size = path.stat().st_size
     if size != shard.bytes:
         how = "cut off" if size < shard.bytes else "too long"
-        raise ValueError(f"shard {path} is {how}: it has {size:,} bytes, and {shard.bytes:,} were written. {again}")
+        raise BadFileError(f"shard {path} is {how}: it has {size:,} bytes, and {shard.bytes:,} were written. {again}")

@@ -17,7 +17,9 @@ from influence.index.encoding import Encoded, decode
 from influence.index.fingerprints import Fingerprint
 from influence.index.parts import Held, Mapped, Part, check_size
 from influence.index.root import HEADER, About, header_of, read_root
-from influence.index.run import ROOT, RUN, way_on, what_is_there
+from influence.index.run import ROOT, way_on, what_is_there
+from influence.store import BadFileError
+from influence.store.folder import RUN, run_id
 from influence.types import Rows
 
 __all__ = ["Held", "Index", "Mapped", "Part", "Piece", "Place", "open_index"]
@@ -271,7 +273,7 @@ class Index:
                 for name in part.shard.places:
                     part.check(name)
                 if header_of(part.path, part.shard.places) != part.shard.header:
-                    raise ValueError(
+                    raise BadFileError(
                         f"{part.path} is damaged in its {HEADER}: h5py may misread it; the rows themselves are whole. "
                         f"Delete the file and {ROOT}, and run the same command again, which makes this shard anew"
                     )
@@ -312,7 +314,7 @@ def open_index(path: str | Path, verify: bool = True) -> Index:
         if (directory / RUN).exists():
             raise ValueError(f"{what_is_there(directory)}. It is not finished: {way_on(directory)}")
         raise FileNotFoundError(f"there is no index at {directory}: it has no {ROOT}")
-    about = read_root(directory)
+    about = read_root(directory, run_id(directory))
     for shard in about.shards:
         check_size(directory / shard.file, shard)
     return Index(about, [Mapped(directory / shard.file, shard, verify) for shard in about.shards], directory)

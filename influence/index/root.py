@@ -5,7 +5,6 @@ without opening them one by one; its virtual datasets serve whoever has h5py and
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,14 @@ from torch import Tensor
 from influence import store
 from influence.index.columns import Columns, from_json
 from influence.index.fingerprints import Fingerprint
-from influence.index.run import ROOT, RUN, SCHEMA, SHARDS, read_run, write_run
-from influence.index.shards import KIND, check_index, shard_name
+from influence.index.run import ROOT, owner, planned_shards, shard_paths
+from influence.index.shards import KIND, ShardFacts, check_index, shard_name
 from influence.index.shards import SCHEMA as SHARD_SCHEMA
-from influence.store import Place
+from influence.store import BadFileError, Place
+from influence.store.folder import RUN, Manifest, read_manifest, write_manifest
+from influence.store.schema import conform
+
+SCHEMA = 1
 
 HEADER = "(header)"
 """Name of the checksum over a shard's bytes outside its datasets."""
@@ -80,8 +83,8 @@ class About(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """Return the facts as the root holds them."""
-        return self._asdict() | {
-            "columns": None,
+        known = {key: value for key, value in self._asdict().items() if key != "columns"}
+        return known | {
             "blocks": self.columns.json(),
             "fingerprint": self.fingerprint.json(),
             "rows": sum(shard.rows for shard in self.shards),
@@ -90,34 +93,71 @@ class About(NamedTuple):
         }
 
 
-def about_of(facts: dict[str, Any]) -> About:
-    """Return the facts of a root."""
-    shards = tuple(
-        Shard(
-            **{**shard, "places": {k: Place(**{**p, "shape": tuple(p["shape"])}) for k, p in shard["places"].items()}}
-        )
-        for shard in facts["shards"]
-    )
-    known = {key: facts[key] for key in ("kind", "dtype", "per_token", "config", "command", "plan")}
-    return About(
-        **known,
-        columns=from_json(facts["blocks"]),
-        fingerprint=Fingerprint.from_json(facts["fingerprint"]),
-        shards=shards,
-        appended=tuple(facts["appended"]),
-    )
+class Facts(NamedTuple):
+    """The facts of a root as JSON holds them; see `About`."""
+
+    kind: str
+    dtype: str
+    per_token: bool
+    fingerprint: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    command: list[str]
+    plan: dict[str, Any]
+    shards: tuple[Shard, ...]
+    appended: tuple[dict[str, Any], ...]
+    blocks: list[dict[str, Any]]
+    rows: int
+    examples: int
 
 
-def read_root(directory: str | Path) -> About:
+def about_of(facts: Any, where: str) -> About:
+    """Return the facts of a root.
+
+    Raises:
+        BadFileError: if they are not what a root says.
+    """
+    held = conform(facts, Facts, where)
+    for shard in held.shards:
+        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+            raise BadFileError(f"{where} is not what it says: {shard.file!r} is no shard beside it")
+        store.check_places(shard.places, shard.bytes, where)
+    columns = from_json(held.blocks, where)
+    _check_shapes(held, columns.dim, where)
+    known = {key: value for key, value in held._asdict().items() if key not in ("blocks", "rows", "examples")}
+    return About(**{**known, "columns": columns, "fingerprint": Fingerprint.from_json(held.fingerprint)})
+
+
+def _check_shapes(held: Facts, dim: int, where: str) -> None:
+    """Refuse a root whose shards have other shapes than it says.
+
+    Raises:
+        BadFileError: naming the file and the shard.
+    """
+    for shard in held.shards:
+        n, r = shard.examples, shard.rows
+        wanted = {"rows": (r, dim), "loss": (n,), "length": (n,), "index": (n,)}
+        wanted |= {"offsets": (n + 1,), "position": (r,)} if held.per_token else {}
+        wanted |= {"document": (r,)} if "document" in shard.places else {}
+        for key, shape in wanted.items():
+            if key not in shard.places or shard.places[key].shape != shape:
+                raise BadFileError(f"{where} is not what it says: {shard.file} has no {key!r} of the shape {shape}")
+    if held.rows != sum(shard.rows for shard in held.shards):
+        raise BadFileError(f"{where} is not what it says: its shards do not have {held.rows} rows together")
+
+
+def read_root(directory: str | Path, run: str | None = None) -> About:
     """Read the root of a run.
+
+    Args:
+        directory: the run.
+        run: the id that it should have; `None` takes any.
 
     Raises:
         FileNotFoundError: if there is none: the run was not finished.
-        ValueError: if it is damaged, or of another schema.
+        BadFileError: if it is damaged, of another schema or another run's.
     """
     path = Path(directory) / ROOT
-    facts = store.read_facts(path, kind="index", schema=SCHEMA)
-    return about_of(facts)
+    return about_of(store.read_facts(path, kind="index", schema=SCHEMA, run=run), str(path))
 
 
 def finish(directory: str | Path) -> Path:
@@ -133,11 +173,11 @@ def finish(directory: str | Path) -> Path:
         ValueError: if shards are missing, damaged, or of another run; naming the first.
     """
     directory = Path(directory)
-    run = read_run(directory)
-    planned = run["plan"].get("shards")
-    is_open = planned is None or run["plan"].get("open", False)
-    if is_open:
-        count = len(list(directory.glob(SHARDS)))
+    run = read_manifest(directory)
+    planned = planned_shards(run)
+    is_open = planned is None or run.plan.get("open", False)
+    if is_open or planned is None:
+        count = len(shard_paths(directory))
         if not count:
             raise ValueError(f"{directory} has no shard: an index of nothing still has one shard of no rows")
     else:
@@ -152,50 +192,51 @@ def finish(directory: str | Path) -> Path:
     first = facts[0]
     for number, other in enumerate(facts):
         for key in ("dtype", "per_token", "blocks"):
-            if other[key] != first[key]:
-                raise ValueError(
-                    f"{directory / shard_name(number)} has {key} {str(other[key])[:120]}, and {shard_name(0)} has "
-                    f"{str(first[key])[:120]}: they are no shards of one run"
+            mine, theirs = getattr(first, key), getattr(other, key)
+            if mine != theirs:
+                raise BadFileError(
+                    f"{directory / shard_name(number)} has {key} {str(theirs)[:120]}, and {shard_name(0)} has "
+                    f"{str(mine)[:120]}: they are no shards of one run"
                 )
     shards = tuple(_shard(directory / shard_name(number), about) for number, about in enumerate(facts))
     if is_open:
         index = torch.cat([_dataset(directory, shard, "index") for shard in shards]).sort().values
         check_index(index, None, str(directory))
-        plan = {key: value for key, value in run["plan"].items() if key != "open"}
-        run = {**run, "plan": {**plan, "shards": [[shard.begin, shard.end] for shard in shards]}}
-        write_run(directory, run)
+        plan = {key: value for key, value in run.plan.items() if key != "open"}
+        run = run._replace(plan={**plan, "shards": [[shard.begin, shard.end] for shard in shards]})
+        write_manifest(directory, run)
     about = About(
-        run["kind"],
-        first["dtype"],
-        first["per_token"],
-        from_json(first["blocks"]),
-        Fingerprint.from_json(run["fingerprint"]),
-        run["config"],
-        run["command"],
-        run["plan"],
+        run.kind,
+        first.dtype,
+        first.per_token,
+        from_json(first.blocks, str(directory / shard_name(0))),
+        Fingerprint.from_json(run.fingerprint),
+        run.config,
+        run.command,
+        run.plan,
         shards,
-        tuple(run.get("appended", ())),
+        tuple(run.appended),
     )
-    write_root(directory, about)
+    write_root(directory, about, run.id)
     return directory / ROOT
 
 
-def _facts(path: Path, run: dict[str, Any], number: int, planned: Any) -> dict[str, Any]:
-    about = store.read_facts(path, kind=KIND, schema=SHARD_SCHEMA)
-    if about["run"] != run["stamp"] or about["number"] != number:
-        raise ValueError(
-            f"{path} is shard {about['number']} of another run: delete it, and run this one again to resume"
-        )
-    ends = [about["begin"], about["end"]]
+def _facts(path: Path, run: Manifest, number: int, planned: Any) -> ShardFacts:
+    about = conform(
+        store.read_facts(path, kind=KIND, schema=SHARD_SCHEMA, run=owner(run, number)), ShardFacts, str(path)
+    )
+    if about.number != number:
+        raise BadFileError(f"{path} is shard {about.number}: delete it, and run this one again to resume")
+    ends = [about.begin, about.end]
     if planned is not None and number < len(planned) and planned[number] != ends:
         raise ValueError(f"{path} holds rows {ends} of the dataset, and {RUN} plans {planned[number]}")
     return about
 
 
-def _shard(path: Path, about: dict[str, Any]) -> Shard:
+def _shard(path: Path, about: ShardFacts) -> Shard:
     places = store.locate(path)
-    known = {key: about[key] for key in ("begin", "end", "examples", "rows")}
-    return Shard(path.name, path.stat().st_size, **known, header=header_of(path, places), places=places)
+    ends = about.begin, about.end, about.examples, about.rows
+    return Shard(path.name, path.stat().st_size, *ends, header_of(path, places), places)
 
 
 def header_of(path: Path, places: dict[str, Place]) -> str:
@@ -212,20 +253,16 @@ def header_of(path: Path, places: dict[str, Place]) -> str:
     return digest.hexdigest()
 
 
-def write_root(directory: Path, about: About) -> None:
+def write_root(directory: Path, about: About, run: str = "") -> None:
     """Write the root, atomically."""
-    import h5py
 
-    facts = json.dumps(about.json())
-    with store.replacing(directory / ROOT) as name, h5py.File(name, "x", libver="latest") as file:
-        file.attrs.update(kind="index", schema=SCHEMA)
-        file.attrs["about"] = facts
-        file.attrs["sha256"] = hashlib.sha256(facts.encode()).hexdigest()
+    def present(file: Any) -> None:
         names = {key for shard in about.shards for key in shard.places} - {"offsets"}
         for key in sorted(names):
             _virtual(file, key, about.shards)
-        if about.per_token:
-            file.create_dataset("offsets", data=global_offsets(directory, about.shards).numpy())
+
+    offsets = {"offsets": global_offsets(directory, about.shards)} if about.per_token else {}
+    store.write(directory / ROOT, offsets, about.json(), kind="index", schema=SCHEMA, run=run, extend=present)
 
 
 def global_offsets(directory: Path, shards: Sequence[Shard]) -> Tensor:

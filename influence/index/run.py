@@ -1,23 +1,22 @@
 """A run directory: what is in it, and who writes it."""
 
-import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from influence import store
-from influence.index.lock import LOCK, Lock
+from influence.store import BadFileError, Lock
+from influence.store.folder import RUN, Manifest, read_manifest
+from influence.store.schema import conform
 
-SCHEMA = 2
-RUN, ROOT = "run.json", "index.h5"
-SHARDS, PARTIALS, TEMPORARY = "shard-*.h5", "partial-*.h5", ".*.partial"
+ROOT = "index.h5"
+SHARDS, PARTIALS = "shard-#.h5", "partial-#.h5"
 NEIGHBOURS = "faiss"
 """Directory of the FAISS indexes that were made of a run; they are made again when they are gone."""
-OURS = (RUN, ROOT, SHARDS, PARTIALS, LOCK, TEMPORARY, NEIGHBOURS)
-"""What a run directory holds of ours."""
+FILES = (ROOT, f"{NEIGHBOURS}/", SHARDS)
+"""What a run of rows may hold; the root, by which it is finished, first."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,14 @@ class Run:
 
     Attributes:
         directory: where.
-        about: what run.json says.
+        manifest: what run.json says.
         first: number of the first shard that is this run's to write: 0, or behind those of the index it appends to.
         last: the number behind its last one; `None` where they come as they come.
         lock: the writer's lock.
     """
 
     directory: Path
-    about: Mapping[str, Any]
+    manifest: Manifest
     first: int
     last: int | None
     lock: Lock
@@ -41,8 +40,8 @@ class Run:
     @property
     def shards(self) -> list[tuple[int, int]] | None:
         """Begin and end of every shard, those of earlier appends among them; `None` where they come as they come."""
-        planned = self.about["plan"].get("shards")
-        return None if planned is None else [(int(begin), int(end)) for begin, end in planned]
+        planned = planned_shards(self.manifest)
+        return None if planned is None else [(begin, end) for begin, end in planned]
 
     @property
     def todo(self) -> list[int]:
@@ -64,69 +63,71 @@ class Run:
 
 
 def done(directory: str | Path) -> set[int]:
-    """Return the numbers of the shards of a run that are there and whole: of this run, and not cut off.
+    """Return the numbers of the shards of a run that are there and whole.
 
     Args:
         directory: the run.
 
     Returns:
         The numbers.
-    """
-    from influence.index.shards import KIND
-    from influence.index.shards import SCHEMA as SHARD_SCHEMA
 
-    mine = stamp(directory)
+    Raises:
+        BadFileError: if a shard is another run's.
+    """
+    from influence.index.shards import KIND, SCHEMA
+
+    manifest = read_manifest(directory) if (Path(directory) / RUN).exists() else None
     finished = set()
-    for path in Path(directory).glob(SHARDS):
+    for path in shard_paths(directory):
         try:
-            facts = store.read_facts(path, kind=KIND, schema=SHARD_SCHEMA)
-        except (ValueError, OSError, KeyError):
-            continue
-        if facts["run"] == mine and path.name == f"shard-{facts['number']:05d}.h5":
-            finished.add(int(facts["number"]))
+            head = store.any_head(path)
+        except BadFileError:
+            continue  # cut off or damaged: it is made again
+        number = number_of(path)
+        store.read_head(path, kind=KIND, schema=SCHEMA, run="" if manifest is None else owner(manifest, number))
+        if head.about["number"] == number:
+            finished.add(number)
     return finished
 
 
-def stamp(directory: str | Path) -> str:
-    """Return what the shards of a run are marked with; nothing where no run was started."""
-    path = Path(directory) / RUN
-    return str(read_run(directory)["stamp"]) if path.exists() else ""
+def shard_paths(directory: str | Path) -> list[Path]:
+    """Return the files of a directory that are named as shards are."""
+    return sorted(path for path in Path(directory).glob("shard-*.h5") if path.stem.partition("-")[2].isdecimal())
 
 
-def read_run(directory: str | Path) -> dict[str, Any]:
-    """Read run.json.
-
-    Raises:
-        ValueError: if it is damaged, or of another schema.
-    """
-    path = Path(directory) / RUN
-    try:
-        about = json.loads(path.read_text())
-        schema = about["schema"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it, or start again with overwrite=True") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: use the version that wrote it")
-    return about
+def number_of(path: Path) -> int:
+    """Return a shard's number, as its name says it."""
+    return int(path.stem.partition("-")[2])
 
 
-def write_run(directory: Path, about: Mapping[str, Any]) -> None:
-    """Write run.json, atomically."""
-    text = json.dumps(about, indent=1) + "\n"
-    with store.replacing(directory / RUN, len(text)) as name:
-        name.write_text(text)
+def owner(manifest: Manifest, number: int) -> str:
+    """Return the id that a shard carries: the run's, or that of the append which it came with."""
+    ids = [str(change["id"]) for change in manifest.appended if int(change["first"]) <= number]
+    return ids[-1] if ids else manifest.id
 
 
-def rooted(directory: Path) -> int | None:
+def stamp(directory: str | Path, number: int) -> str:
+    """Return the id that a shard of a directory carries; nothing where no run was started."""
+    return owner(read_manifest(directory), number) if (Path(directory) / RUN).exists() else ""
+
+
+def planned_shards(manifest: Manifest) -> list[list[int]] | None:
+    """Return begin and end of every planned shard; `None` where they come as they come."""
+    shards = manifest.plan.get("shards")
+    where = f"{RUN}: the plan's shards"
+    return None if shards is None else [[*ends] for ends in conform(shards, list[tuple[int, int]], where)]
+
+
+def rooted(directory: Path, manifest: Manifest) -> int | None:
     """Return how many shards the root presents; `None` where there is no root, so the run was never finished."""
     from influence.index.root import read_root
 
-    return len(read_root(directory).shards) if (directory / ROOT).exists() else None
+    return len(read_root(directory, manifest.id).shards) if (directory / ROOT).exists() else None
 
 
 def way_on(directory: Path) -> str:
     """Say what to do about a run that is not finished."""
-    if read_run(directory)["plan"].get("shards") is None:
+    if planned_shards(read_manifest(directory)) is None:
         return "its shards came as their batches came, so it cannot be resumed: begin again with overwrite=True"
     return "run the same command again to resume it"
 
@@ -134,12 +135,18 @@ def way_on(directory: Path) -> str:
 def what_is_there(directory: str | Path) -> str:
     """Say in a line what a run directory holds."""
     directory = Path(directory)
-    about = read_run(directory)
-    planned = about["plan"].get("shards")
-    size = sum(path.stat().st_size for path in directory.glob(SHARDS))
-    shards = f"{len(list(directory.glob(SHARDS)))}" + ("" if planned is None else f" of {len(planned)}")
-    made = shlex.join(about["command"]) or "a call from Python"
+    about = read_manifest(directory)
+    planned = planned_shards(about)
+    paths = shard_paths(directory)
+    size = sum(path.stat().st_size for path in paths)
+    shards = f"{len(paths)}" + ("" if planned is None else f" of {len(planned)}")
     state = "finished" if (directory / ROOT).exists() else "unfinished"
     return (
-        f"{directory} holds a run of kind {about['kind']!r} ({state}; {shards} shards, {size:,} bytes), made by: {made}"
+        f"{directory} holds a run of kind {about.kind!r} ({state}; {shards} shards, {size:,} bytes), made by: "
+        f"{made_by(about.command)}"
     )
+
+
+def made_by(command: Sequence[str]) -> str:
+    """Return a command as one may type it again."""
+    return shlex.join(command) or "a call from Python"

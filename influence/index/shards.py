@@ -20,7 +20,7 @@ from influence.index.encoding import Encoded, Unstorable, check_dtype, encode
 from influence.index.run import stamp
 from influence.types import Rows
 
-SCHEMA = 2
+SCHEMA = 1
 KIND = "shard"
 
 
@@ -42,6 +42,19 @@ class Collected(NamedTuple):
     document: Int[Tensor, " r"] | None = None
     offsets: Int[Tensor, " n_and_1"] | None = None
     positions: Int[Tensor, " r"] | None = None
+
+
+class ShardFacts(NamedTuple):
+    """The facts of a shard as JSON holds them."""
+
+    number: int
+    begin: int
+    end: int
+    examples: int
+    rows: int
+    dtype: str
+    per_token: bool
+    blocks: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,8 @@ def shard_sink(
             "dtype": dtype,
             "per_token": per_token,
             "blocks": columns.json(),
-            "run": stamp(directory),
         }
-        store.write(path, tensors, about, kind=KIND, schema=SCHEMA)
+        store.write(path, tensors, about, kind=KIND, schema=SCHEMA, run=stamp(directory, number))
         return path
 
     return _sink(columns, dtype, per_token, finalize)

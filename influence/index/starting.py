@@ -1,34 +1,27 @@
 """Taking a run directory: begun, resumed after anything, grown by appending, never overwritten unless told."""
 
 import json
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from influence import store
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.index.agreement import differences
 from influence.index.fingerprints import Fingerprint
-from influence.index.lock import LOCK, Lock
 from influence.index.run import (
-    NEIGHBOURS,
-    OURS,
+    FILES,
     PARTIALS,
-    ROOT,
-    RUN,
-    SCHEMA,
     SHARDS,
-    TEMPORARY,
     Run,
     done,
-    read_run,
+    number_of,
+    planned_shards,
     rooted,
     what_is_there,
-    write_run,
 )
+from influence.store import Lock
+from influence.store.folder import RUN, Manifest, manifest_of, owned, take, tidy, write_manifest
 
 
 def start(
@@ -42,6 +35,7 @@ def start(
     resume: bool = True,
     append: bool = False,
     results: Sequence[str] = (),
+    scratch: Sequence[str] = (),
 ) -> Run:
     """Take the lock on a run directory, and begin, resume or append.
 
@@ -53,10 +47,11 @@ def start(
         plan: `{"shards": [[begin, end], …], "dtype": …, …}`; without `"shards"` they come as they come, and cannot be
             resumed. When appending, the new ones alone.
         fingerprint: what the rows will be.
-        overwrite: delete what is there first: files of ours, no others.
+        overwrite: delete the run that is there first: the files that its manifest names, no others.
         resume: go on with an unfinished run of the same plan and fingerprint.
         append: add shards to a finished index.
-        results: other files and folders of the run's, which overwriting deletes too.
+        results: names of what else the run may hold, as `Manifest.files` has them; those by which it is finished first.
+        scratch: names of what else it holds until it is finished.
 
     Returns:
         The run.
@@ -71,60 +66,44 @@ def start(
     directory = Path(directory)
     if append and overwrite:
         raise ValueError("append=True adds to what is there, and overwrite=True deletes it: choose one")
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file, and a run is a directory: write to another place")
-    directory.mkdir(parents=True, exist_ok=True)
-    _check_ours(directory)
-    lock = Lock(directory)
+    if append and not (directory / RUN).exists():
+        raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
+    files, left = dict.fromkeys((*results, *FILES)), dict.fromkeys((PARTIALS, *scratch))
+    wanted = manifest_of(kind, config, command, plan, fingerprint.json(), [*files], [*left])
+    lock, there = take(directory, wanted, overwrite)
     try:
-        for left in directory.glob(TEMPORARY):
-            left.unlink()
-        about: dict[str, Any] = {
-            "schema": SCHEMA,
-            "kind": kind,
-            "command": list(command),
-            "config": dict(config),
-            "plan": json.loads(json.dumps(plan)),
-            "fingerprint": fingerprint.json(),
-        }
-        if overwrite:
-            _wipe(directory, results)
-        if not (directory / RUN).exists():
-            if append:
-                raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
-            about["stamp"] = f"{hash_of([kind, about['fingerprint']])[:32]}-{secrets.token_hex(8)}"
-            write_run(directory, about)
-            return Run(directory, about, 0, _count(about), lock)
-        there = read_run(directory)
-        _check_same(directory, there, about, append)
-        present = rooted(directory)
+        if there is None:
+            return Run(directory, wanted, 0, _count(wanted), lock)
+        _check_same(directory, there, wanted, append)
+        present = rooted(directory, there)
         if append:
-            return _append(directory, there, about, present, lock)
+            return _append(directory, there, wanted, present, lock)
         if present is not None:
+            tidy(directory, there)
             raise FileExistsError(
                 f"{what_is_there(directory)}. It is finished: pass overwrite=True to replace it, "
                 "append=True to add examples, or write to another directory"
             )
-        if not resume and "shards" in there["plan"]:
+        if not resume and "shards" in there.plan:
             raise FileExistsError(
                 f"{what_is_there(directory)}. Pass resume=True to go on with it, overwrite=True to "
                 "replace it, or write to another directory"
             )
-        last = _check_plan(directory, there, about)
+        last = _check_plan(directory, there, wanted)
         return Run(directory, there, 0, last, lock)
     except BaseException:
         lock.release()
         raise
 
 
-def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], present: int | None, lock: Lock) -> Run:
+def _append(directory: Path, there: Manifest, wanted: Manifest, present: int | None, lock: Lock) -> Run:
     """Grow a finished run's plan, or go on with an append that was cut off."""
     from influence.index.root import finish
 
-    old, new = there["plan"].get("shards", []), about["plan"].get("shards")
-    for change, (first, last) in zip(there.get("appended", ()), _segments(there)[1:], strict=True):
+    old, new = planned_shards(there) or [], planned_shards(wanted)
+    for change, (first, last) in zip(there.appended, _segments(there)[1:], strict=True):
         if old[first:last] == new and (present is None or present < last):
-            mine, theirs = (each["recorded"].get("data") for each in (about["fingerprint"], change))
+            mine, theirs = (each["recorded"].get("data") for each in (wanted.fingerprint, change))
             if mine != theirs:
                 raise ValueError(
                     f"{directory}: an append was cut off whose data is {_short(theirs)}; append the same again to go "
@@ -144,13 +123,13 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], prese
             f"got {_short(new)}"
         )
     for key in ("dtype", "per_token"):
-        mine, theirs = about["plan"].get(key), there["plan"].get(key)
+        mine, theirs = wanted.plan.get(key), there.plan.get(key)
         if mine != theirs:
             raise ValueError(
                 f"{directory} has {key} = {_short(theirs)}; appended rows must have it too, got {_short(mine)}"
             )
-    for path in directory.glob(SHARDS):
-        if int(path.stem.split("-")[1]) >= present:
+    for path in owned(directory, there, [SHARDS]):
+        if number_of(path) >= present:
             path.unlink()
     if new is not None:
         last = max((end for _, end in old), default=0)
@@ -159,37 +138,40 @@ def _append(directory: Path, there: dict[str, Any], about: dict[str, Any], prese
                 f"{directory} holds rows of the dataset up to {last - 1}: appended shards begin at {last} or later, "
                 f"got {_short(new)}"
             )
-    plan = {**there["plan"], "shards": old + new} if new is not None else {**there["plan"], "open": True}
-    change = {key: about[key] for key in ("command", "config")} | {
-        "recorded": about["fingerprint"]["recorded"],
+    plan = {**there.plan, "shards": old + new} if new is not None else {**there.plan, "open": True}
+    change = {
+        "command": wanted.command,
+        "config": wanted.config,
+        "recorded": wanted.fingerprint["recorded"],
         "first": present,
     }
-    grown = {**there, "plan": plan, "appended": [*there.get("appended", ()), change]}
-    write_run(directory, grown)
+    change["id"] = hash_of([there.ids[-1], wanted.id, present])[:32]
+    grown = there._replace(plan=plan, appended=[*there.appended, change])
+    write_manifest(directory, grown)
     return Run(directory, grown, present, None if new is None else len(old) + len(new), lock)
 
 
-def _count(about: Mapping[str, Any]) -> int | None:
-    shards = about["plan"].get("shards")
+def _count(manifest: Manifest) -> int | None:
+    shards = planned_shards(manifest)
     return None if shards is None else len(shards)
 
 
-def _segments(about: Mapping[str, Any]) -> list[tuple[int, int]]:
+def _segments(manifest: Manifest) -> list[tuple[int, int]]:
     """Return the first shard, and the one behind the last, of a run and of every append to it."""
-    firsts = [0, *(change["first"] for change in about.get("appended", ()))]
-    return list(pairwise([*firsts, _count(about) or 0]))
+    firsts = [0, *(int(change["first"]) for change in manifest.appended)]
+    return list(pairwise([*firsts, _count(manifest) or 0]))
 
 
-def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], append: bool) -> None:
+def _check_same(directory: Path, there: Manifest, wanted: Manifest, append: bool) -> None:
     """Refuse a run of another kind or fingerprint; data that are appended may be others."""
-    if there["kind"] != about["kind"]:
+    if there.kind != wanted.kind:
         raise FileExistsError(
-            f"{what_is_there(directory)}. This run is of kind {about['kind']!r}: pass overwrite=True to replace it, or "
+            f"{what_is_there(directory)}. This run is of kind {wanted.kind!r}: pass overwrite=True to replace it, or "
             "write to another directory"
         )
     free = ("data",) if append else ()
     for name, mine, theirs in differences(
-        Fingerprint.from_json(about["fingerprint"]), Fingerprint.from_json(there["fingerprint"]), free
+        Fingerprint.from_json(wanted.fingerprint), Fingerprint.from_json(there.fingerprint), free
     ):
         verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
         raise ValueError(
@@ -198,16 +180,16 @@ def _check_same(directory: Path, there: dict[str, Any], about: dict[str, Any], a
         )
 
 
-def _check_plan(directory: Path, there: dict[str, Any], about: dict[str, Any]) -> int:
+def _check_plan(directory: Path, there: Manifest, wanted: Manifest) -> int:
     """Refuse another plan; return how many shards it has, those of appends apart."""
-    if "shards" not in about["plan"]:
+    if "shards" not in wanted.plan:
         raise FileExistsError(
             f"{what_is_there(directory)}; its shards came as their batches came, so it cannot be resumed: pass "
             "overwrite=True to begin again, or write to another directory"
         )
     last = _segments(there)[0][1]
-    planned = {**there["plan"], "shards": there["plan"].get("shards", [])[:last]}
-    for name, mine, theirs in _differing(about["plan"], planned):
+    planned = {**there.plan, "shards": (planned_shards(there) or [])[:last]}
+    for name, mine, theirs in _differing(wanted.plan, planned):
         raise ValueError(
             f"{what_is_there(directory)}. Its plan has {name} = {_short(theirs)}, and this run's has "
             f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
@@ -223,33 +205,6 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], where: str = ""
             yield from _differing(mine, theirs, f"{where}{key}.")
         elif mine != theirs:
             yield f"{where}{key}", mine, theirs
-
-
-def _check_ours(directory: Path) -> None:
-    """Refuse a directory that holds something else."""
-    ours = {path for pattern in OURS for path in directory.glob(pattern)}
-    foreign = sorted(path.name for path in directory.iterdir() if path not in ours)
-    begun = ours - {directory / LOCK, *directory.glob(TEMPORARY)}
-    if (directory / RUN).exists() or not (foreign or begun):
-        return
-    names = foreign or sorted(path.name for path in begun)
-    raise FileExistsError(
-        f"{directory} holds {', '.join(names[:3])}{'…' if len(names) > 3 else ''} and no run: write to "
-        "another directory"
-    )
-
-
-def _wipe(directory: Path, results: Sequence[str] = ()) -> None:
-    """Delete a run: the root and the results first, so that it never looks finished, and run.json last."""
-    for name in (ROOT, NEIGHBOURS, *results):
-        if (directory / name).is_dir():
-            shutil.rmtree(directory / name)
-        else:
-            (directory / name).unlink(missing_ok=True)
-    for pattern in (SHARDS, PARTIALS, RUN):
-        for path in directory.glob(pattern):
-            path.unlink()
-    store.sync(directory)
 
 
 def _short(value: Any) -> str:

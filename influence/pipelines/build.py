@@ -9,7 +9,7 @@ import torch
 
 from influence.func.fold import Sink
 from influence.index import Columns, done, finish, open_index, shard_sink
-from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
+from influence.pipelines.collect import Placed, Summed, Work, collect
 from influence.pipelines.configs import PassConfig
 from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
@@ -111,7 +111,6 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
             results = collect(work, sinks, at, place, what="build", shown=execution.progress)
             if place.first:
                 finish(at)
-                remove_partials(at)
             place.barrier()
     index = open_index(directory)
     facts = {"run": config.run, "rows": len(index), "dim": index.dim, "dtype": index.dtype, **results}

@@ -19,6 +19,7 @@ from influence.func.fold import Sink
 from influence.pipelines import states
 from influence.pipelines.progress import progress
 from influence.pipelines.ranks import Ranks
+from influence.store.folder import run_id
 
 SAVE_EVERY = 30.0
 """Seconds between two writes of a running state: what a crash loses of a sum, beside the shard at hand."""
@@ -66,6 +67,7 @@ def collect(
     *,
     what: str = "pass",
     shown: bool | None = None,
+    partial: str = "partial",
 ) -> dict[str, Any]:
     """Run a pass: each shard that some sink lacks goes through the step once, whatever number of sinks want it.
 
@@ -76,6 +78,7 @@ def collect(
         ranks: this process among its peers.
         what: the name of the work, for the progress bar.
         shown: whether to show it.
+        partial: how the files of running states are called.
 
     Returns:
         On the first rank, the result of every summed sink; nothing elsewhere.
@@ -83,15 +86,18 @@ def collect(
     summed = {name: sink.sink for name, sink in sinks.items() if isinstance(sink, Summed)}
     placed = {name: sink for name, sink in sinks.items() if isinstance(sink, Placed)}
 
+    run = run_id(directory) or ""
+
     def missing() -> list[list[Any]]:
-        done = {name: sink.done() for name, sink in placed.items()} | _summed_shards(directory, summed)
+        states = partials(directory, partial) if summed else []
+        done = {name: sink.done() for name, sink in placed.items()} | _summed_shards(states, run, summed)
         numbers = range(len(work.shards))
         lacking = {n: [name for name in sinks if n not in done[name]] for n in numbers}
         return [[n, names] for n, names in lacking.items() if names]
 
     todo = ranks.once(missing)[ranks.rank :: ranks.world]
-    mine = directory / f"partial-{ranks.rank:05d}.h5"
-    held, running = read_partial(mine, summed, work.device) if summed else ({}, {})
+    mine = directory / f"{partial}-{ranks.rank:05d}.h5"
+    held, running = read_partial(mine, run, summed, work.device) if summed else ({}, {})
     total = sum(len(work.shards[n].ids) for n, _ in todo)
     saved, unsaved = time.monotonic(), False
     with progress(what, total, shown, ranks.rank) as seen:
@@ -110,12 +116,12 @@ def collect(
             held = {name: sorted({*shards, number} if name in names else shards) for name, shards in held.items()}
             unsaved |= bool(set(names) & set(summed))
             if unsaved and time.monotonic() - saved >= SAVE_EVERY:
-                write_partial(mine, held, running)
+                write_partial(mine, run, held, running)
                 saved, unsaved = time.monotonic(), False
         if unsaved:
-            write_partial(mine, held, running)
+            write_partial(mine, run, held, running)
     ranks.barrier()
-    return _merged(directory, summed) if ranks.first else {}
+    return _merged(partials(directory, partial) if summed else [], run, summed) if ranks.first else {}
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:
@@ -123,23 +129,24 @@ def _tokens(batch: Mapping[str, Tensor]) -> int:
     return batch_size(batch) if mask is None else int(mask.sum())
 
 
-def write_partial(path: Path, shards: Mapping[str, list[int]], running: Mapping[str, Any]) -> None:
+def write_partial(path: Path, run: str, shards: Mapping[str, list[int]], running: Mapping[str, Any]) -> None:
     """Write states and the shards that are in them, atomically."""
     from influence import store
 
     flat = {name: states.flatten(state) for name, state in running.items()}
     tensors = {f"{name}/{key}": tensor for name, (own, _) in flat.items() for key, tensor in own.items()}
     about = {"shards": dict(shards), "states": {name: structure for name, (_, structure) in flat.items()}}
-    store.write(path, tensors, about, kind="partial", schema=states.SCHEMA)
+    store.write(path, tensors, about, kind="partial", schema=states.SCHEMA, run=run)
 
 
 def read_partial(
-    path: Path, summed: Mapping[str, Sink], device: str = "cpu"
+    path: Path, run: str, summed: Mapping[str, Sink], device: str = "cpu"
 ) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """Read what `write_partial` wrote; empty states where there is no file.
 
     Args:
         path: the file.
+        run: the id of the run.
         summed: the sinks.
         device: where states shall be.
 
@@ -147,16 +154,16 @@ def read_partial(
         The shards in each state, and the states.
 
     Raises:
-        ValueError: if the file is damaged, or lacks a sink.
+        BadFileError: if the file is damaged, another run's, or lacks a sink.
     """
     from influence import store
 
     if not path.is_file():
         return {name: [] for name in summed}, {name: sink.init() for name, sink in summed.items()}
-    tensors, about = store.read(path, kind="partial", schema=states.SCHEMA)
+    tensors, about = store.read(path, kind="partial", schema=states.SCHEMA, run=run)
     lost = [name for name in summed if name not in about["states"]]
     if lost:
-        raise ValueError(f"{path} holds no {lost[0]}: it is another run's; remove it, or pass --overwrite")
+        raise store.BadFileError(f"{path} holds no {lost[0]}: it is another run's; remove it, or pass --overwrite")
     running = {}
     for name, sink in summed.items():
         own = {key.removeprefix(f"{name}/"): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}/")}
@@ -164,29 +171,24 @@ def read_partial(
     return {name: list(about["shards"][name]) for name in summed}, running
 
 
-def _partials(directory: Path) -> list[Path]:
-    return sorted(directory.glob("partial-*.h5"))
+def partials(directory: Path, name: str) -> list[Path]:
+    """Return the files of running states, by rank."""
+    return sorted(path for path in directory.glob(f"{name}-*.h5") if path.stem.rpartition("-")[2].isdecimal())
 
 
-def _summed_shards(directory: Path, summed: Mapping[str, Sink]) -> dict[str, set[int]]:
+def _summed_shards(states: Sequence[Path], run: str, summed: Mapping[str, Sink]) -> dict[str, set[int]]:
     """Return which shards are in the states of all processes."""
     found: dict[str, set[int]] = {name: set() for name in summed}
-    for path in _partials(directory) if summed else []:
-        for name, shards in read_partial(path, summed)[0].items():
+    for path in states:
+        for name, shards in read_partial(path, run, summed)[0].items():
             found[name] |= set(shards)
     return found
 
 
-def _merged(directory: Path, summed: Mapping[str, Sink]) -> dict[str, Any]:
+def _merged(states: Sequence[Path], run: str, summed: Mapping[str, Sink]) -> dict[str, Any]:
     """Merge the states of all processes, in the order of their files, and finalise them."""
     whole = {name: sink.init() for name, sink in summed.items()}
-    for path in _partials(directory) if summed else []:
-        for name, state in read_partial(path, summed)[1].items():
+    for path in states:
+        for name, state in read_partial(path, run, summed)[1].items():
             whole[name] = summed[name].merge(whole[name], state)
     return {name: sink.finalize(whole[name]) for name, sink in summed.items()}
-
-
-def remove_partials(directory: Path) -> None:
-    """Remove the states of a run whose results are written."""
-    for path in _partials(directory):
-        path.unlink()

@@ -1,6 +1,7 @@
 """A run directory under a pass: begun by the first rank, locked while the pass runs, and able to replay itself."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 from influence.data import Tokenized
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
-from influence.index.run import ROOT, RUN, read_run, what_is_there
+from influence.index.run import ROOT, what_is_there
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import shard_ranges
 from influence.pipelines.prepare import Measured
 from influence.pipelines.ranks import Ranks
 from influence.pipelines.reading import data_hash, vocabulary_hash
 from influence.pipelines.seen import Step
+from influence.store import Lock
+from influence.store.folder import RUN, read_manifest, refuse_foreign, tidy
 
+CONFIG = "config.yaml"
 RESULTS = (ROOT, "factors.h5", "best.h5")
 """Files, one of which a finished pass has."""
 
@@ -32,9 +36,9 @@ def run_directory(
     place: Ranks,
     settings: Mapping[str, Any] | None = None,
     results: Sequence[str] = (),
+    scratch: Sequence[str] = (),
     stored: Sequence[Sequence[int]] | None = None,
     append: bool = False,
-    scratch: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Begin or resume a run.
 
@@ -47,10 +51,10 @@ def run_directory(
         step: the planned step, which knows the rows' shapes.
         place: this process among its peers.
         settings: what else decides the result, so that a run with other settings does not resume this one.
-        results: files that it makes beside the index, which overwriting deletes.
+        results: names of what it makes beside the index, as `Manifest.files` has them.
+        scratch: names of what it keeps there until it is finished.
         stored: begin and end of every shard that is written, where they are not the dataset's.
         append: add to a finished index, whose configuration stays.
-        scratch: other files and folders that the pass keeps there until it is finished.
 
     Yields:
         The directory. The first rank holds its lock until the end.
@@ -81,13 +85,17 @@ def run_directory(
                 overwrite=execution.overwrite,
                 resume=execution.resume,
                 append=append,
-                results=[*results, *scratch],
+                results=[*results, CONFIG],
+                scratch=scratch,
             )
             stack.enter_context(run)
             if not append:
-                write_config(directory / "config.yaml", kept, kind_command(kind))
+                write_config(directory / CONFIG, kept, kind_command(kind), run.manifest.id)
         place.barrier()
         yield directory
+        place.barrier()
+        if place.first:
+            tidy(directory, read_manifest(directory))
 
 
 def refuse_finished(config: Any) -> None:
@@ -100,16 +108,26 @@ def refuse_finished(config: Any) -> None:
         FileExistsError: saying what is there.
     """
     directory, execution = Path(config.run), config.execution
+    refuse_foreign(directory)
     found = [name for name in RESULTS if (directory / name).exists()]
     if not found or execution.overwrite or execution.dry_run or not (directory / RUN).exists():
         return
-    kind = read_run(directory)["kind"]
+    manifest = read_manifest(directory)
+    if os.access(directory, os.W_OK):
+        with Lock(directory):
+            tidy(directory, manifest)  # a run that was killed as it finished
+    kind = manifest.kind
     there = f"{directory} holds a finished run of influence {kind_command(kind)} ({found[0]})"
     appended = kind == "index" and hasattr(config, "append")
     raise FileExistsError(
         f"{what_is_there(directory) if kind == 'index' else there}: pass --overwrite to replace it, "
         f"{'--append to add examples, ' if appended else ''}or another --run"
     )
+
+
+def config_of(run: str | Path) -> dict[str, Any]:
+    """Return the configuration that a run's manifest holds; none where there is no run."""
+    return read_manifest(run).config if (Path(run) / RUN).exists() else {}
 
 
 def kind_command(kind: str) -> str:

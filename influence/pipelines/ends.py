@@ -10,30 +10,33 @@ from torch import Tensor
 
 from influence.func.top import Top
 from influence.index import Index, open_index
+from influence.pipelines.directory import config_of
 from influence.pipelines.outcome import Outcome, table
-from influence.pipelines.plain import read_config
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
+from influence.store.folder import run_id
 
 AT_ONCE = 1 << 14
 """Scores that are looked through at once."""
+BEST = "best.h5"
 SHOWN = 3
 """Queries, and examples of each, that are shown."""
 
 
-def write_best(path: Path, heaps: Mapping[str, Top], queries: Sequence[str], mode: str) -> None:
+def write_best(path: Path, run: str, heaps: Mapping[str, Top], queries: Sequence[str], mode: str) -> None:
     """Write the best and worst examples of every query."""
     from influence import store
 
     tensors = {f"{name}/{key}": value for name, heap in heaps.items() for key, value in heap._asdict().items()}
-    store.write(path, tensors, {"queries": list(queries), "mode": mode}, kind="best", schema=1)
+    store.write(path, tensors, {"queries": list(queries), "mode": mode}, kind="best", schema=1, run=run)
 
 
 def read_best(path: str | Path) -> dict[str, Top]:
     """Return the best and worst examples that a run with `top_k` kept: `{"query0/best": …, "query0/worst": …}`."""
     from influence import store
 
-    tensors, _ = store.read(Path(path) / "best.h5" if Path(path).is_dir() else path, kind="best", schema=1)
+    file = Path(path) / BEST if Path(path).is_dir() else Path(path)
+    tensors, _ = store.read(file, kind="best", schema=1, run=run_id(file.parent))
     names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
     return {name: Top(tensors[f"{name}/values"], tensors[f"{name}/indices"]) for name in names}
 
@@ -83,8 +86,7 @@ def ends(run: str | Path, k: int = 5) -> dict[str, End]:
 
 def outcome_of(run: str | Path) -> Outcome:
     """Return what there is to say of finished scores: the ends of each query's."""
-    about = read_config(Path(run) / "config.yaml") if (Path(run) / "config.yaml").exists() else {}
-    names = list(about.get("query", ()))
+    names = list(config_of(run).get("query", ()))
     found = ends(run)
     facts: dict[str, Any] = {"run": str(run), "queries": []}
     lines = []

@@ -99,7 +99,7 @@ def _npy(index: Index, blocks: list[str], path: Path) -> None:
 
     width = index.columns.chosen(blocks).dim
     dtype = "<f8" if index.dtype == "float64" else "<f4"
-    with open(path, "xb") as file:
+    with open(path, "wb") as file:
         shape = {"descr": dtype, "fortran_order": False, "shape": (len(index), width)}
         numpy.lib.format.write_array_header_1_0(file, shape)
         for begin, end in _slices(index):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from influence import hessians
 from influence.hessians import Factors
-from influence.pipelines.collect import Summed, Work, collect, remove_partials
+from influence.pipelines.collect import Summed, Work, collect
 from influence.pipelines.configs import PassConfig, TransformConfig, View, at_least
 from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
@@ -16,8 +16,9 @@ from influence.pipelines.planning import first_batch, predict
 from influence.pipelines.prepare import Measured, batches_of, measure, own_shards
 from influence.pipelines.ranks import Ranks, among_ranks, own_device, ranks
 from influence.pipelines.reading import read_data
+from influence.store.folder import run_id
 
-SCRATCH = ("kfac.h5", "eigenvalues")
+SCRATCH = ("kfac.h5", "eigenvalues-#.h5")
 """What is kept between EK-FAC's two passes."""
 
 
@@ -94,7 +95,7 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
         settings = {"labels": step.about.labels._asdict(), "method": config.method, "max_side": config.max_side}
         device = own_device(config.execution.device)
         where = run_directory(
-            "hessian", config, measured, tokens, shards, step, place, settings, ["factors.h5"], scratch=SCRATCH
+            "hessian", config, measured, tokens, shards, step, place, settings, ["factors.h5"], SCRATCH
         )
         with where as at:
             work = Work(shards, batches, step, device)
@@ -105,13 +106,7 @@ def run(config: HessianConfig, say: Say = quiet) -> Outcome:
             if config.method == "ekfac":
                 factors = _corrected(factors, work, measured, first, at, place, shown)
             if place.first and factors is not None:
-                factors.save(at / "factors.h5")
-                for folder in (at, at / "eigenvalues"):
-                    remove_partials(folder)
-                (at / "kfac.h5").unlink(missing_ok=True)
-                if (at / "eigenvalues").exists():
-                    (at / "eigenvalues").rmdir()
-            place.barrier()
+                factors.save(at / "factors.h5", run_id(at) or "")
         return outcome(config.run, hessians.load(directory / "factors.h5"))
 
 
@@ -136,15 +131,14 @@ def _fit(config: HessianConfig, loss_fn: Any, params: Any, transform: Any, first
 def _corrected(
     kfac: Factors | None, work: Work, measured: Measured, first: Any, at: Path, place: Ranks, shown: bool | None
 ) -> Any:
-    """Measure K-FAC's eigenvalues in its basis: the second pass, whose progress is kept in a folder of its own."""
+    """Measure K-FAC's eigenvalues in its basis: the second pass, whose progress is kept in files of its own."""
     if place.first and kfac is not None and not (at / "kfac.h5").is_file():
-        kfac.save(at / "kfac.h5")  # the basis must be one and the same on every rank and after every resume
-        (at / "eigenvalues").mkdir(exist_ok=True)
+        kfac.save(at / "kfac.h5", run_id(at) or "")  # one basis on every rank and after every resume
     place.barrier()
-    factors = hessians.load(at / "kfac.h5")
+    factors = hessians.load(at / "kfac.h5", run_id(at))
     step = hessians.ekfac.step(factors, measured.loss_fn, measured.params, first, transform=measured.transform)
     sinks = {"factors": Summed(hessians.ekfac.sink(factors, step))}
-    found = collect(work._replace(step=step), sinks, at / "eigenvalues", place, what="eigenvalues", shown=shown)
+    found = collect(work._replace(step=step), sinks, at, place, what="eigenvalues", shown=shown, partial="eigenvalues")
     return found.get("factors")
 
 

@@ -8,17 +8,18 @@ from typing import Any
 
 from influence import store
 from influence.index import done, open_index
-from influence.index.run import read_run
+from influence.index.run import made_by, planned_shards
 from influence.index.shards import KIND, SCHEMA, shard_name
 from influence.pipelines import hessian, sample
 from influence.pipelines.configs import Run
-from influence.pipelines.directory import kind_command
+from influence.pipelines.directory import CONFIG, config_of, kind_command
 from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.plain import command_of, read_config
 from influence.pipelines.planning import size
-from influence.pipelines.sampled import SHARE, read_samples
+from influence.pipelines.sampled import read_samples, shares_in
 from influence.pipelines.views import load_factors
+from influence.store.folder import RUN, Manifest, read_manifest
+from influence.store.schema import conform
 
 
 @dataclass(frozen=True)
@@ -68,22 +69,22 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         text = f"scores at {directory}\n" + table(["heap", "queries", "kept"], rows)
     elif (directory / "run.h5").exists():
         found = sample.outcome(read_samples(directory))
-        facts |= {**found.facts, "kind": command_of(directory / "config.yaml"), "finished": True}
+        facts |= {**found.facts, "kind": _command(directory), "finished": True}
         text = f"chains at {directory}\n{found.text}"
-    elif shares := sorted(path.name for path in directory.glob(SHARE)):
-        facts |= {"kind": command_of(directory / "config.yaml"), "finished": False, "shares": shares}
+    elif shares := [path.name for path in shares_in(directory)]:
+        facts |= {"kind": _command(directory), "finished": False, "shares": shares}
         text = f"chains at {directory}: not finished ({', '.join(shares)})"
-    elif (directory / "run.json").exists():
+    elif (directory / RUN).exists():
         text = _unfinished(directory, config.verify, facts)
     else:
         raise FileNotFoundError(f"{directory} holds no run of influence: it has no run.json")
     if config.verify:
         facts["verified"] = True
         text += "\nverified: every checksum holds"
-    if (directory / "config.yaml").exists():
-        file = shlex.quote(str(directory / "config.yaml"))
+    if (directory / CONFIG).exists():
+        file = shlex.quote(str(directory / CONFIG))
         text += f"\nreplay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
-        facts["config"] = read_config(directory / "config.yaml")
+        facts["config"] = config_of(directory)
     return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")
 
 
@@ -108,24 +109,36 @@ def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
 
 
 def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
-    about = read_run(directory)
-    steps = sorted(path.parent.name for path in directory.glob("*/run.json"))
-    facts |= {"kind": about["kind"], "command": about["command"], "steps": steps}
-    if about["plan"].get("steps"):
-        states = {name: _finished(directory / name) for name in about["plan"]["steps"]}
+    about = read_manifest(directory)
+    steps = sorted(path.parent.name for path in directory.glob(f"*/{RUN}"))
+    facts |= {"kind": about.kind, "command": about.command, "steps": steps}
+    if about.plan.get("steps"):
+        states = {name: _finished(directory / name) for name in steps_of(about)}
         facts |= {"finished": all(states.values()), "steps": states}
         for name in [name for name, ready in states.items() if verify and ready]:
             run(InspectConfig(str(directory / name), verify))
         rows = [[name, "finished" if ready else "not finished"] for name, ready in states.items()]
-        return f"{about['kind']} at {directory}\n" + table(["step", "state"], rows)
-    planned, finished = about["plan"].get("shards", []), sorted(done(directory))
+        return f"{about.kind} at {directory}\n" + table(["step", "state"], rows)
+    planned, finished = planned_shards(about) or [], sorted(done(directory))
     facts |= {"finished": False, "shards": len(planned), "done": finished}
     for number in finished if verify else []:
         store.read(directory / shard_name(number), kind=KIND, schema=SCHEMA)
     return (
-        f"{about['kind']} at {directory}: not finished, {len(finished)} of {len(planned)} shards\n"
-        f"made by: {shlex.join(about['command'])}\nconfiguration: {json.dumps(about['config'])[:400]}"
+        f"{about.kind} at {directory}: not finished, {len(finished)} of {len(planned)} shards\n"
+        f"made by: {made_by(about.command)}\nconfiguration: {json.dumps(about.config)[:400]}"
     )
+
+
+def steps_of(manifest: Manifest) -> list[str]:
+    """Return the steps of a recipe's run: names of folders in it."""
+    names = conform(manifest.plan["steps"], list[str], f"{RUN}: the plan's steps")
+    return [name for name in names if f"{name}/" in manifest.files]
+
+
+def _command(directory: Path) -> str:
+    """Return the command that sampled a run, or what it is where Python did."""
+    manifest = read_manifest(directory)
+    return manifest.command[1] if len(manifest.command) > 1 else manifest.kind
 
 
 def _finished(directory: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from influence import hessians
 from influence.index import Fingerprint, start
 from influence.pipelines import hessian
 from influence.pipelines.configs import Run, at_least
+from influence.pipelines.directory import CONFIG
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.ranks import among_ranks, ranks
@@ -70,7 +72,8 @@ def _write(config: MixConfig, file: Path, say: Say) -> None:
     command = ["influence", "mix", "--config", str(file.parent / "config.yaml"), "--run", "ANOTHER_RUN"]
     plan = {"shards": [], "query": query.digest, "index": index.digest, "components": config.components}
     plan["weight"] = config.weight
-    how = {"overwrite": config.overwrite, "results": ["factors.h5"]}
-    with start(file.parent, "mix", to_mapping(kept), command, plan, Fingerprint(), **how):  # type: ignore[arg-type]
-        write_config(file.parent / "config.yaml", kept, "mix")
-        mixed.save(file)
+    results = [file.name, CONFIG]
+    how: dict[str, Any] = {"overwrite": config.overwrite, "results": results}
+    with start(file.parent, "mix", to_mapping(kept), command, plan, Fingerprint(), **how) as run:
+        write_config(file.parent / CONFIG, kept, "mix", run.manifest.id)
+        mixed.save(file, run.manifest.id)

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
+from influence.store import write_text
+
 C = TypeVar("C")
 
 
@@ -127,17 +129,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return dict(read)
 
 
-def command_of(path: str | Path) -> str:
-    """Return the command that wrote a configuration, as its first line says."""
-    return Path(path).read_text().split()[2]
-
-
-def write_config(path: str | Path, config: Any, command: str) -> None:
+def write_config(path: str | Path, config: Any, command: str, run: str = "") -> None:
     """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
     head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True))
-    temporary.replace(path)
+    write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)

@@ -14,9 +14,9 @@ from influence.func.per_example import per_example_grads_fn
 from influence.func.retrieval import Recall, first_gold, first_gold_listed, recall
 from influence.index import fingerprint_of, open_index
 from influence.pipelines.configs import RunConfig
+from influence.pipelines.directory import config_of
 from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.plain import read_config
 from influence.pipelines.prepare import batches_of
 from influence.pipelines.queries import column
 from influence.pipelines.query import QueryConfig, open_session
@@ -188,7 +188,7 @@ def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
     """Return where scores put the gold documents, for every query run that was scored."""
     path = Path(str(config.scores))
     path = path / "scores" if (path / "scores" / "run.json").exists() else path
-    about = read_config(path / "config.yaml") if (path / "config.yaml").exists() else {}
+    about = config_of(path)
     if about.get("mode") == "nearest":
         raise ValueError(f"{path} keeps the best score over all queries: score with --mode individual")
     names = [str(name) for name in about.get("query", ())]

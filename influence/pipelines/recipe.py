@@ -20,7 +20,7 @@ from influence.pipelines.configs import (
     TransformConfig,
     View,
 )
-from influence.pipelines.directory import RESULTS
+from influence.pipelines.directory import CONFIG, RESULTS
 from influence.pipelines.inputs import contents
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.plain import to_mapping, write_config
@@ -147,9 +147,10 @@ def _begin(kind: str, config: RecipeConfig, names: list[str], place: Ranks, stac
         command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
         plan = {"shards": [], "steps": names, "settings": settings}
         plan |= {f"contents of {name}": found for name, found in contents(config).items()}
-        how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume, "results": names}
-        stack.enter_context(start(directory, kind, to_mapping(kept), command, plan, Fingerprint(), **how))
-        write_config(directory / "config.yaml", kept, kind)
+        how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume}
+        how["results"] = [*(f"{name}/" for name in names), CONFIG]
+        run = stack.enter_context(start(directory, kind, to_mapping(kept), command, plan, Fingerprint(), **how))
+        write_config(directory / CONFIG, kept, kind, run.manifest.id)
     place.barrier()
 
 

@@ -12,7 +12,7 @@ from influence.func.fold import Sink
 from influence.func.folding import flat
 from influence.func.losses import widen
 from influence.index import Collected, Columns, finish, open_index, shard_sink
-from influence.pipelines.collect import Summed, Work, collect, remove_partials
+from influence.pipelines.collect import Summed, Work, collect
 from influence.pipelines.configs import PassConfig
 from influence.pipelines.directory import refuse_finished, run_directory
 from influence.pipelines.outcome import Outcome, Say, quiet
@@ -137,7 +137,7 @@ def run(config: ReduceConfig, say: Say = quiet) -> Outcome:
             return Outcome(config.run, plan._asdict(), "")
         settings = {"method": config.method, "normalize": config.normalize}
         one = [[0, 1]]  # the only row, whatever the dataset's shards
-        with run_directory("reduce", config, measured, tokens, shards, step, place, settings, ["index.h5"], one) as at:
+        with run_directory("reduce", config, measured, tokens, shards, step, place, settings, stored=one) as at:
             work = Work(shards, batches, step.see, own_device(execution.device))
             found = collect(work, {"sum": Summed(totals())}, at, place, what="reduce", shown=execution.progress)
             facts: dict[str, Any] = {}
@@ -148,7 +148,6 @@ def run(config: ReduceConfig, say: Say = quiet) -> Outcome:
                     sink.update(sink.init(), torch.tensor([0]), reduced(sums, config.method, config.normalize))
                 )
                 finish(at)
-                remove_partials(at)
                 facts = {"examples": sums.seen, "averaged": sums.counted, "tokens": sums.tokens}
             facts = place.once(lambda: facts)
     loss = float(open_index(directory).loss[0])

@@ -7,7 +7,8 @@ from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.llc import estimates, table_of
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
-from influence.pipelines.sampled import RESULT, Samples, sampled
+from influence.pipelines.sampled import Samples, sampled
+from influence.sgmcmc.traces import RESULT
 
 
 @dataclass(frozen=True)

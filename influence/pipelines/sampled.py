@@ -1,7 +1,7 @@
 """A run directory of chains: planned, shared out among ranks, resumed, joined, and read again."""
 
 import contextlib
-import shutil
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,19 +13,22 @@ from typing import Any, NamedTuple
 import torch
 
 from influence import sgmcmc
-from influence.index.lock import Lock
 from influence.pipelines.chains import ChainConfig, FeltConfig, Sampling, SamplingConfig
 from influence.pipelines.configs import DataConfig, ModelConfig
+from influence.pipelines.directory import CONFIG, config_of
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.outcome import Outcome, Say
-from influence.pipelines.plain import from_mapping, read_config, write_config
+from influence.pipelines.plain import from_mapping, to_mapping, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.posterior import Posterior, posterior
 from influence.pipelines.ranks import Ranks, ranks
 from influence.sgmcmc import Run, chains, joining, llc, observe, planning, sampling, traces
 from influence.sgmcmc.plan import Plan
+from influence.sgmcmc.traces import RESULT
+from influence.store.folder import Manifest, clear, refuse_foreign, tidy
 
-RESULT, CONFIG, SHARE = "run.h5", "config.yaml", "chains-*-*"
+SHARES = "chains-#-#/"
+"""Folders of the chains that ranks run, while they do."""
 OF_CHAINS = ("data", "chains", "loss", "observables", "observed", "restrictions", "lrs", "localizations")
 """What of a configuration is said of chains, and not of what is made of them."""
 
@@ -75,7 +78,7 @@ def sampled(
         return found
     if not what.data.dataset:
         raise ValueError("no dataset: chains need the data they are trained on; pass --dataset")
-    _check_foreign(directory)
+    refuse_foreign(directory)
     made = posterior(what)
     fits(made)
     masks, lr, localization, groups = _groups(what, made)
@@ -98,8 +101,8 @@ def sampled(
             say(told.text)
         if what.pace.dry_run:
             return told._replace(text="")
-        with _directory(command, config, directory, what.pace.overwrite, place):
-            shares = _shares(directory, what, place)
+        with _directory(command, config, directory, plan, what.pace.overwrite, place) as manifest:
+            shares = _shares(directory, manifest, what, place)
             for begin, end in shares[place.rank :: place.world]:
                 folder = directory / f"chains-{begin}-{end}"
                 own = plan if end - begin == what.chains.num_chains else planned([*range(begin, end)])
@@ -107,10 +110,13 @@ def sampled(
                     sampling.execute(own, made.params, folder, _shown(what, place), place.check)
             place.barrier()
             if place.first and shares:
-                _finish(directory)
+                assert manifest is not None
+                joining.join_folders(shares_in(directory), directory, manifest.id)
             elif place.first:
                 with _readable():
                     traces.read_planned(directory, plan)
+            if manifest is not None:
+                tidy(directory, manifest)
             place.barrier()
         return read_samples(directory)
 
@@ -119,7 +125,7 @@ def tokenizer_of(what: Sampling) -> Any:
     """Return the tokenizer of a run's model, to say what its tokens are; `None` where there is none."""
     model = what.model
     if not model.model:
-        stored = read_config(Path(what.run) / CONFIG) if (Path(what.run) / CONFIG).is_file() else {}
+        stored = config_of(what.run)
         if "model" not in stored:
             return None
         model = from_mapping(ModelConfig, stored["model"], "model.")
@@ -172,11 +178,6 @@ def _check_read(config: SamplingConfig) -> None:
                 f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
                 f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
             )
-
-
-def _check_foreign(directory: Path) -> None:
-    if (directory / "run.json").exists():
-        raise FileExistsError(f"{directory} holds a run of another kind (run.json): choose another --run")
 
 
 def _groups(what: Sampling, made: Posterior) -> tuple[Any, Any, Any, dict[str, dict[str, Any]]]:
@@ -248,25 +249,31 @@ def _seconds(plan: Plan, made: Posterior) -> float:
 
 
 @contextlib.contextmanager
-def _directory(command: str, config: SamplingConfig, directory: Path, overwrite: bool, place: Ranks) -> Iterator[None]:
-    """Hold the directory's lock, empty it where that is asked for, and write down what is run."""
+def _directory(
+    command: str, config: SamplingConfig, directory: Path, plan: Plan, overwrite: bool, place: Ranks
+) -> Iterator[Manifest | None]:
+    """Hold the directory's lock on the first rank, begin the run or go on with it, and write down what is run."""
     with contextlib.ExitStack() as stack:
+        manifest = None
         if place.first:
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(Lock(directory))
-            if overwrite:
-                for name in (RESULT, CONFIG):
-                    (directory / name).unlink(missing_ok=True)
-                for folder in directory.glob(SHARE):
-                    shutil.rmtree(folder)
+            kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
+            replay = ["influence", command, "--config", str(directory / CONFIG), "--run", "ANOTHER_RUN"]
+            claim = traces.claim(directory, plan, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
+            with _readable():
+                manifest = stack.enter_context(claim)
             if not (directory / CONFIG).is_file():
-                kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
-                write_config(directory / CONFIG, kept, command)
+                write_config(directory / CONFIG, kept, command, manifest.id)
         place.barrier()
-        yield
+        yield manifest
 
 
-def _shares(directory: Path, what: Sampling, place: Ranks) -> list[list[int]]:
+def shares_in(directory: Path) -> list[Path]:
+    """Return the folders of chains that ranks run, by their first chain."""
+    found = [path for path in directory.iterdir() if re.fullmatch(r"chains-\d+-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _shares(directory: Path, manifest: Manifest | None, what: Sampling, place: Ranks) -> list[list[int]]:
     """Return which chains are run together: what an unfinished run decided, or a share for every rank.
 
     So the run can be resumed by any number of processes.
@@ -274,34 +281,21 @@ def _shares(directory: Path, what: Sampling, place: Ranks) -> list[list[int]]:
     count = what.chains.num_chains
 
     def decided() -> list[list[int]]:
+        assert manifest is not None
         if (directory / RESULT).is_file():
             return []
-        there = sorted([int(x) for x in path.name.split("-")[1:]] for path in directory.glob(SHARE))
+        there = [[int(x) for x in path.name.split("-")[1:]] for path in shares_in(directory)]
         if there and [n for begin, end in there for n in range(begin, end)] == [*range(count)]:
             return there
-        if any((directory / f"chains-{begin}-{end}" / "state.h5").is_file() for begin, end in there):
-            raise ValueError(
-                f"{directory} holds an unfinished run of other chains ({there}), and this one has {count}: pass the "
-                "same --num-chains, --overwrite, or another --run"
-            )
+        clear(directory, manifest, [SHARES])  # a run that was killed as it dealt them out
         shares = min(place.world, count)
         edges = [count * k // shares for k in range(shares + 1)]
         cut = [[begin, end] for begin, end in pairwise(edges)]
-        for folder in directory.glob(SHARE):
-            shutil.rmtree(folder)
         for begin, end in cut:
             (directory / f"chains-{begin}-{end}").mkdir()
         return cut
 
     return place.once(decided)
-
-
-def _finish(directory: Path) -> None:
-    """Join the shares into the run, and remove them."""
-    parts = sorted(directory.glob(SHARE), key=lambda path: int(path.name.split("-")[1]))
-    joining.join_folders(parts, directory)
-    for folder in parts:
-        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -311,10 +305,8 @@ def _readable() -> Iterator[None]:
         yield
     except sgmcmc.DivergedError:
         raise
-    except ValueError as error:
-        raise ValueError(
-            str(error).replace("Delete the folder, or pass another output_path", "Pass --overwrite, or another --run")
-        ) from error
+    except (ValueError, FileExistsError) as error:
+        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or another --run")) from error
 
 
 def _shown(what: Sampling, place: Ranks) -> bool:

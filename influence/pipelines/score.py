@@ -10,10 +10,10 @@ from torch import Tensor
 
 from influence.func.sinks import taking
 from influence.index import Collected, Columns, done, finish, shard_sink
-from influence.pipelines.collect import Placed, Summed, Work, collect, remove_partials
+from influence.pipelines.collect import Placed, Summed, Work, collect
 from influence.pipelines.configs import PassConfig, at_least
 from influence.pipelines.directory import fingerprint_for, refuse_finished, run_directory
-from influence.pipelines.ends import outcome_of, write_best
+from influence.pipelines.ends import BEST, outcome_of, write_best
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
 from influence.pipelines.prepare import batches_of, measure, own_shards
@@ -22,6 +22,7 @@ from influence.pipelines.ranks import among_ranks, own_device, ranks
 from influence.pipelines.reading import read_data
 from influence.pipelines.seen import plan_step
 from influence.pipelines.topk import best
+from influence.store.folder import run_id
 
 Mode: TypeAlias = Literal["individual", "nearest"]
 
@@ -142,8 +143,7 @@ def run(config: ScoreConfig, say: Say = quiet, ahead: int | None = None) -> Outc
                 if config.top_k is None:
                     finish(at)
                 else:
-                    write_best(at / "best.h5", found, config.query, config.mode)
-                remove_partials(at)
+                    write_best(at / BEST, run_id(at) or "", found, config.query, config.mode)
             place.barrier()
     return outcome_of(directory)
 

@@ -9,10 +9,10 @@ from influence.func import top
 from influence.index import open_index
 from influence.index.by_example import Examples
 from influence.index.exploring import Ends, Histogram, histogram
+from influence.pipelines.directory import config_of
 from influence.pipelines.ends import read_best
 from influence.pipelines.page import Page
 from influence.pipelines.panels import BINS, Limits
-from influence.pipelines.plain import read_config
 from influence.pipelines.queries import column
 from influence.pipelines.reading_texts import query_texts
 
@@ -84,6 +84,5 @@ def _from_best(path: str, examples: Examples, limits: Limits) -> tuple[list[Ends
 
 
 def _names(path: str, number: int) -> list[str]:
-    file = Path(path) / "config.yaml"
-    names = list(read_config(file).get("query", ())) if file.exists() else []
+    names = list(config_of(path).get("query", ()))
     return [names[k] if k < len(names) else column(k) for k in range(number)]

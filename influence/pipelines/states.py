@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-SCHEMA = 2
+SCHEMA = 1
 
 
 def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:

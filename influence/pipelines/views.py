@@ -14,6 +14,7 @@ from influence.func.transform import Transform, chain
 from influence.func.whiten import eigen_whiten, kfac_whiten
 from influence.hessians import Factors
 from influence.pipelines.configs import TransformConfig
+from influence.store.folder import run_id
 from influence.types import Params
 
 
@@ -111,4 +112,4 @@ def load_factors(path: str | Path) -> Factors:
             "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
         )
         raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
-    return hessians.load(file)
+    return hessians.load(file, run_id(file.parent))

@@ -54,12 +54,13 @@ def join(parts: Sequence[Run]) -> Run:
     return whole.keep(sorted(range(len(numbers)), key=numbers.__getitem__))
 
 
-def join_folders(parts: Sequence[Path], folder: Path) -> None:
+def join_folders(parts: Sequence[Path], folder: Path, run: str) -> None:
     """Join the complete runs of folders, group by group, and write them to another: what one process would have left.
 
     Args:
         parts: folders, each with its `run.h5`.
         folder: where the whole goes.
+        run: the id of the folder's run.
 
     Raises:
         ValueError: if they do not belong together.
@@ -68,10 +69,10 @@ def join_folders(parts: Sequence[Path], folder: Path) -> None:
     joint = joined_facts(facts)
     whole = {}
     for name in dict.fromkeys(name for each in runs for name in each):
-        run = join([each[name] for each in runs if name in each])
-        lost = sorted({*joint["chains"]} - {*run.chains})  # in some part no chain of this group may be left
-        whole[name] = replace(run, facts={**run.facts, "chains": joint["chains"], "dropped": lost})
-    traces.write_runs(folder, whole, joint, probes[0])
+        each = join([part[name] for part in runs if name in part])
+        lost = sorted({*joint["chains"]} - {*each.chains})  # in some part no chain of this group may be left
+        whole[name] = replace(each, facts={**each.facts, "chains": joint["chains"], "dropped": lost})
+    traces.write_runs(folder, run, whole, joint, probes[0])
 
 
 def joined_facts(facts: Sequence[Any]) -> dict[str, Any]:

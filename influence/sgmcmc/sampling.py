@@ -1,6 +1,7 @@
 """Sample a posterior around trained weights, with observables, as one vmapped computation or chain by chain."""
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,24 +200,27 @@ def execute(
         A run per group that has a chain left.
     """
     progress, record = drive.begin(plan, params)
-    folder = None if output_path is None else Path(output_path)
-    if folder is not None:
-        found = traces.open_folder(folder, plan, progress, record)
+    if output_path is None:
+        with bar(plan, progress.step, shown, look) as said:
+            return drive.results(plan, drive.advance(plan, progress, record, plan.steps, said), record)
+    folder = Path(output_path)
+    if (folder / traces.RESULT).is_file() and not os.access(folder, os.W_OK):
+        return traces.read_planned(folder, plan)
+    with traces.claim(folder, plan) as manifest:
+        found = traces.open_folder(folder, manifest, plan, progress, record)
         if isinstance(found, dict):
             return found
         progress = found
-    with bar(plan, progress.step, shown, look) as said:
-        while progress.step < plan.steps:
-            until = plan.steps if folder is None else min(plan.steps, progress.step + plan.checkpoint * plan.between)
-            before, progress = progress.step, drive.advance(plan, progress, record, until, said)
-            if folder is not None:
-                traces.checkpoint(folder, plan, before, progress, record)
-            if progress.step < until:
-                break
-    runs = drive.results(plan, progress, record)
-    if folder is not None:
-        traces.close_folder(folder, plan, runs)
-    return runs
+        with bar(plan, progress.step, shown, look) as said:
+            while progress.step < plan.steps:
+                until = min(plan.steps, progress.step + plan.checkpoint * plan.between)
+                before, progress = progress.step, drive.advance(plan, progress, record, until, said)
+                traces.checkpoint(folder, manifest.id, plan, before, progress, record)
+                if progress.step < until:
+                    break
+        runs = drive.results(plan, progress, record)
+        traces.close_folder(folder, manifest, plan, runs)
+        return runs
 
 
 def target_of(

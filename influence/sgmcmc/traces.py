@@ -1,14 +1,16 @@
 """Runs on disk: checkpoints while they go, one file when they are done.
 
-A folder holds `segment-00000.h5`, … (the traces of some steps, immutable), `state.h5` (the chains and the moments after
-the last of them, replaced at once), and at the end `run.h5` alone. Whatever is killed when, the rest is a function of
-`state.h5`, so the run goes on as if nothing had happened.
+A folder is a run directory (`store.folder`). It holds `segment-00000.h5`, … (the traces of some steps, immutable),
+`state.h5` (the chains and the moments after the last of them, replaced at once, with the checksums of the segments),
+and at the end `run.h5` alone. Whatever is killed when, the rest is a function of `state.h5`, so the run goes on as if
+nothing had happened.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,30 +22,80 @@ from influence.sgmcmc.gradients import mean_loss
 from influence.sgmcmc.moments import Moments
 from influence.sgmcmc.plan import Plan
 from influence.sgmcmc.run import Observed, Run
+from influence.store import BadFileError
+from influence.store.folder import Manifest, manifest_of, run_id, take, tidy
+from influence.store.schema import conform
 
-RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 2
-STATE_SCHEMA = 3
-"""Since 3 a state has a chain axis, and chains may be stepped in other chunks than before."""
+RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
+RESULT, STOOD, SEGMENTS = "run.h5", "state.h5", "segment-#.h5"
+ANEW = "Delete the folder, or pass another output_path"
+"""What to do about a folder of another run."""
 PAIRS = "-"
 """What stands for all examples with one another; no observable is called so. HDF5 would drop an empty name."""
 TOLERANCE = 1e-3
 """How far the loss at the anchor may lie from what it was, relatively: the rounding of another machine."""
 
 
-def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) -> Progress | dict[str, Run]:
+@contextmanager
+def claim(
+    folder: Path,
+    plan: Plan,
+    overwrite: bool = False,
+    config: Mapping[str, Any] | None = None,
+    command: Sequence[str] = (),
+    results: Sequence[str] = (),
+    scratch: Sequence[str] = (),
+) -> Iterator[Manifest]:
+    """Hold a folder's lock for a run, begun or gone on with.
+
+    Args:
+        folder: the folder; made if it is not there.
+        plan: the run.
+        overwrite: remove the run that is there.
+        config: the configuration, where a command has one.
+        command: what to type to run it again.
+        results: names of what else the run may hold, as `Manifest.files` has them.
+        scratch: names of what else it holds until it is finished.
+
+    Yields:
+        The manifest.
+
+    Raises:
+        FileExistsError: if the folder holds something else.
+        BlockingIOError: if another process writes there.
+        ValueError: if its run is another one, naming the field and both values.
+    """
+    files, left = [RESULT, *results], [STOOD, SEGMENTS, *scratch]
+    wanted = manifest_of(RUN, config or {}, command, plan.facts, {}, files, left)
+    lock, there = take(folder, wanted, overwrite)
+    with lock:
+        if there is not None:
+            if there.kind != RUN:
+                raise FileExistsError(f"{folder} holds a run of another kind: {there.kind!r}. {ANEW}")
+            _refuse_facts(folder, plan, there.plan)
+        yield there or wanted
+
+
+def open_folder(
+    folder: Path, manifest: Manifest, plan: Plan, progress: Progress, record: Record
+) -> Progress | dict[str, Run]:
     """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete.
 
     Raises:
         ValueError: if the folder's run is another one.
     """
-    if (folder / "run.h5").is_file():
+    if (folder / RESULT).is_file():
+        tidy(folder, manifest)  # a run that was killed as it finished
         return read_planned(folder, plan)
-    if not (folder / "state.h5").is_file():
+    if not (folder / STOOD).is_file():
         return progress
-    tensors, about = store.read(folder / "state.h5", kind=STATE, schema=STATE_SCHEMA)
-    _refuse_other(folder, plan, about["plan"], tensors["probe"])
-    for name in about["segments"]:
-        part, said = store.read(folder / name, kind=SEGMENT, schema=SCHEMA)
+    tensors, about = store.read(folder / STOOD, kind=STATE, schema=SCHEMA, run=manifest.id)
+    about = conform(about, StateFacts, str(folder / STOOD))
+    _refuse_probe(folder, plan, tensors["probe"])
+    for name, digest in about.segments.items():
+        part, said = store.read(folder / name, kind=SEGMENT, schema=SCHEMA, run=manifest.id)
+        if store.digest_of(folder / name) != digest:
+            raise BadFileError(f"{folder / name} is not the segment that {STOOD} goes on from: restore it. {ANEW}")
         for key, values in part.items():
             if key not in record.arrays:
                 record.arrays[key] = torch.full_like(record.arrays["loss"], float("nan"))
@@ -57,7 +109,14 @@ def open_folder(folder: Path, plan: Plan, progress: Progress, record: Record) ->
         leaves, spec = tree_flatten(state)
         stored = (tensors[f"leaf/{i}"][chunk.at].to(leaf.device) for i, leaf in enumerate(leaves))
         states.append(tree_unflatten([x if chunk.stacked else x[0] for x in stored], spec))
-    return Progress(about["step"], states, tensors["alive"])
+    return Progress(about.step, states, tensors["alive"])
+
+
+class StateFacts(NamedTuple):
+    """The facts of a state as JSON holds them: its step, and its segments by name with their checksums."""
+
+    step: int
+    segments: dict[str, str]
 
 
 def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
@@ -67,54 +126,54 @@ def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
         ValueError: if they are of other settings, naming the field and both values.
     """
     runs, facts, then = read_runs(folder)
-    _refuse_other(folder, plan, facts, then)
+    _refuse_facts(folder, plan, facts)
+    _refuse_probe(folder, plan, then)
     return runs
 
 
-def checkpoint(folder: Path, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
+def checkpoint(folder: Path, run: str, plan: Plan, begin: int, progress: Progress, record: Record) -> None:
     """Write the traces since a step, then the state that follows them."""
-    known: list[str] = []
+    known: dict[str, str] = {}
     if begin:
-        known = store.read(folder / "state.h5", kind=STATE, schema=STATE_SCHEMA)[1]["segments"]
+        known = store.read_facts(folder / STOOD, kind=STATE, schema=SCHEMA, run=run)["segments"]
     steps = (begin, progress.step)
     draws = tuple(max(0, (t - plan.burn_in) // plan.between) for t in steps)
     spans = {"step": slice(*steps), "draw": slice(*draws)}
     part = {key: x[:, spans[record.axes[key][1]]] for key, x in record.arrays.items()}
     name = f"segment-{len(known):05d}.h5"
     part = {key: x for key, x in part.items() if x.numel()}
-    store.write(folder / name, part, {"steps": steps, "draws": draws}, kind=SEGMENT, schema=SCHEMA)
+    store.write(folder / name, part, {"steps": steps, "draws": draws}, kind=SEGMENT, schema=SCHEMA, run=run)
     pairs = zip(plan.chunks, progress.states, strict=True)
     parts = [[x if chunk.stacked else x[None] for x in tree_flatten(state)[0]] for chunk, state in pairs]
     tensors = {f"leaf/{i}": torch.cat(leaves) for i, leaves in enumerate(zip(*parts, strict=True))}
     for key, moments in record.moments.items():
         tensors |= {f"moments/{key or PAIRS}/{field}": x for field, x in moments._asdict().items()}
     tensors |= {"alive": progress.alive, "probe": probe(plan)}
-    about = {"step": progress.step, "segments": [*known, name], "plan": dict(plan.facts)}
-    store.write(folder / "state.h5", tensors, about, kind=STATE, schema=STATE_SCHEMA)
+    about = {"step": progress.step, "segments": {**known, name: store.digest_of(folder / name)}}
+    store.write(folder / STOOD, tensors, about, kind=STATE, schema=SCHEMA, run=run)
 
 
-def close_folder(folder: Path, plan: Plan, runs: Mapping[str, Run]) -> None:
+def close_folder(folder: Path, manifest: Manifest, plan: Plan, runs: Mapping[str, Run]) -> None:
     """Write the complete runs as one file, and remove what led to it."""
-    write_runs(folder, runs, plan.facts, probe(plan))
-    for path in [folder / "state.h5", *folder.glob("segment-*.h5")]:
-        path.unlink(missing_ok=True)
+    write_runs(folder, manifest.id, runs, plan.facts, probe(plan))
+    tidy(folder, manifest)
 
 
-def write_runs(folder: Path, runs: Mapping[str, Run], facts: Mapping[str, Any], probed: Tensor) -> None:
+def write_runs(folder: Path, run: str, runs: Mapping[str, Run], facts: Mapping[str, Any], probed: Tensor) -> None:
     """Write complete runs as one file of a folder, with what made them."""
     tensors, about = {"probe": probed}, {}
     dims: dict[str, tuple[str, ...]] = {}
-    for g, (name, run) in enumerate(runs.items()):
-        own, axes, about[name] = pack(run, f"{g}/")
+    for g, (name, each) in enumerate(runs.items()):
+        own, axes, about[name] = pack(each, f"{g}/")
         tensors |= own
         dims |= axes
     said = {"runs": about, "plan": dict(facts)}
-    store.write(folder / "run.h5", tensors, said, kind=RUN, schema=SCHEMA, dims=dims)
+    store.write(folder / RESULT, tensors, said, kind=RUN, schema=SCHEMA, run=run, dims=dims)
 
 
 def read_runs(folder: Path) -> tuple[dict[str, Run], dict[str, Any], Tensor]:
     """Read what `write_runs` wrote: the runs, what made them, and what the loss said at the anchor."""
-    tensors, about = store.read(folder / "run.h5", kind=RUN, schema=SCHEMA)
+    tensors, about = store.read(folder / RESULT, kind=RUN, schema=SCHEMA, run=run_id(folder))
     runs = {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
     return runs, about["plan"], tensors["probe"]
 
@@ -129,17 +188,19 @@ def probe(plan: Plan) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _refuse_other(folder: Path, plan: Plan, facts: Mapping[str, Any], then: Tensor) -> None:
+def _refuse_facts(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     for name, was, now in differences(facts, plan.facts):
         raise ValueError(
-            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. Delete the "
-            "folder, or pass another output_path"
+            f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. {ANEW}"
         )
+
+
+def _refuse_probe(folder: Path, plan: Plan, then: Tensor) -> None:
     now = probe(plan)
     if then.shape != now.shape or not torch.allclose(then, now, rtol=TOLERANCE, atol=1e-9):
         raise ValueError(
             f"{folder} holds a run of another loss_fn: at the anchor it gave {then.tolist()}, this one {now.tolist()}. "
-            "Delete the folder, or pass another output_path"
+            f"{ANEW}"
         )
 
 

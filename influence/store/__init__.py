@@ -1,7 +1,27 @@
-"""The one atomic, checksummed HDF5 writer and reader of the library."""
+"""Files of the library: the one atomic, checksummed HDF5 writer and reader, locks, and run directories."""
 
-from influence.store.hdf5 import Place, locate, read, read_facts, write
+from influence.store.errors import BadFileError
+from influence.store.hdf5 import Place, any_head, check_places, digest_of, locate, read, read_facts, read_head, write
+from influence.store.lock import Lock
 from influence.store.mapping import checksum, map_file, mapped
-from influence.store.replacing import replacing, sync
+from influence.store.replacing import replacing, sync, write_text
 
-__all__ = ["Place", "checksum", "locate", "map_file", "mapped", "read", "read_facts", "replacing", "sync", "write"]
+__all__ = [
+    "BadFileError",
+    "Lock",
+    "Place",
+    "any_head",
+    "check_places",
+    "checksum",
+    "digest_of",
+    "locate",
+    "map_file",
+    "mapped",
+    "read",
+    "read_facts",
+    "read_head",
+    "replacing",
+    "sync",
+    "write",
+    "write_text",
+]

@@ -1,29 +1,54 @@
 """One HDF5 file of tensors and facts: written whole or not at all, and read only if every checksum holds.
 
-The layout, for whoever reads it with h5py alone: each tensor is a contiguous dataset under its name, 64-byte aligned in
-the file, with the attribute `sha256` of its little-endian bytes, or rather of the digests of every 4 MiB of them
-(`checksums`); bfloat16, which HDF5 does not have, is uint16 with the attribute `dtype="bfloat16"`. The file has the
-attributes `kind`, `schema` (an integer), `about` (JSON) and `sha256` of that JSON. Where dimensions are named, each
-name is a dimension scale, so netCDF-4 readers know the axes.
+A file begins with a block of plain text (an HDF5 user block), which says everything that a reader of ours needs:
+
+    influence store 1
+    <sha256 of the next line> <its bytes>
+    {"kind": …, "schema": …, "run": …, "bytes": …, "tensors": {name: [offset, shape, dtype, sha256]}, "about": …}
+
+Our readers take the facts and the tensors from there and never let the HDF5 library parse a file: its tables, when
+damaged, can make the library loop for ever. For whoever has h5py alone, each tensor is a contiguous dataset under its
+name, 64-byte aligned, with the attribute `sha256`: of the digests of every 4 MiB of its little-endian bytes
+(`checksums`). bfloat16, which HDF5 does not have, is uint16 with the attribute `dtype="bfloat16"`. The file has the
+attributes `kind`, `schema` and `about` (JSON). Where dimensions are named, each name is a dimension scale, so netCDF-4
+readers know the axes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 from influence.store.checksums import sha256
+from influence.store.errors import BadFileError
 from influence.store.replacing import replacing
+from influence.store.schema import conform
 
 ALIGNMENT = 64
 """Bytes that every dataset's offset is a multiple of."""
+MAGIC = b"influence store 1\n"
+FIRST = len(MAGIC) + 64 + 1 + 20 + 1
+"""Bytes of the first two lines: the number of bytes is padded."""
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+"""Types of tensors that a file may hold, by the name that it gives them."""
 
 
 class Place(NamedTuple):
@@ -44,7 +69,27 @@ class Place(NamedTuple):
     @property
     def bytes(self) -> int:
         """Its size."""
-        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Head(NamedTuple):
+    """What a file says in its plain block.
+
+    Attributes:
+        kind: what it holds.
+        schema: version of its layout.
+        run: the id of the run that it belongs to; empty for a file of its own.
+        bytes: its size.
+        tensors: where its tensors are.
+        about: its facts.
+    """
+
+    kind: str
+    schema: int
+    run: str
+    bytes: int
+    tensors: dict[str, Place]
+    about: Any
 
 
 def write(
@@ -54,7 +99,9 @@ def write(
     *,
     kind: str,
     schema: int,
+    run: str = "",
     dims: Mapping[str, Sequence[str]] | None = None,
+    extend: Callable[[Any], None] = lambda file: None,
 ) -> None:
     """Write tensors and facts to a file, atomically: a temporary file, flushed, synced, then renamed.
 
@@ -67,7 +114,9 @@ def write(
         about: anything JSON can write.
         kind: what the file holds.
         schema: version of its layout.
+        run: the id of the run that the file belongs to.
         dims: names of the dimensions of some tensors.
+        extend: adds to the open `h5py.File` what only readers with h5py see.
 
     Raises:
         OSError: if the disk is full, naming the file, the bytes it needs and those that are free.
@@ -78,118 +127,179 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = {key: [data] if isinstance(data, Tensor) else list(data) for key, data in tensors.items()}
     arrays = {key: [little_endian(piece) for piece in each] for key, each in pieces.items()}
+    shapes = {key: _shape(each) for key, each in arrays.items()}
+    types = {key: str(each[0].dtype).removeprefix("torch.") for key, each in pieces.items()}
     text = json.dumps(about)
-    with replacing(path, sum(array.nbytes for each in arrays.values() for array in each)) as name:
-        with h5py.File(name, "x", alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
-            file.attrs.update(kind=kind, schema=schema, about=text, sha256=hashlib.sha256(text.encode()).hexdigest())
-            offsets = {}
-            for key, (first, *rest) in arrays.items():
-                if first.ndim:
-                    shape = (len(first) + sum(map(len, rest)), *first.shape[1:])
-                    dataset = file.create_dataset(key, shape, first.dtype, dcpl=_early())
+
+    def head(offsets: Mapping[str, int], digests: Mapping[str, str], size: int) -> bytes:
+        places = {key: (offsets[key], shapes[key], types[key], digests[key]) for key in arrays}
+        known = {"kind": kind, "schema": schema, "run": run, "bytes": size, "tensors": places}
+        return json.dumps(known)[:-1].encode() + b', "about": ' + text.encode() + b"}"
+
+    large = 1 << 62  # numbers of this size leave room for any
+    room = FIRST + len(head(dict.fromkeys(arrays, large), dict.fromkeys(arrays, "0" * 64), large)) + 1
+    block = max(512, 1 << (room - 1).bit_length())
+    with replacing(path, sum(array.nbytes for each in arrays.values() for array in each) + block, run) as name:
+        offsets = {}
+        file = h5py.File(
+            name, "w", userblock_size=block, alignment_threshold=1, alignment_interval=ALIGNMENT, libver="latest"
+        )
+        with file:
+            file.attrs.update(kind=kind, schema=schema, about=text)
+            for key, each in arrays.items():
+                if shapes[key]:
+                    dataset = file.create_dataset(key, shapes[key], each[0].dtype, dcpl=_early())
                 else:
-                    dataset = file.create_dataset(key, data=first)
-                if pieces[key][0].dtype == torch.bfloat16:
+                    dataset = file.create_dataset(key, data=each[0])
+                if types[key] == "bfloat16":
                     dataset.attrs["dtype"] = "bfloat16"
-                offsets[key] = dataset.id.get_offset()
+                offsets[key] = dataset.id.get_offset() if 0 not in shapes[key] else 0
+            extend(file)
         with ThreadPoolExecutor(1) as pool, open(name, "r+b", buffering=0) as raw:
             digests = {key: pool.submit(sha256, map(octets, each)) for key, each in arrays.items()}
             for key, each in arrays.items():
-                if offsets[key] is not None and each[0].ndim:
-                    raw.seek(offsets[key])
-                    for array in each:
-                        _write_all(raw, array)
+                raw.seek(offsets[key])
+                for array in each:
+                    _write_all(raw, octets(array))
             os.fsync(raw.fileno())  # while the checksums are taken
+        taken = {key: digest.result() for key, digest in digests.items()}
         with h5py.File(name, "r+") as file:
-            for key, digest in digests.items():
-                file[key].attrs["sha256"] = digest.result()
+            for key, digest in taken.items():
+                file[key].attrs["sha256"] = digest
             _name_dimensions(file, dims or {})
+        facts = head(offsets, taken, name.stat().st_size)
+        with open(name, "r+b", buffering=0) as raw:
+            line = f"{hashlib.sha256(facts).hexdigest()} {len(facts):020}\n".encode()
+            _write_all(raw, MAGIC + line + facts + b"\n")
 
 
-def read(path: str | Path, *, kind: str, schema: int) -> tuple[dict[str, Tensor], Any]:
+def read(path: str | Path, *, kind: str, schema: int, run: str | None = None) -> tuple[dict[str, Tensor], Any]:
     """Read a file that `write` wrote.
 
     Args:
         path: the file.
         kind: what it should hold.
         schema: the version of the layout that the caller knows.
+        run: the id of the run that it should belong to; `None` takes any.
 
     Returns:
         The tensors and the facts.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else, another version, or damaged data.
+        BadFileError: if it holds something else, another version, another run's, or damaged data.
     """
-    import h5py
-
-    facts = read_facts(path, kind=kind, schema=schema)
+    head = read_head(path, kind=kind, schema=schema, run=run)
     tensors: dict[str, Tensor] = {}
-
-    def take(key: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and not item.is_scale:
-            data = numpy.asarray(item[()])
-            if sha256([octets(data)]) != item.attrs["sha256"]:
-                raise ValueError(f"{path} is damaged: the checksum of {key!r} differs")
-            tensor = torch.from_numpy(data)
-            tensors[key] = tensor.view(torch.bfloat16) if item.attrs.get("dtype") == "bfloat16" else tensor
-
-    with h5py.File(path, "r") as file:
-        file.visititems(take)
-    return tensors, facts
+    with open(path, "rb") as file:
+        for key, place in head.tensors.items():
+            data = torch.empty(place.bytes, dtype=torch.uint8)
+            view: Any = data.numpy()
+            file.seek(place.offset)
+            if file.readinto(view) != place.bytes or sha256([view]) != place.sha256:
+                raise BadFileError(f"{path} is damaged: the checksum of {key!r} differs")
+            tensors[key] = data.view(DTYPES[place.dtype]).reshape(place.shape)
+    return tensors, head.about
 
 
-def read_facts(path: str | Path, *, kind: str, schema: int) -> Any:
+def read_facts(path: str | Path, *, kind: str, schema: int, run: str | None = None) -> Any:
     """Read what a file that `write` wrote says about itself, without its tensors.
 
     Args:
         path: the file.
         kind: what it should hold.
         schema: the version of the layout that the caller knows.
+        run: the id of the run that it should belong to; `None` takes any.
 
     Returns:
         The facts.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else, another version, is cut off, or its facts are damaged.
+        BadFileError: if it holds something else, another version, another run's, is cut off, or its facts are damaged.
     """
-    import h5py
+    return read_head(path, kind=kind, schema=schema, run=run).about
 
+
+def read_head(path: str | Path, *, kind: str, schema: int, run: str | None = None) -> Head:
+    """Read all that a file says in its plain block, checked; see `read_facts`."""
+    head = any_head(path)
+    if head.kind != kind:
+        raise BadFileError(f"{path} holds {head.kind!r}; expected {kind!r}")
+    if head.schema != schema:
+        raise BadFileError(
+            f"{path} has schema {head.schema}, this version reads {schema}: use the version that wrote it"
+        )
+    if run is not None and head.run != run:
+        raise BadFileError(
+            f"{path} belongs to another run (its id is {head.run[:16] or 'none'}, this run's is {run[:16]}): it was "
+            "put here from elsewhere. Move it away and run the same command again, or write to another directory"
+        )
+    return head
+
+
+def digest_of(path: str | Path) -> str:
+    """Return the checksum of all that a file says of itself, the checksums of its tensors among it."""
+    any_head(path)
+    with open(path, "rb") as file:
+        return file.read(FIRST)[len(MAGIC) :][:64].decode()
+
+
+def any_head(path: str | Path) -> Head:
+    """Read the plain block of a file of any kind.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        BadFileError: if it is no file of ours, or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path} is no HDF5 file")
-    try:
-        with h5py.File(path, "r") as file:
-            facts = dict(file.attrs)
-    except OSError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if facts.get("kind") != kind:
-        raise ValueError(f"{path} holds {facts.get('kind', 'something else')!r}; expected {kind!r}")
-    if int(facts["schema"]) != schema:
-        raise ValueError(
-            f"{path} has schema {int(facts['schema'])}, this version reads {schema}: use the version that wrote it"
-        )
-    if hashlib.sha256(str(facts["about"]).encode()).hexdigest() != facts["sha256"]:
-        raise ValueError(f"{path} is damaged: the checksum of its facts differs")
-    return json.loads(str(facts["about"]))
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        first = file.read(FIRST)
+        if not first.startswith(MAGIC):
+            raise BadFileError(f"{path} is no file of influence, or its beginning is damaged")
+        digest, _, length = first[len(MAGIC) :].decode(errors="replace").partition(" ")
+        if len(first) < FIRST or not length.strip().isdecimal() or int(length) > size:
+            raise BadFileError(f"{path} is damaged: its first lines are cut off or changed")
+        text = file.read(int(length))
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise BadFileError(f"{path} is damaged: the checksum of its facts differs")
+    head = conform(parsed(text, path), Head, str(path))
+    if head.bytes != size:
+        how = "cut off" if size < head.bytes else "too long"
+        raise BadFileError(f"{path} is damaged: it is {how}, {size:,} bytes of {head.bytes:,}")
+    check_places(head.tensors, size, str(path))
+    return head
 
 
 def locate(path: str | Path) -> dict[str, Place]:
-    """Return where every dataset of a file lies, for who maps it into memory."""
-    import h5py
+    """Return where every tensor of a file lies, for who maps it into memory."""
+    return any_head(path).tensors
 
-    places = {}
-    with h5py.File(path, "r") as file:
-        for key, dataset in file.items():
-            if dataset.is_scale:
-                continue
-            dtype = str(dataset.attrs.get("dtype", dataset.dtype.name))
-            offset = dataset.id.get_offset() or 0
-            places[key] = Place(int(offset), tuple(dataset.shape), dtype, str(dataset.attrs["sha256"]))
-    return places
+
+def check_places(places: Mapping[str, Place], size: int, where: str) -> None:
+    """Refuse places that no file of a size can have.
+
+    Raises:
+        BadFileError: naming the file and the tensor.
+    """
+    for key, place in places.items():
+        if place.dtype not in DTYPES or min(place.offset, *place.shape, 0) < 0 or place.offset + place.bytes > size:
+            raise BadFileError(f"{where} is not what it says: its tensor {key!r} cannot be {tuple(place)}")
+
+
+def parsed(text: str | bytes, path: str | Path) -> Any:
+    """Parse JSON.
+
+    Raises:
+        BadFileError: naming the file.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path} is damaged: it is no JSON ({error})") from error
 
 
 def little_endian(tensor: Tensor) -> Any:
@@ -202,6 +312,11 @@ def little_endian(tensor: Tensor) -> Any:
 def octets(array: Any) -> Any:
     """Return the bytes of a contiguous array, without a copy."""
     return array.reshape(-1).view("u1")
+
+
+def _shape(pieces: Sequence[Any]) -> tuple[int, ...]:
+    first = pieces[0]
+    return (sum(map(len, pieces)), *first.shape[1:]) if first.ndim else ()
 
 
 def _name_dimensions(file: Any, dims: Mapping[str, Sequence[str]]) -> None:
@@ -230,7 +345,7 @@ def _early() -> Any:
     return settings
 
 
-def _write_all(raw: Any, array: Any) -> None:
-    left = memoryview(octets(array))
+def _write_all(raw: Any, data: Any) -> None:
+    left = memoryview(data)
     while left:
         left = left[raw.write(left) :]

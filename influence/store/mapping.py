@@ -9,7 +9,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from influence.store.checksums import sha256
-from influence.store.hdf5 import Place
+from influence.store.hdf5 import DTYPES, Place
 
 
 def map_file(path: str | Path) -> mmap.mmap:
@@ -21,7 +21,7 @@ def map_file(path: str | Path) -> mmap.mmap:
 
 def mapped(buffer: Any, place: Place) -> Shaped[Tensor, "..."]:
     """Return a dataset of a mapped file as a tensor, without a copy."""
-    dtype = getattr(torch, place.dtype)
+    dtype = DTYPES[place.dtype]
     count = torch.Size(place.shape).numel()
     if not count:
         return torch.empty(place.shape, dtype=dtype)

@@ -2,29 +2,37 @@
 
 import errno
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+NO_RUN = "0" * 16
+"""Stands for the run's id in the temporary name of a file that belongs to no run."""
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<run>[0-9a-f]{16})\.[0-9a-f]{16}\.partial")
+
 
 @contextmanager
-def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Give a temporary name beside a file, and rename it to the file's when everything went well.
+def replacing(path: Path, needed: int = 0, run: str = "") -> Iterator[Path]:
+    """Give a temporary file beside a file, and rename it to the file's when everything went well.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file; an existing one is replaced. A symbolic link in its place is replaced, not followed.
         needed: bytes that will be written, for the message.
+        run: the id of the run that the file belongs to. The temporary name carries it, so that whoever resumes the run
+            can remove what a killed writer left.
 
     Yields:
-        The temporary name; who gets it makes the file.
+        The temporary file, empty and created exclusively.
 
     Raises:
         OSError: if the disk is full, naming the file, the bytes it needs and those that are free.
     """
-    name = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    name = path.parent / f".{path.name}.{(run or NO_RUN)[:16]}.{secrets.token_hex(8)}.partial"
     try:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         yield name
         sync(name)
         os.replace(name, path)
@@ -40,6 +48,19 @@ def replacing(path: Path, needed: int = 0) -> Iterator[Path]:
             f"no space left for {path}: {size} and {free:,} are free there. Nothing of it was kept, and what was "
             "finished before is whole: free some space and run the same again, which resumes",
         ) from error
+
+
+def write_text(path: Path, text: str, run: str = "") -> None:
+    """Write a text file, atomically."""
+    with replacing(path, len(text), run) as name:
+        name.write_text(text, encoding="utf-8")
+
+
+def temporaries(directory: Path, runs: Iterable[str]) -> list[Path]:
+    """Return the temporary files that writers of some runs left in a directory."""
+    mine = {run[:16] for run in runs}
+    found = ((path, TEMPORARY.fullmatch(path.name)) for path in sorted(directory.glob(".*.partial")))
+    return [path for path, match in found if match and match["run"] in mine and not path.is_symlink()]
 
 
 def is_full(error: BaseException) -> bool:
