@@ -9,12 +9,13 @@ Exit status 1 if any fault shows in the library.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -31,36 +32,48 @@ PAIRED = ("build, build of other data", "python sample, another seed")
 
 def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
     """Yield every fault to inject; each case's sample is drawn from a seed of its own."""
+    cases, readers, pairings = world.cases(), damage.readers(world), pairs.pairs(world)
+    variants = foreign.variants()[:3] if sample else foreign.variants()
+    ways: list[tuple[str, Iterable[str], Callable[[str, Random], Iterable[Task]]]] = [
+        ("kill", SAMPLED if sample else cases, lambda name, draw: kills.tasks(world, cases[name], draw, most(name))),
+        ("damage", readers, lambda name, draw: damage.tasks(world, readers[name], draw, sample)),
+        (
+            "pair",
+            PAIRED if sample else pairings,
+            lambda name, draw: pairs.tasks(pairings[name], draw, 2 if sample else 6),
+        ),
+        ("foreign", SAMPLED if sample else cases, lambda name, draw: foreign.tasks(cases[name], variants)),
+    ]
 
-    def asked(kind: str, name: str) -> bool:
-        return f"{kind}/{name}/".startswith(only) or only.startswith(f"{kind}/{name}/")
+    def most(name: str) -> int | None:
+        return SAMPLED[name] if sample else None
 
-    for case in world.cases().values():
-        draw = Random(f"{seed} {case.name}")
-        if asked("kill", case.name) and (not sample or case.name in SAMPLED):
-            yield from kills.tasks(world, case, draw, SAMPLED[case.name] if sample else None)
-        if asked("foreign", case.name) and (not sample or case.name in SAMPLED):
-            yield from foreign.tasks(case, foreign.variants()[:3] if sample else foreign.variants())
-    for reader in damage.readers(world).values():
-        if asked("damage", reader.name):
-            damage.prepare(world, reader)
-            yield from damage.tasks(world, reader, Random(f"{seed} {reader.name}"), sample)
-    for pair in pairs.pairs(world).values():
-        if asked("pair", pair.name) and (not sample or pair.name in PAIRED):
-            pairs.alone(world, pair)
-            yield from pairs.tasks(pair, Random(f"{seed} {pair.name}"), 2 if sample else pairs.TIMES)
+    for kind, names, made in ways:
+        for name in names:
+            if f"{kind}/{name}/".startswith(only) or only.startswith(f"{kind}/{name}/"):
+                try:
+                    yield from made(name, Random(f"{seed} {kind} {name}"))
+                except RuntimeError:  # what it needs cannot be made: running it says why
+                    yield Task(kind, name, "nobody")
+
+
+def prepare(world: World, task: Task) -> None:
+    """Make what a task needs, so that those who share it find it."""
+    if task.kind == "damage":
+        damage.prepare(world, damage.readers(world)[task.case])
+    elif task.kind == "pair":
+        pairs.alone(world, pairs.pairs(world)[task.case])
+    else:
+        world.prepare(world.cases()[task.case])
+        if task.what.endswith(" in a run"):
+            world.made(task.case)
 
 
 def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Result]:
     """Inject faults, in processes that were forked before any thread was."""
-    for name in sorted({task.case for task in chosen} & {*world.cases()}):
-        world.prepare(world.cases()[name])
-    for name in sorted({task.case for task in chosen if task.what.endswith(" in a run")}):
-        world.made(name)
-    for name in sorted({task.case for task in chosen} & {*damage.readers(world)}):
-        damage.prepare(world, damage.readers(world)[name])
-    for name in sorted({task.case for task in chosen} & {*pairs.pairs(world)}):
-        pairs.alone(world, pairs.pairs(world)[name])
+    for task in {(task.kind, task.case): task for task in chosen}.values():
+        with contextlib.suppress(RuntimeError):
+            prepare(world, task)
     found: list[Result] = []
     began = time.monotonic()
     with multiprocessing.get_context("fork").Pool(jobs, _keep, (world,)) as pool:
@@ -82,7 +95,10 @@ def _keep(world: World) -> None:
 
 
 def _one(task: Task) -> Result:
-    return RUN[task.kind](_world, task)
+    try:
+        return RUN[task.kind](_world, task)
+    except RuntimeError as error:
+        return Result(task, task.case, "lost", f"nobody disturbed it: {error}")
 
 
 def main() -> int:

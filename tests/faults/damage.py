@@ -274,7 +274,7 @@ def _asked(world: World, reader: Reader, folder: Path) -> tuple[Ended, Any]:
         return ended, tree(folder)
     if ended.value is not None:
         return ended, ended.value
-    made = {name: it for name, it in tree(folder).items() if Path(name).parts[0] not in reader.given}
+    made = {name: it for name, it in tree(folder).items() if "/" not in name and it != "folder"}
     return ended, {"said": ended.said.removesuffix(ended.complained), **made}
 
 

@@ -110,7 +110,7 @@ def _added(world: World, task: Task) -> Result:
         return Result(task, case.protocol, "lost", f"{other[:6]}; {ended.brief()}")
     tops = {name.split("/")[1] for name in mine if name.startswith("run/")}
     unnamed = sorted(name for name in tops if name not in ended.said)
-    if unnamed:
+    if unnamed and (ended.status == 0 or len(unnamed) == len(tops)):  # a refusal may name the first in its way
         return Result(task, case.protocol, "unclear", f"left, and not named: {unnamed[:6]}; {ended.brief()}")
     return Result(task, case.protocol, "refused" if ended.refused else "same", ended.brief())
 

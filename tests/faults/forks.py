@@ -51,10 +51,12 @@ class Kill:
     Attributes:
         at: number of the event it dies at; 0 counts alone.
         half: a write is done by half first.
+        later: seconds by which its time of day is ahead.
     """
 
     at: int = 0
     half: bool = False
+    later: int = 0
 
 
 COUNT = Kill()
@@ -146,7 +148,9 @@ def forked(
             os.read(start, 1)
         events = os.open(log / "events", os.O_WRONLY | os.O_CREAT, 0o600)
         shim = ctypes.CDLL(os.environ["FAULTS_SHIM"])
-        shim.faults_arm(os.fsencode(folder.resolve()), ctypes.c_long(kill.at), int(kill.half), events)
+        shim.faults_arm(
+            os.fsencode(folder.resolve()), ctypes.c_long(kill.at), int(kill.half), events, ctypes.c_long(kill.later)
+        )
         value = work()
         status = value if isinstance(value, int) else 0
         if not isinstance(value, int):

@@ -35,30 +35,14 @@ def rewrite(path: Path, said: Any) -> None:
 
 def _block(path: Path) -> Any:
     """Return the facts of one of our HDF5 files."""
-    held = path.read_bytes()
-    if held.startswith(MAGIC):
-        return json.loads(held.split(b"\n", 3)[2])
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        return json.loads(file.attrs["about"])
+    return json.loads(path.read_bytes().split(b"\n", 3)[2])
 
 
 def _write_block(path: Path, said: Any) -> None:
-    held = path.read_bytes()
-    if held.startswith(MAGIC):
-        text = json.dumps(said).encode()
-        old = held.split(b"\n", 3)[2]
-        head = MAGIC + f"{hashlib.sha256(text).hexdigest()} {len(text):020}\n".encode() + text + b"\n"
-        whole = len(MAGIC) + 64 + 1 + 20 + 1 + len(old) + 1
-        room = held.index(b"\x89HDF\r\n\x1a\n")  # the block is padded up to where HDF5 begins
-        if len(head) > room:
-            raise ValueError("these facts do not fit")
-        path.write_bytes(head + bytes(max(whole - len(head), 0)) + held[max(whole, len(head)) :])
-        return
-    import h5py
-
-    text = json.dumps(said)
-    with h5py.File(path, "r+") as file:
-        file.attrs["about"] = text
-        file.attrs["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    """Write facts into the plain block that is before what HDF5 knows of a file."""
+    held, text = path.read_bytes(), json.dumps(said).encode()
+    room = held.index(b"\x89HDF\r\n\x1a\n")
+    block = MAGIC + f"{hashlib.sha256(text).hexdigest()} {len(text):020}\n".encode() + text + b"\n"
+    if len(block) > room:
+        raise ValueError(f"{len(block)} bytes of facts do not fit into {room}")
+    path.write_bytes(block.ljust(room, b"\0") + held[room:])

@@ -9,6 +9,7 @@ from typing import Any
 GOOD = ("same", "refused")
 BAD = {
     "lost": "the same command again does not give what an undisturbed one gives",
+    "unequal": "two runs of the same work are not the same bytes",
     "left": "all is there, and files beside it that nobody removes",
     "wrong": "what is read is neither refused nor right",
     "changed": "a file of the user's was changed or removed",

@@ -140,14 +140,11 @@ def settle() -> None:
     """Make a child's work the same every time, and its running states be written after each shard."""
     from types import SimpleNamespace
 
-    from influence.index import starting
     from influence.pipelines import collect
     from influence.train import collector
 
     collect.SAVE_EVERY = 0.0
     collector.time = SimpleNamespace(perf_counter=lambda: 0.0)  # an epoch notes the seconds that it took
-    if hasattr(starting, "secrets"):  # a run's stamp was random once
-        starting.secrets = SimpleNamespace(token_hex=lambda size: "0" * 2 * size)
 
 
 def tree(folder: Path) -> dict[str, str]:
