@@ -55,10 +55,10 @@ def variants() -> list[str]:
 
 def tasks(case: Case, chosen: list[str]) -> list[Task]:
     """Return a command's tasks: each folder, without and with `--overwrite`; and a finished run with more in it."""
-    if not case.over or not case.directory:
+    if case.given or not case.directory:
         return []
-    empty = [what + flag for what in chosen for flag in ("", "+")]
-    added = [f"{what} in a run" for what in ("files", "folders", "links") if what in chosen]
+    empty = [what + flag for what in chosen for flag in (("", "+") if case.over else ("",))]
+    added = [f"{what} in a run" for what in ("files", "folders", "links") if what in chosen and case.over]
     return [Task("foreign", case.name, what) for what in empty + added]
 
 
@@ -70,7 +70,7 @@ def run(world: World, task: Task) -> Result:
     more = ["--overwrite"] if task.what.endswith("+") else []
     folder = world.fresh()
     try:
-        folder_of(what, folder / "run")
+        folder_of(what, folder / case.writes)
         before = _all(folder)
         ended = world.do(case.call(*more), folder)
         after = _all(folder)
@@ -83,7 +83,7 @@ def run(world: World, task: Task) -> Result:
         return Result(task, case.protocol, ended.fault, ended.brief())
     if not ended.refused or after != before:
         return Result(task, case.protocol, "mixed", f"it wrote beside the user's: {ended.brief()}")
-    named = "run" in ended.complained
+    named = case.writes in ended.complained
     return Result(task, case.protocol, "refused" if named else "unclear", ended.brief())
 
 
