@@ -1,6 +1,5 @@
 """Every suite with targets in turn, each in a process of its own, so that none inherits another's threads or heap."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, peers, report
+from influence.data.parsing import json_of
 
 SUITES = {
     "collect": ("--model", "neox"),
@@ -47,7 +47,7 @@ def run(*, check: bool, quick: bool, only: Sequence[str] = ()) -> dict[str, Any]
             print(f"\n=== {name}", flush=True)
             status = subprocess.run(command, check=False).returncode
             if path.exists():
-                suites[name] = json.loads(path.read_text())
+                suites[name] = json_of(path)
                 skipped |= {f"{name}, {row}": peer for row, peer in suites[name].get("skipped", {}).items()}
             else:
                 failed[name] = f"`python -m benchmarks {name}` ended with status {status} and no result"

@@ -1,11 +1,11 @@
 """The benchmark page of the documentation, made from benchmarks/results: `python -m benchmarks report`."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import figures
+from influence.data.parsing import json_of
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -58,15 +58,43 @@ def render(results: Path = RESULTS) -> str:
             parts.append(f"## {title}\n\n{says} `python -m benchmarks {kind} --check`.\n")
             if kind in figures.FIGURES:
                 parts.append(f"![{title}, the newest run](figures/{kind}.png)\n")
-            parts += [section(name, run) for name, run in mine]
+            parts += [_section(results / name, run) for name, run in mine]
     return "\n".join(parts)
 
 
 def kept(results: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
     """Return every suite's runs with their files' names, the newest first."""
-    found = [(path.name, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    found = [(path.name, result(path)) for path in sorted(results.glob("*.json"))]
     suites = [(name, run) for name, run in found if "suites" not in run]
     return sorted(suites, key=lambda each: each[1]["machine"]["date"], reverse=True)
+
+
+def result(path: Path) -> dict[str, Any]:
+    """Return what a file of results holds.
+
+    Raises:
+        ValueError: if it is no result of a benchmark; naming it.
+    """
+    run = json_of(path)
+    machine = run.get("machine") if isinstance(run, dict) else None
+    dated = isinstance(machine, dict) and isinstance(machine.get("date"), str)
+    if not dated or not isinstance(run.get("benchmark"), str):
+        raise ValueError(
+            f"{path} is no result of a benchmark: expected an object with benchmark and machine. Delete it, or write "
+            "it again by python -m benchmarks NAME --json FILE"
+        )
+    return run
+
+
+def _section(path: Path, run: Mapping[str, Any]) -> str:
+    """Return one run, or say which file lacks a part of it."""
+    try:
+        return section(path.name, run)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} lacks a part of a result of {run['benchmark']!r} ({type(error).__name__}: {error}): delete it, or "
+            f"write it again by python -m benchmarks {run['benchmark']} --json {path}"
+        ) from error
 
 
 def newest(results: Path = RESULTS) -> dict[str, Any]:

@@ -162,12 +162,15 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     """
     import tyro
 
-    from influence.pipelines.plain import from_mapping, read_config
+    from influence.pipelines.plain import FieldError, from_mapping, read_config
 
     default = None
     if options.config is not None:
         read = read_config(options.config)
-        default = from_mapping(kind, read, partial=True)
+        try:
+            default = from_mapping(kind, read, partial=True)
+        except FieldError as error:
+            raise FieldError(f"{options.config}: {error}") from error
     return tyro.cli(
         kind,
         args=list(flags),

@@ -12,10 +12,15 @@ from types import FrameType
 from typing import Any
 
 import hypothesis
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch.optim import optimizer
+
+from tests.typed import checked
+
+jaxtyping.jaxtyped = checked  # type: ignore[assignment] # what jaxtyping's hook writes above every function
 
 hypothesis.settings.register_profile("shared", deadline=None)  # a busy machine is slow, and not wrong
 hypothesis.settings.load_profile("shared")

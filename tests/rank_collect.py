@@ -1,7 +1,5 @@
 """What each of two ranks does: train a Trainer on gloo, collecting; be killed, and go on."""
 
-import gc
-import os
 from pathlib import Path
 
 import pytest
@@ -12,20 +10,7 @@ from influence.train import GradientCollectorCallback
 from tests.test_train_callback import TARGETS, TRANSFORM, Crash, trainer_of
 
 
-def meet(rank: int, port: int) -> None:
-    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-
-
-def leave() -> None:
-    """End together, with nothing of DDP alive: a thread of its own left running aborts the process at its exit."""
-    gc.collect()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def collect(rank: int, port: int, path: Path) -> None:
-    meet(rank, port)
+def collect(path: Path) -> None:
     callback = GradientCollectorCallback(
         path / "rows", TRANSFORM, targets=TARGETS, scale="optimizer", dtype="float64", shard_size=4
     )
@@ -33,15 +18,13 @@ def collect(rank: int, port: int, path: Path) -> None:
     assert trainer.args.world_size == 2
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         moments = {step: dict(m.second) for step, m in snapshots.moments.items()}
         torch.save({"weights": snapshots.weights, "moments": moments}, path / "snapshots.pt")
-    leave()
 
 
-def resume(rank: int, port: int, path: Path) -> None:
+def resume(path: Path) -> None:
     """Two epochs of two updates: never stopped, and killed at the fourth, to go on from the first or the third."""
-    meet(rank, port)
 
     def trainer(name: str) -> transformers.Trainer:
         callback = GradientCollectorCallback(
@@ -58,5 +41,3 @@ def resume(rank: int, port: int, path: Path) -> None:
             killed.train()
         torch.distributed.barrier()
         trainer(name).train(resume_from_checkpoint=str(path / f"{name}-trainer/trainer/checkpoint-{step}"))
-    del killed
-    leave()

@@ -1,4 +1,4 @@
-"""What each of two ranks does: train in shards, and save the optimizer as they do. Imports torch alone, to be quick."""
+"""What each of two ranks does: train in shards, and save the optimizer as they do."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+
+from influence.train import load_from_optimizer
 
 
 def adam(p: Any, **settings: Any) -> torch.optim.Optimizer:
@@ -20,9 +22,8 @@ def small() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
-def shard(rank: int, path: Path) -> None:
-    store = torch.distributed.FileStore(str(path / "rendezvous"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def shard(path: Path) -> None:
+    rank = torch.distributed.get_rank()
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     model = small()
     fully_shard(model, mesh=mesh)
@@ -40,10 +41,7 @@ def shard(rank: int, path: Path) -> None:
         name: {key: value.full_tensor() for key, value in optimizer.state[p].items() if key != "step"}
         for name, p in zip(names, model.parameters(), strict=True)
     }
-    from influence.train import load_from_optimizer
-
     moments = load_from_optimizer(model, optimizer)  # of a live one, whose state is in shards too
     assert all(torch.equal(moments.second[name], full[name]["exp_avg_sq"]) for name in names)
     if rank == 0:
         torch.save(full, path / "expected.pt")
-    torch.distributed.destroy_process_group()

@@ -1,5 +1,7 @@
 """Packing and batches: every document once, the budget kept, the same bytes at any world size."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -286,3 +288,26 @@ def test_a_stream_is_read_as_it_is_used() -> None:
     data = datasets.IterableDataset.from_generator(rows)
     next(stream(data, zoo.bpe(), shard_size=10))
     assert len(seen) < 30
+
+
+DIES = """
+import torch
+from influence.data import Tokenized, batches
+
+def shards():
+    x = torch.ones(1000, 1000)
+    while True:
+        yield Tokenized(torch.ones(5).int(), None, torch.tensor([0, 5]), torch.tensor([0]))
+        x @ x
+
+stream = batches(shards(), 5, prefetch=10**6)
+for batch in stream:
+    raise ValueError("the reader is gone")
+"""
+
+
+def test_a_process_that_dies_of_an_error_ends_by_it() -> None:
+    """The thread was inside torch when the interpreter ended, which ended the process by SIGABRT."""
+    ran = subprocess.run([sys.executable, "-c", DIES], capture_output=True, text=True)
+    assert ran.stderr.endswith("ValueError: the reader is gone\n")
+    assert ran.returncode == 1

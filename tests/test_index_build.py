@@ -191,9 +191,10 @@ def test_appending_counts_on(tmp_path: Path) -> None:
     index = build(loss_fn, params, [tuple(rest.values())], path, dtype="float16", transform=SMALL, append=True)
     same(index, build(loss_fn, params, split(batch, [1, 1, 2]), dtype="float16", transform=SMALL))
     tuples = {"x": batch[0], "y": batch[1], "index": torch.arange(4)}
-    named = lambda params, batch: loss_fn(params, (batch["x"], batch["y"]))  # noqa: E731
+    pair = lambda batch: (batch["x"], batch["y"]) if isinstance(batch, dict) else batch  # noqa: E731
+    named = lambda params, batch: loss_fn(params, pair(batch))  # noqa: E731
     named.layout = loss_fn.layout  # type: ignore[attr-defined]
-    for known in ("reduction", "name", "settings"):
+    for known in ("reduction", "name", "settings", "function"):
         setattr(named, known, getattr(loss_fn, known))
     with pytest.raises(ValueError, match=r"a batch holds row 0 of the dataset, and .* has rows up to 3: count on"):
         build(named, params, [tuples], path, dtype="float16", transform=SMALL, append=True, weights=weights_of(path))

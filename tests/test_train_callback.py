@@ -1,6 +1,5 @@
 """Rows collected while a Trainer trains, against rows of an autograd loop at the very weights of each step."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from influence.train import (
 )
 from influence.train.sharing import Shared, count_of
 from tests.cases import hf
+from tests.ranks import in_two_ranks
 
 GPT2 = {"vocab_size": 40, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -428,19 +428,11 @@ def test_what_cannot_be_collected(tmp_path: Path) -> None:
     refused(ValueError, "the examples' losses sum to .* share=False", wrong)
 
 
-def spawn(work: Any, path: Path) -> None:
-    """Run something in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, path), nprocs=2)
-
-
 def test_two_ranks_resume(tmp_path: Path) -> None:
     """Killed in the second of two epochs; from the middle of either, the rows are those of a run that never was."""
     from tests.rank_collect import resume
 
-    spawn(resume, tmp_path)
+    in_two_ranks(resume, tmp_path, tmp_path)
     for name in ("early", "late"):
         for epoch in (0, 1):
             whole, part = (open_index(tmp_path / run / f"epoch-{epoch}") for run in ("whole", name))
@@ -456,7 +448,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     """DDP on gloo, two micro-batches an update; both write rows, one writes the index; padding comes twice."""
     from tests.rank_collect import collect
 
-    spawn(collect, tmp_path)
+    in_two_ranks(collect, tmp_path, tmp_path)
     saved = torch.load(tmp_path / "snapshots.pt", weights_only=True)
     snapshots = Snapshots()
     snapshots.weights = saved["weights"]

@@ -18,6 +18,7 @@ from influence import Factored, as_blocks, chain, functionalize, per_example_gra
 from influence.train import load_from_optimizer, read_optimizer
 from tests import shard_optimizer
 from tests.cases import LLAMA, hf
+from tests.ranks import in_two_ranks
 from tests.shard_optimizer import adam, small
 
 GPT2 = {"vocab_size": 40, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -214,7 +215,7 @@ def test_adapters_by_names_without_the_adapter(tmp_path: Path) -> None:
 
 def test_shards_of_two_ranks(tmp_path: Path) -> None:
     """FSDP2 on two gloo ranks writes DCP shards; one process reads them whole."""
-    torch.multiprocessing.spawn(shard_optimizer.shard, (tmp_path,), nprocs=2)
+    in_two_ranks(shard_optimizer.shard, tmp_path, tmp_path)
     model = small()
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     found = read_optimizer(model, tmp_path / "checkpoint")

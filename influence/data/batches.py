@@ -1,5 +1,6 @@
 """Shards to padded batches, made ahead of use."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -115,8 +116,13 @@ def _ahead(made: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, 
         except BaseException as error:
             put(("error", error))
 
+    def end() -> None:
+        closed.set()
+        thread.join()
+
     thread = threading.Thread(target=work, name="influence.data.batches", daemon=True)
     thread.start()
+    atexit.register(end)  # a traceback may keep its reader; a thread inside torch then aborts the process as it leaves
     try:
         while True:
             kind, value = ready.get()
@@ -126,5 +132,5 @@ def _ahead(made: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, 
                 raise value
             yield value
     finally:
-        closed.set()
-        thread.join()
+        atexit.unregister(end)
+        end()

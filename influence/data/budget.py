@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from influence.data.batches import collate
+from influence.data.parsing import json_of
 from influence.data.tokenized import Tokenized
 
 
@@ -64,9 +65,15 @@ def auto_token_budget(
         raise ValueError(f"most={most} has no room for the longest example, of {width} tokens")
     about = {"key": dict(key or {}), "width": width, "rows": top, **_machine(torch.device(device))}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    known = json.loads(Path(cache).read_text()) if cache is not None and Path(cache).is_file() else {}
+    known = json_of(cache) if cache is not None and Path(cache).is_file() else {}
+    found = known.get(name, {"token_budget": 1}) if isinstance(known, dict) else None
+    budget = found.get("token_budget") if isinstance(found, dict) else None
+    if not isinstance(budget, int) or budget < 1:
+        raise ValueError(
+            f"{cache} holds no budgets: it is damaged, or of another kind. Delete it, or pass another cache"
+        )
     if name in known:
-        return int(known[name]["token_budget"])
+        return budget
     longest = tokenized.lengths.argmax()
 
     def fits(rows: int) -> bool:

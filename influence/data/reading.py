@@ -28,6 +28,13 @@ PLAIN = TextFormat()
 TOKENS = ("input_ids", "labels", "attention_mask")
 """What is read of tokenised rows."""
 
+RANGES = {
+    "input_ids": (0, math.inf, "token ids, 0 or more"),
+    "labels": (0, math.inf, f"token ids, 0 or more, or {IGNORED} for what does not count"),
+    "attention_mask": (0, 1, "0 or 1"),
+}
+"""The least and the most of each, and what that means."""
+
 
 class Reading(NamedTuple):
     """How slices of a dataset become tokens.
@@ -274,5 +281,11 @@ def _integers(value: Any, name: str, number: int) -> list[int]:
     if not isinstance(listed, list | tuple) or not all(issubclass(kind, Integral) for kind in {*map(type, listed)}):
         raise ValueError(
             f"row {number}: {name} must be the flat list of one document's whole numbers; got {str(listed)[:80]}"
+        )
+    least, most, meant = RANGES[name]
+    strange = [one for one in {*listed} if not (least <= one <= most or (name == "labels" and one == IGNORED))]
+    if strange:
+        raise ValueError(
+            f"row {number}: {name} has {strange[0]}, and {name} are {meant}: tokenise again, with the model's tokenizer"
         )
     return list(listed)

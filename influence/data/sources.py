@@ -1,11 +1,15 @@
 """Where rows come from: the Hub, files, saved datasets, memory; and how they are read, slice by slice."""
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from influence.data.damaged import said, unreadable
+from influence.data.parsing import shortly, yaml_of
 
 Rows: TypeAlias = list[dict[str, Any]]
 """A slice of a dataset."""
@@ -59,7 +63,7 @@ def load(
     if isinstance(source, str):
         if not local:
             return _read(source, split, subset, kwargs, streaming)
-        source = datasets.load_from_disk(source)
+        source = _saved(source)
     elif isinstance(source, Sequence) and not isinstance(source, datasets.Dataset):
         source = _from_list(source)
     if isinstance(source, datasets.IterableDataset):
@@ -85,14 +89,9 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        read = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no JSON or YAML: {' '.join(str(error).split())}; got {kwargs!r}") from error
+    read = yaml_of(kwargs, f"{name}={shortly(kwargs)}") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
-        raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {kwargs!r}')
+        raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {shortly(kwargs)}')
     return dict(read or {})
 
 
@@ -114,13 +113,36 @@ def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Ite
         chosen = chosen.select_columns(list(columns))
     if isinstance(chosen, datasets.Dataset):
         for begin in range(0, len(chosen), size):
-            lists = chosen[begin : begin + size]
+            with _readable(dataset, begin):
+                lists = chosen[begin : begin + size]
             yield begin, [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
         return
     begin, rows = 0, iter(chosen)
-    while piece := list(islice(rows, size)):
+    while piece := _next(dataset, rows, begin, size):
         yield begin, piece if columns is None else [{name: row.get(name) for name in columns} for row in piece]
         begin += len(piece)
+
+
+def _next(stream: Any, rows: Iterator[Any], begin: int, size: int) -> Rows:
+    """Return the next rows of a stream."""
+    with _readable(stream, begin):
+        return list(islice(rows, size))
+
+
+@contextlib.contextmanager
+def _readable(dataset: Any, begin: int) -> Iterator[None]:
+    """Say which file it is, or which row it begins at, where rows cannot be read.
+
+    Raises:
+        ValueError: saying it.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RecursionError) as error:
+        files = list(dataset.info.download_checksums or ())
+        if files and dataset.info.builder_name:
+            raise _unreadable(Path(files[0]), files, dataset.info.builder_name, error, {}) from error
+        raise ValueError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -140,10 +162,25 @@ def column_names(dataset: Any) -> list[str]:
     names = dataset.column_names
     if names:
         return list(names)
-    first = next(iter(dataset), None)
-    if first is None:
+    first = _next(dataset, iter(dataset), 0, 1)
+    if not first:
         raise ValueError("the dataset is empty: it has no row")
-    return list(first)
+    return list(first[0])
+
+
+def _saved(folder: str) -> Any:
+    """Return what `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(folder)
+    except Exception as error:  # of its JSON and its Arrow files, datasets raises whatever it meets
+        gone = isinstance(error, FileNotFoundError) and error.filename
+        what = f"{error.filename} is missing" if gone else said(error)  # type: ignore[attr-defined]
+        raise ValueError(
+            f"the dataset saved in {folder} cannot be read: {what}. One of its files is damaged, cut off or gone: save "
+            "it again"
+        ) from error
 
 
 def _is_saved(path: Path) -> bool:
@@ -156,6 +193,7 @@ def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, 
 
     if streaming and split is not None and not split.isidentifier():
         raise ValueError(f"a stream has whole splits only, got split={split!r}: use load(…).skip(n).take(m)")
+    files: list[str] = []
     path, escaped = Path(source), glob.escape(source) if os.path.exists(source) else source
     suffix = path.suffix.lower()
     if "://" not in source and (suffix in BUILDERS or path.is_file()):
@@ -168,19 +206,48 @@ def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, 
             raise ValueError(f"the dataset is empty: {source} has no byte")
         if subset is not None:
             raise ValueError(f"a file has no subsets; got subset={subset!r} for {source}")
+        files = sorted(found)
         kwargs = {"data_files": escaped} | kwargs
         source = BUILDERS[suffix]
     elif path.is_dir() and not any(path.iterdir()):
         raise ValueError(f"the folder {source} is empty")
     elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise FileNotFoundError(f"no file or folder {source}")
+    if source == "pandas":
+        raise ValueError(
+            "the builder 'pandas' of datasets reads pickles, which can run code: save the table as .parquet"
+        )
     try:
         read = datasets.load_dataset(source, subset, streaming=streaming, **kwargs)
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
+    except Exception as error:  # readers of files raise whatever they meet
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"the dataset is empty: {path} has no row") from error
+        if not files and not isinstance(error, datasets.exceptions.DatasetGenerationError):
             raise
-        raise ValueError(f"the dataset is empty: {path} has no row") from error
-    return _not_empty(_choose(read, split) if isinstance(read, Mapping) else read)
+        raise _unreadable(path, files, source, error, kwargs) from error
+    found = _choose(read, split) if isinstance(read, Mapping) else read
+    if files:
+        found.info.download_checksums = dict.fromkeys(files)  # which files it is of, for whoever reads its rows
+    return _not_empty(found)
+
+
+def _unreadable(path: Path, files: list[str], builder: str, error: Exception, kwargs: Mapping[str, Any]) -> Exception:
+    """Return what to say of data that cannot be read: of files, which it is."""
+    import datasets
+
+    cause = error.__cause__ or error
+    if not files or (isinstance(cause, OSError) and cause.errno is not None):  # a full disk, no permission
+        return ValueError(f"the dataset {path} cannot be read: {said(error)}")
+    if isinstance(error, TypeError) or "BuilderConfig" in str(error):
+        return ValueError(f"data_kwargs is not for {path}: {said(error)}")
+    more = {name: value for name, value in kwargs.items() if name != "data_files"}
+
+    def again(file: str) -> Iterator[Any]:
+        return chain.from_iterable(
+            datasets.load_dataset(builder, data_files=glob.escape(file), streaming=True, **more).values()
+        )
+
+    return unreadable(files, builder, error, again)
 
 
 def _from_list(rows: Sequence[Any]) -> Any:

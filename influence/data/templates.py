@@ -6,6 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from influence.data.parsing import shortly, text_of, yaml_of
+
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
@@ -115,7 +117,7 @@ def read(source: str | Path) -> Template:
         if str(source) not in shipped:
             raise FileNotFoundError(f"no template file {source}; templates of the package: {', '.join(shipped)}")
         path = shipped[str(source)]
-    return parse(path.read_text(encoding="utf-8"), str(source))
+    return parse(text_of(path), str(source))
 
 
 def parse(text: str, name: str = "template") -> Template:
@@ -135,13 +137,9 @@ def parse(text: str, name: str = "template") -> Template:
         >>> parse("doc_to_text: '{{ title }}: {{ body }}'").render({"title": "A", "body": "b"})
         ('A: b', None)
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
     from jinja2 import TemplateSyntaxError
 
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
+    fields = yaml_of(text, name)
     if not isinstance(fields, dict) or not isinstance(fields.get("doc_to_text"), str):
         raise ValueError(f"{name} must be a mapping with doc_to_text, a Jinja string, and optionally {FIELDS[1:]}")
     unknown = [str(field) for field in fields if field not in FIELDS]
@@ -151,7 +149,11 @@ def parse(text: str, name: str = "template") -> Template:
     if target is None and choices is not None:
         raise ValueError(f"{name} has doc_to_choice but no doc_to_target, which chooses")
     if choices is not None and not isinstance(choices, list | str):
-        raise ValueError(f"{name}: doc_to_choice must be a list, Jinja or a column; got {choices!r}")
+        raise ValueError(f"{name}: doc_to_choice must be a list, Jinja or a column; got {shortly(choices)}")
+    each = choices if isinstance(choices, list) else []
+    for field, value in ((FIELDS[1], target), *((FIELDS[2], choice) for choice in each)):
+        if not isinstance(value, str | int | float | None):
+            raise ValueError(f"{name}: {field} must be Jinja, a column or a number; got {shortly(value)}")
     listed = tuple(map(str, choices)) if isinstance(choices, list) else choices
     template = Template(fields["doc_to_text"], None if target is None else str(target), listed, name)
     for field, source in (

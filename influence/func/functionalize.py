@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from influence.families import experts_of, heads_of
+from influence.func.described import described
 from influence.func.layout import Layout, ParamLayout, block_name
-from influence.func.module_call import Model
+from influence.func.module_call import Model, constants_of
 from influence.func.module_loss import LOSSES, ModuleLoss
+from influence.func.numbers import check_number
 from influence.func.unembedding import unembedding
 from influence.types import ExampleLoss, Params
 
@@ -93,7 +95,7 @@ def functionalize(
     dropping = [name for name, m in skeleton.named_modules() if m.training and drops(m)]
     if dropping:
         raise ValueError(f"dropout is active in {dropping[:3]}: use mode='eval', or set its p to 0 on a copy")
-    ours = Model(skeleton, _task(model), unembedding(skeleton, {**named, **frozen}))
+    ours = _made(skeleton, _task(model), {**named, **frozen})
     other = _reference(model, reference, loss)
     spec = ModuleLoss(ours, frozen, module_layout(model), loss, reduction, label_smoothing, other)
     return spec, {name: named[name] for name in chosen}
@@ -113,6 +115,7 @@ def _check_options(
         raise ValueError(f"reduction must be 'sum' or 'mean'; got {reduction!r}")
     if mode not in ("eval", "train"):
         raise ValueError(f"mode must be 'eval' or 'train'; got {mode!r}")
+    check_number("label_smoothing", smoothing, 0, 1)
     if smoothing and loss != "cross_entropy":
         raise ValueError("label_smoothing is for loss='cross_entropy'")
     if reference is not None and loss != "kl":
@@ -232,7 +235,13 @@ def _reference(model: nn.Module, reference: nn.Module | None, loss: Any) -> tupl
             if hasattr(module, "_disable_adapters"):
                 vars(module)["_disable_adapters"] = True
     values = {name: p.detach() for name, p in source.named_parameters()}
-    return Model(skeleton, _task(source), unembedding(skeleton, values)), values
+    return _made(skeleton, _task(source), values), values
+
+
+def _made(skeleton: nn.Module, task: str, values: Params) -> Model:
+    """Return a skeleton as a function; what it is made of is read before anything runs in it."""
+    constants, function = constants_of(skeleton), described(skeleton, task)
+    return Model(skeleton, task, unembedding(skeleton, values), constants, function)
 
 
 def module_layout(model: nn.Module) -> Layout:

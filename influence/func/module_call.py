@@ -99,11 +99,15 @@ class Model(NamedTuple):
         skeleton: the module without storage.
         task: where its labels sit: `"causal"`, `"position"`, `"example"` or `"plain"`.
         unembedding: the module cut before its last map, where its logits are large.
+        constants: what it computes with beside its parameters, as it was when the function was made.
+        function: what else decides its outputs (`described`), as it was then: a run may leave traces in the skeleton.
     """
 
     skeleton: nn.Module
     task: str
     unembedding: Unembedding | None
+    constants: dict[str, Any]
+    function: dict[str, Any]
 
     def outputs(self, values: Params, batch: Batch) -> Any:
         """Return what the module returns."""

@@ -8,10 +8,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from influence.func.by_chunks import by_chunks
+from influence.func.fingerprint import fingerprint
 from influence.func.layout import Layout
 from influence.func.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
-from influence.func.module_call import Model, constants_of, output_logits
+from influence.func.module_call import Model, output_logits
 from influence.func.unembedding import ENTRIES, Logits, Unembedding, positions_at_once
 from influence.types import Batch, ExampleLoss, Params
 
@@ -32,6 +33,7 @@ class ModuleLoss:
         frozen: the parameters that are not differentiated.
         constants: what else the model computes with, as it was when the function was made: its buffers, and the states
             of its quantised layers.
+        function: which function of all these numbers the model is, as its classes, attributes and config say.
         encoder_decoder: whether two streams of positions meet in it.
         likelihood: what labels the model would give, where the loss says so; otherwise `None`.
         positional: whether `positions` can tell the loss of every position.
@@ -53,7 +55,7 @@ class ModuleLoss:
     ) -> None:
         """Close over everything but the parameters to differentiate."""
         self._model, self.frozen, self._reference, self._task = model, frozen, reference, model.task
-        self.constants = constants_of(model.skeleton)
+        self.constants, self.function = model.constants, model.function
         self.encoder_decoder = bool(getattr(getattr(model.skeleton, "config", None), "is_encoder_decoder", False))
         self._loss, self._smoothing = loss, label_smoothing
         self.layout, self.reduction = layout, reduction
@@ -69,6 +71,31 @@ class ModuleLoss:
         """What `functionalize` was asked for, as JSON writes it; a function of the user's by its name."""
         own = callable(self._loss)
         return {"loss": self.name, "own": own, "reduction": self.reduction, "label_smoothing": self._smoothing}
+
+    @property
+    def reference(self) -> dict[str, Any] | None:
+        """What the other model of a KL is, if there is one: the hash of its weights, and its function."""
+        if self._reference is None:
+            return None
+        model, values = self._reference
+        return {"weights": fingerprint({**model.constants, **values}), "function": model.function}
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Size of the vocabulary, where token ids alone are a batch with labels; otherwise `None`."""
+        skeleton: Any = self._model.skeleton
+        if self._task != "causal" or not self.positional or self._loss == "squared_error" or self.encoder_decoder:
+            return None
+        if getattr(skeleton, "main_input_name", None) != "input_ids" or not hasattr(skeleton, "get_input_embeddings"):
+            return None
+        size = getattr(getattr(skeleton.get_input_embeddings(), "weight", None), "shape", [None])[0]
+        return None if size is None else int(size)
+
+    @property
+    def longest(self) -> int:
+        """How many positions the model takes, as its config says."""
+        said = getattr(getattr(self._model.skeleton, "config", None), "max_position_embeddings", None)
+        return said if isinstance(said, int) and said > 0 else 1 << 30
 
     def __call__(self, params: Params, batch: Batch) -> Float[Tensor, " n"]:
         """Return one loss per example."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from influence.func.folding import Block, Folded, Part, apply_part, flat, with_rows, with_sides
 from influence.func.layout import ParamLayout
+from influence.func.numbers import check_number
 from influence.func.transform import Step, Transform
 from influence.types import Rows
 
@@ -81,6 +82,7 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
         >>> scale_by_adam(Moments({"w": w**2}), eps=0.0).apply({"w": w[None]}, bare_layout({"w": w}))["w"]
         tensor([[[1., 1.]]])
     """
+    check_number("eps", eps, 0)
 
     def extend(folded: Folded) -> Folded:
         _covers("scale_by_adam", folded, moments)
@@ -130,6 +132,7 @@ def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
                  [0.7368, 1.2329],
                  [0.8238, 1.3784]]])
     """
+    check_number("eps", eps, 0)
 
     def extend(folded: Folded) -> Folded:
         _covers("scale_by_adafactor", folded, moments)
@@ -195,6 +198,7 @@ def unit_norm(eps: float = 1e-12) -> Transform:
         >>> unit_norm().apply(rows, bare_layout({name: row[0] for name, row in rows.items()}))
         {'a': tensor([[0.6000]]), 'b': tensor([[0.8000]])}
     """
+    check_number("eps", eps, 0)
 
     def normalise(rows: Rows) -> Rows:
         wide = flat(rows)
@@ -247,6 +251,23 @@ def _covers(verb: str, folded: Folded, moments: Moments) -> None:
         elif tuple(v.shape) not in (expected, (expected[0], prod(expected[1:])) if len(expected) > 1 else expected):
             raise ValueError(
                 f"{verb}: moment of {name!r} has shape {list(v.shape)}; the parameter has {list(expected)}"
+            )
+        check_second(verb, name, v)
+
+
+def check_second(verb: str, name: str, v: Tensor | Factored) -> None:
+    """Refuse a second moment that is no mean of squares.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for part in v if isinstance(v, Factored) else (v,):
+        if part.numel() and not (part.amin() >= 0 and part.amax() < float("inf")):  # false of NaN
+            bad = int((~(part >= 0) | part.isinf()).sum())
+            raise ValueError(
+                f"{verb}: the second moment of {name!r} has {bad} of {part.numel()} numbers that are NaN, infinite or "
+                "negative, and it is a mean of squares: the training diverged, or the file is damaged. Take an "
+                "earlier checkpoint, or leave the parameter out of the targets"
             )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from influence.func.capture import Captured, capture
 from influence.func.folding import flat, same_dtype, vectors
 from influence.func.losses import widen
+from influence.func.numbers import check_number
 from influence.func.plan import EngineError, make_plan
 from influence.func.transform import CollectedRows
 from influence.types import Batch, LossFn, Params, Rows
@@ -78,6 +79,7 @@ def cosine(a: Rows, b: Rows, eps: float = 1e-12) -> Float[Tensor, "n m"]:
         tensor([[0.6000],
                 [0.8000]])
     """
+    check_number("eps", eps, 0)
     norms = [flat(rows).norm(dim=1).clamp_min(eps) for rows in (a, b)]
     return dot(a, b) / norms[0][:, None] / norms[1][None]
 

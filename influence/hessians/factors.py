@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from influence.func.blocks import as_blocks
 from influence.func.curvature import Basis, Curvature, inverse_weights
+from influence.func.described import differing
 from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.layout import Layout
 from influence.func.plan import human
@@ -41,6 +42,7 @@ class Factors:
         transform: the transform itself, if it is at hand.
         weights: hash of the parameters.
         notes: blocks whose curvature is coarser than the method's, and why.
+        function: what the model makes of the weights, as `ModuleLoss.function` says; `None` of a function by hand.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Factors:
     transform: Transform | None
     weights: str
     notes: Mapping[str, str] = field(default_factory=dict)
+    function: Mapping[str, Any] | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -160,6 +163,21 @@ class Factors:
                 f"these factors were fitted at other weights (hash {self.weights[:12]}…, these parameters have "
                 f"{weights[:12]}…). Fit them on this model, or load the checkpoint they belong to"
             )
+        self.check_function(getattr(loss_fn, "function", None))
+
+    def check_function(self, function: Mapping[str, Any] | None) -> None:
+        """Refuse another function of the same weights: another epsilon, activation or scale.
+
+        Raises:
+            ValueError: naming what differs, and both values.
+        """
+        if self.function is None or function is None or self.function == function:
+            return
+        theirs, mine = differing(self.function, function)
+        raise ValueError(
+            f"these factors were fitted with another function of the same weights: theirs has {theirs}, this one "
+            f"{mine}. Fit them on this model, or load it with the config that they belong to"
+        )
 
     def save(self, path: str | Path, run: str = "") -> None:
         """Write the factors to one HDF5 file, atomically, with checksums.
@@ -199,6 +217,7 @@ class Factors:
             "description": self.description,
             "weights": self.weights,
             "notes": dict(self.notes),
+            "function": self.function,
             "blocks": blocks,
         }
         store.write(path, arrays, about, kind="factors", schema=SCHEMA, run=run)
@@ -219,21 +238,60 @@ def load(path: str | Path, run: str | None = None) -> Factors:
         ValueError: if the file is no file of factors, or is damaged.
     """
     from influence import store
+    from influence.store.schema import conform
 
     arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
+    held: FactorFacts = conform(about, FactorFacts, str(path))
 
     def get(name: str | None) -> Any:
         return None if name is None else arrays[name]
 
-    blocks = {
-        name: Curvature(
-            tuple(block["shape"]),
-            tuple(Basis(get(b["vectors"]), arrays[b["values"]]) for b in block["bases"]),
-            get(block["corrected"]),
-        )
-        for name, block in about.pop("blocks").items()
-    }
+    blocks = {}
+    for name, block in held.blocks.items():
+        bases = tuple(Basis(get(basis.vectors), arrays[basis.values]) for basis in block.bases)
+        blocks[name] = Curvature(block.shape, bases, get(block.corrected))
+        if not _fits(blocks[name]):
+            raise store.BadFileError(f"{path} is not what it says: the factors of {name!r} are none of {block.shape}")
     known = (as_blocks(bias=bias) for bias in (False, True))
-    transform = next((t for t in known if t.fingerprint == about["under"]), None)
-    labels = Labels(**about.pop("labels"))
-    return Factors(blocks=blocks, labels=labels, transform=transform, **about)
+    transform = next((t for t in known if t.fingerprint == held.under), None)
+    return Factors(**{**held._asdict(), "blocks": blocks, "transform": transform})
+
+
+class BasisFacts(NamedTuple):
+    """The names of a basis's tensors."""
+
+    vectors: str | None
+    values: str
+
+
+class BlockFacts(NamedTuple):
+    """What a file says of a block's curvature: its shape, and the names of its tensors."""
+
+    shape: tuple[int, ...]
+    bases: list[BasisFacts]
+    corrected: str | None
+
+
+class FactorFacts(NamedTuple):
+    """The facts of factors as JSON holds them; see `Factors`."""
+
+    method: str
+    documents: int
+    positions: dict[str, int]
+    reduction: str
+    labels: Labels
+    under: str
+    description: str
+    weights: str
+    notes: dict[str, str]
+    function: dict[str, Any] | None
+    blocks: dict[str, BlockFacts]
+
+
+def _fits(curvature: Curvature) -> bool:
+    """Whether bases and corrected eigenvalues have a block's shape: one basis a side, or one of the whole row."""
+    sides = [basis.values.shape[0] if basis.values.ndim == 1 else -1 for basis in curvature.bases]
+    square = all(b.vectors is None or b.vectors.shape == (n, n) for b, n in zip(curvature.bases, sides, strict=True))
+    whole = tuple(sides) == curvature.shape or sides == [prod(curvature.shape)]
+    grid = curvature.corrected is None or tuple(curvature.corrected.shape) == tuple(sides)
+    return square and whole and grid

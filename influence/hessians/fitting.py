@@ -75,6 +75,7 @@ class About(NamedTuple):
     weights: str
     shapes: Mapping[str, tuple[int, ...]]
     notes: Mapping[str, str]
+    function: Mapping[str, Any] | None
 
     def factors(self, sums: Sums, blocks: Mapping[str, Curvature]) -> Factors:
         """Return the factors made of sums; the notes say where they are coarser than their method's."""
@@ -91,6 +92,7 @@ class About(NamedTuple):
             self.transform,
             self.weights,
             notes,
+            self.function,
         )
 
     def _note(self, name: str, curvature: Curvature, sums: BlockSums) -> str:
@@ -238,7 +240,8 @@ def describe(
     """Return what a fit's sums are sums of."""
     reduction = getattr(loss_fn, "reduction", "own")
     notes = {} if notes is None else notes
-    return About(method, transform, labels, reduction, weights_hash(loss_fn, params), shapes, notes)
+    function = getattr(loss_fn, "function", None)
+    return About(method, transform, labels, reduction, weights_hash(loss_fn, params), shapes, notes, function)
 
 
 def padding(loss_fn: LossFn, batch: Batch) -> Bool[Tensor, "n s"] | None:

@@ -18,6 +18,7 @@ from influence.func.batched import BatchedPlan, make_feeds
 from influence.func.batches import batch_size
 from influence.func.fold import Sink
 from influence.func.gather import Gather, GatherPlan, Joint, make_gather
+from influence.func.numbers import check_number
 from influence.func.per_token import with_positions
 from influence.func.plan import EngineError, Plan, make_plan
 from influence.func.transform import Transform
@@ -157,6 +158,7 @@ def plan_gather(
     Returns:
         The step.
     """
+    check_number("max_side", max_side, 0)
     chosen = default_transform(transform)
     labels.check(loss_fn)
     notes: dict[str, str] = {}

@@ -81,6 +81,7 @@ def mix(query: Factors, index: Factors, weight: float | None = None, *, componen
         query.transform if query.transform is not None else index.transform,
         query.weights,
         {**query.notes, **index.notes, "mix": note},
+        query.function,
     )
 
 
@@ -191,6 +192,7 @@ def _check(query: Factors, index: Factors) -> None:
             f"weights: the query's curvature was fitted at other parameters (hash {query.weights[:12]}…) than the "
             f"index's ({index.weights[:12]}…). Fit both on one model"
         )
+    query.check_function(index.function)
     if query.reduction != index.reduction:
         raise ValueError(
             f"reduction: the query's loss is {query.reduction!r}, the index's {index.reduction!r}, so they have "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from influence.func.fold import Sink
 from influence.func.folding import vectors
+from influence.func.numbers import check_number
 from influence.func.plan import Plan, make_plan
 from influence.func.transform import Transform
 from influence.hessians.factors import Factors
@@ -98,6 +99,7 @@ def sink(step: FitStep) -> Sink:
 def _plan(
     loss_fn: LossFn, params: Params, transform: Transform | None, labels: Labels, max_side: int, first: Batch
 ) -> FitStep:
+    check_number("max_side", max_side, 0)
     chosen = default_transform(transform)
     labels.check(loss_fn)
 

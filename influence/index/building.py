@@ -1,6 +1,7 @@
 """Any data and any loss to an index, in memory or on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.batches import batch_size
+from influence.func.numbers import check_number
 from influence.func.per_example import per_example_grads_fn
 from influence.func.per_token import per_token_grads_fn, real_positions
 from influence.func.plan import Plan
@@ -90,6 +92,7 @@ def build(
                 [ 9., 12.]]), tensor([0.5000, 4.5000]))
     """
     check_dtype(dtype)
+    check_number("shard_size", shard_size, 1)
     if path is None and (append or overwrite):
         raise ValueError("append and overwrite are for an index on disk: pass path=")
     if path is not None:
@@ -102,7 +105,8 @@ def build(
         loss_fn, params, first, transform, engine, per_token, chunk_size=chunk_size, nonfinite=nonfinite
     )
     columns = Columns(plan.folded.row_shapes)
-    fingerprint = fingerprint_of(loss_fn, params, plan.transform, columns.shapes, weights, recorded, plan.layout)
+    shapes = columns.shapes
+    fingerprint = fingerprint_of(loss_fn, params, plan.transform, shapes, weights, recorded, plan.layout, first)
     whole = _chained(first, source)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
     if path is None:
@@ -110,7 +114,8 @@ def build(
         state = sink.init()
         for index, value in _collected(_numbered(whole, 0), step, params, progress):
             state = sink.update(state, index, value)
-        about = About("index", dtype, per_token is not None, columns, fingerprint, settings, list(command), {}, ())
+        what = replace(fingerprint, live=None)  # which holds on to the model
+        about = About("index", dtype, per_token is not None, columns, what, settings, list(command), {}, ())
         return Index(about, [Held(sink.finalize(state))])
     planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
     with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:

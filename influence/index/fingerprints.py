@@ -1,21 +1,23 @@
 """Fingerprints with named fields: what rows are, as far as another side of a score has to know.
 
-Three kinds of field. *Must match*: the weights, the blocks, how they were projected, and the metric. *Complement*:
-powers of curvature and an optimizer's scale. *Recorded*: the data and the loss; a query may measure something else.
-`agreement` says when two sides fit.
+Three kinds of field. *Must match*: the weights, the function that the model makes of them, the blocks, how they were
+projected, and the metric. *Complement*: powers of curvature and an optimizer's scale. *Recorded*: the data and the
+loss; a query may measure something else, and says so by another name. `agreement` says when two sides fit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from influence.func.fingerprint import canonical, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
 from influence.func.nested import unprojected
 from influence.func.transform import CollectedRows, Step, Transform
+from influence.func.trial import tried
 from influence.index.recipe import recipe
-from influence.types import LossFn, Params
+from influence.store.schema import conform
+from influence.types import Batch, LossFn, Params
 
 CURVATURE = ("precondition", "eigen_whiten")
 SCALES = ("scale_by_adam", "scale_by_adafactor", "adam_update")
@@ -29,12 +31,15 @@ class Fingerprint:
     Attributes:
         must_match: fields that have to be equal on both sides (the dim may be smaller on the query's).
         complement: fields that have to fit: `curvature` (a list of applied powers) and `scaling`.
-        recorded: what else is known: data, loss, reduction.
+        recorded: what else is known: data, loss, reduction, and what the function says of a few examples (`trial`).
+        live: the loss function and its parameters, where they are at hand: they can say what they say of the examples
+            that another side was tried on. No part of what is written.
     """
 
     must_match: Mapping[str, Any] = field(default_factory=dict)
     complement: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    live: tuple[LossFn, Params] | None = field(default=None, compare=False, repr=False)
 
     def json(self) -> dict[str, dict[str, Any]]:
         """Return the fields as JSON writes them."""
@@ -44,9 +49,10 @@ class Fingerprint:
         return {"complement": _plain(self.complement), "recorded": _plain(self.recorded)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Fingerprint":
-        """Return a fingerprint from its JSON."""
-        return cls(*(dict(fields[kind]) for kind in ("must_match", "complement", "recorded")))
+    def from_json(cls, fields: Mapping[str, Any], live: tuple[LossFn, Params] | None = None) -> "Fingerprint":
+        """Return a fingerprint from its JSON, and from the function where it is at hand."""
+        held = conform(fields, FingerprintFacts, "a fingerprint")
+        return cls(held.must_match, held.complement, held.recorded, live)
 
     @property
     def digest(self) -> str:
@@ -57,6 +63,14 @@ class Fingerprint:
     def dim(self) -> int | None:
         """The projection's dim, if there is one."""
         return self.must_match.get("dim")
+
+
+class FingerprintFacts(NamedTuple):
+    """A fingerprint as JSON holds it."""
+
+    must_match: dict[str, Any]
+    complement: dict[str, Any]
+    recorded: dict[str, Any]
 
 
 def provenance(
@@ -85,6 +99,7 @@ def fingerprint_of(
     weights: str | None = None,
     recorded: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
+    batch: Batch = None,
 ) -> Fingerprint:
     """Return the fingerprint of rows.
 
@@ -97,6 +112,9 @@ def fingerprint_of(
         recorded: anything else to record, as `{"data": "wikitext"}`.
         layout: the parameters' layout, `rows_of.plan.layout`; without it projected rows of a loss that has none cannot
             be read at a smaller dim.
+        batch: examples for a trial, of rows that are to be stored: the first batch. A language model under a loss of
+            ours is tried on made-up token ids, and of anything else up to four examples are kept in the fingerprint if
+            they are small.
 
     Returns:
         The fingerprint.
@@ -118,6 +136,7 @@ def fingerprint_of(
     ]
     must_match = {
         "weights": weights,
+        "function": getattr(loss_fn, "function", None),
         "blocks": {name: list(shape) for name, shape in shapes.items()},
         "bias": steps["as_blocks"]["bias"] if "as_blocks" in steps else None,
         "heads": canonical(steps["split_heads"]["heads"]) or "the family's" if "split_heads" in steps else None,
@@ -140,7 +159,12 @@ def fingerprint_of(
         layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
     if projection and layout is not None:
         said["unprojected"] = unprojected(transform, layout)
-    return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}))
+    live = None if loss_fn is None or params is None else (loss_fn, params)
+    if "reference" not in (recorded or {}) and (reference := getattr(loss_fn, "reference", None)) is not None:
+        said["reference"] = reference
+    if live is not None and batch is not None:
+        said["trial"] = tried(*live, batch)
+    return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}), live)
 
 
 def _basis(steps: Iterable[Step]) -> dict[str, Any] | None:

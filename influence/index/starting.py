@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.index.agreement import differences
+from influence.index.agreement import differences, shown
 from influence.index.fingerprints import Fingerprint
 from influence.index.run import (
     FILES,
@@ -74,7 +74,7 @@ def start(
     try:
         if there is None:
             return Run(directory, wanted, 0, _count(wanted), lock)
-        _check_same(directory, there, wanted, append)
+        _check_same(directory, there, wanted, fingerprint, append)
         present = rooted(directory, there)
         if append:
             return _append(directory, there, wanted, present, lock)
@@ -162,7 +162,7 @@ def _segments(manifest: Manifest) -> list[tuple[int, int]]:
     return list(pairwise([*firsts, _count(manifest) or 0]))
 
 
-def _check_same(directory: Path, there: Manifest, wanted: Manifest, append: bool) -> None:
+def _check_same(directory: Path, there: Manifest, wanted: Manifest, fingerprint: Fingerprint, append: bool) -> None:
     """Refuse a run of another kind or fingerprint; data that are appended may be others."""
     if there.kind != wanted.kind:
         raise FileExistsError(
@@ -170,13 +170,12 @@ def _check_same(directory: Path, there: Manifest, wanted: Manifest, append: bool
             "write to another directory"
         )
     free = ("data",) if append else ()
-    for name, mine, theirs in differences(
-        Fingerprint.from_json(wanted.fingerprint), Fingerprint.from_json(there.fingerprint), free
-    ):
+    now = Fingerprint.from_json(wanted.fingerprint, fingerprint.live)
+    for name, mine, theirs in differences(now, Fingerprint.from_json(there.fingerprint), free):
         verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
         raise ValueError(
-            f"{what_is_there(directory)}. Its {name} is {_short(theirs)}, and this run's is {_short(mine)}: {verb}; "
-            "pass overwrite=True to replace it, or write to another directory"
+            f"{what_is_there(directory)}. Its {name} is {_short(theirs, mine)}, and this run's is "
+            f"{_short(mine, theirs)}: {verb}; pass overwrite=True to replace it, or write to another directory"
         )
 
 
@@ -207,6 +206,8 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any], where: str = ""
             yield f"{where}{key}", mine, theirs
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, other: Any = None) -> str:
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return shown(value, other)
     text = json.dumps(value)
     return text if len(text) < 200 else f"{text[:120]} … {text[-60:]}"

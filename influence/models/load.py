@@ -29,6 +29,8 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "image": ("AutoModelForImageClassification", None),
 }
 """What a model is for: transformers' class of it, and PEFT's name of it."""
+LEAD_TO_CODE = ("trust_remote_code", "weights_only", "allow_all_kernels", "code_revision")
+"""Arguments of `from_pretrained` by which files of the model would be run; there is one way to ask for that."""
 
 
 def load(
@@ -72,6 +74,11 @@ def load(
         raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
     if adapter is not None and peft_init_kwargs is not None:
         raise ValueError("adapter= loads a saved adapter, peft_init_kwargs= makes a fresh one: give one of them")
+    taken = [name for name in LEAD_TO_CODE if name in (model_kwargs or {})]
+    if taken:
+        raise ValueError(
+            f"model_kwargs has {taken[0]!r}, by which a model's files may run: pass trust_remote_code=True"
+        )
     path = _existing(path)
     at, found = revision, _base_of(path, revision)
     if found is not None:
@@ -182,6 +189,7 @@ def _with_saved(model: nn.Module, path: str, adapter: str, revision: str | None)
 
     config = peft.PeftConfig.from_pretrained(adapter, revision=revision)
     made_for = config.base_model_name_or_path or "an unnamed base"
+    _refuse_megatron(config, f"the adapter {adapter}")
     refusal = f"the adapter {adapter} was made for {made_for} and does not fit {path}"
     saved = peft.load_peft_weights(adapter, device="cpu", revision=revision)
     try:
@@ -204,6 +212,12 @@ def _with_saved(model: nn.Module, path: str, adapter: str, revision: str | None)
     return adapted
 
 
+def _refuse_megatron(config: Any, what: str) -> None:
+    """Refuse settings by which PEFT imports a module that they name."""
+    if getattr(config, "megatron_config", None):
+        raise ValueError(f"{what} has a megatron_config, for which PEFT imports the module that it names: not loaded")
+
+
 def _with_fresh(model: nn.Module, settings: Mapping[str, Any], seed: int) -> nn.Module:
     """Put fresh LoRA on a model: `A` uniform in `±1/√i`, as a linear layer's weight, and `B` zero.
 
@@ -213,6 +227,7 @@ def _with_fresh(model: nn.Module, settings: Mapping[str, Any], seed: int) -> nn.
 
     refusal = "peft_init_kwargs makes plain LoRA of linear layers; make another adapter with PEFT and give adapter=; {}"
     config = peft.LoraConfig(**settings)
+    _refuse_megatron(config, "peft_init_kwargs")
     if config.init_lora_weights not in (True, False):
         raise ValueError(refusal.format(f"init_lora_weights={config.init_lora_weights!r} is another"))
     adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)

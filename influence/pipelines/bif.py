@@ -1,5 +1,6 @@
 """Bayesian influence functions: which examples' losses move together under the posterior."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from influence import viz
 from influence.data.reading import pad_of
 from influence.pipelines.chains import SamplingConfig, sampling_of
+from influence.pipelines.configs import at_least
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.posterior import Posterior
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
@@ -78,6 +80,12 @@ class BifConfig(SamplingConfig):
     width: int = 80
     save: str | None = None
     plot: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        at_least(self, 1, "observed", "top_k")
+        at_least(self, 2, "width")
+        at_least(self, -math.inf, "scale")
 
 
 def run(config: BifConfig, say: Say = quiet) -> Outcome:
@@ -256,8 +264,6 @@ def _check_numbers(config: BifConfig, sizes: Mapping[str, int]) -> None:
 
 def _check(config: BifConfig) -> None:
     """Refuse what does not fit, before the chains are run."""
-    if config.top_k < 1:
-        raise ValueError(f"--top-k must be at least 1; got {config.top_k}")
     if config.plot is not None:
         viz.check(config.plot)
     if config.save is not None and Path(config.save).suffix != ".npy":

@@ -1,11 +1,12 @@
 """What sampling is made of, as values: the chains, the loss they feel, and how they are run."""
 
+import math
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from influence.pipelines.configs import Data, DataConfig, Model, ModelConfig, Run
+from influence.pipelines.configs import Data, DataConfig, Model, ModelConfig, Run, at_least
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class ChainConfig:
     on_divergence: Literal["raise", "drop", "prefix"] = "raise"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what is no number; the ranges are the samplers' own."""
+        at_least(self, -math.inf, "lr", "n_beta", "localization", "weight_decay", "init_noise")
+
 
 @dataclass(frozen=True)
 class FeltConfig:
@@ -69,6 +74,10 @@ class FeltConfig:
     loss: str = "cross_entropy"
     label_smoothing: float = 0.0
     reference: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        at_least(self, 0, "label_smoothing", most=1)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Checkpoints of a training run: which model each is, and the learning rate that led to it."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from influence.data.parsing import json_of
 from influence.pipelines.configs import ModelConfig
 
 STATE = "trainer_state.json"
@@ -54,7 +54,23 @@ def learning_rates(checkpoints: Sequence[str], given: Sequence[float] = ()) -> t
 
 def _trainer_state(checkpoint: str) -> Mapping[str, Any]:
     path = Path(checkpoint).expanduser() / STATE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    state = json_of(path) if path.is_file() else {}
+    if not _is_state(state):
+        raise ValueError(
+            f"{path} is no state of a Trainer: expected a global_step and a log_history of steps and learning rates, "
+            "all finite and at least 0. It is damaged: take another checkpoint, or pass --learning-rates"
+        )
+    return state
+
+
+def _is_state(state: Any) -> bool:
+    """Whether all that is read of a Trainer's state is there, as it should be."""
+    entries = state.get("log_history", []) if isinstance(state, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return False
+    numbers = [state.get("global_step", 0), *(entry.get("learning_rate", 0) for entry in entries)]
+    numbers += [entry.get("step") for entry in entries if "learning_rate" in entry]
+    return all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers)
 
 
 def _logged(states: Sequence[Mapping[str, Any]]) -> list[float | None]:

@@ -20,6 +20,7 @@ from influence.pipelines import states
 from influence.pipelines.progress import progress
 from influence.pipelines.ranks import Ranks
 from influence.store.folder import run_id
+from influence.store.schema import conform
 
 SAVE_EVERY = 30.0
 """Seconds between two writes of a running state: what a crash loses of a sum, beside the shard at hand."""
@@ -139,6 +140,13 @@ def write_partial(path: Path, run: str, shards: Mapping[str, list[int]], running
     store.write(path, tensors, about, kind="partial", schema=states.SCHEMA, run=run)
 
 
+class PartialFacts(NamedTuple):
+    """The facts of running states as JSON holds them: the shards in each, and its structure."""
+
+    shards: dict[str, list[int]]
+    states: dict[str, Any]
+
+
 def read_partial(
     path: Path, run: str, summed: Mapping[str, Sink], device: str = "cpu"
 ) -> tuple[dict[str, list[int]], dict[str, Any]]:
@@ -161,14 +169,15 @@ def read_partial(
     if not path.is_file():
         return {name: [] for name in summed}, {name: sink.init() for name, sink in summed.items()}
     tensors, about = store.read(path, kind="partial", schema=states.SCHEMA, run=run)
-    lost = [name for name in summed if name not in about["states"]]
+    held = conform(about, PartialFacts, str(path))
+    lost = [name for name in summed if name not in held.states or name not in held.shards]
     if lost:
         raise store.BadFileError(f"{path} holds no {lost[0]}: it is another run's; remove it, or pass --overwrite")
     running = {}
     for name, sink in summed.items():
         own = {key.removeprefix(f"{name}/"): t.to(device) for key, t in tensors.items() if key.startswith(f"{name}/")}
-        running[name] = states.restore(own, about["states"][name], sink.init())
-    return {name: list(about["shards"][name]) for name in summed}, running
+        running[name] = states.restore(own, held.states[name], sink.init(), str(path))
+    return {name: held.shards[name] for name in summed}, running
 
 
 def partials(directory: Path, name: str) -> list[Path]:

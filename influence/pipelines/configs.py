@@ -4,6 +4,7 @@ Every field is a flag of the command line under its own name, and a key of the Y
 """
 
 import dataclasses
+import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -16,16 +17,31 @@ Stored: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "int8"]
 Inversion: TypeAlias = Literal["damped", "absolute", "tikhonov", "pseudoinverse", "factored"]
 
 
-def at_least(config: Any, least: int, *names: str) -> None:
-    """Refuse numbers that are too small; `None` is none.
+def at_least(config: Any, least: float | int, *names: str, most: float | int = math.inf, above: bool = False) -> None:
+    """Refuse numbers that are too small, too large or not finite; `None` is none.
+
+    Args:
+        config: the configuration.
+        least: the smallest that is allowed.
+        names: its fields: numbers, or lists of them.
+        most: the largest.
+        above: whether `least` itself is refused too.
 
     Raises:
         ValueError: naming the flag and the value.
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and value is not tyro.MISSING and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {value}")
+        if value is None or value is tyro.MISSING:
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            sized = abs(number) < 1 << 63 if isinstance(number, int) else math.isfinite(number)
+            if sized and least <= number <= most and not (above and number == least):
+                continue
+            low = "" if least == -math.inf else f" above {least}" if above else f" at least {least}"
+            bound = f" from {least} to {most}" if most < math.inf else low
+            kind = "" if sized else " a finite number of 64 bits" + "," * bool(bound)
+            raise ValueError(f"--{name.replace('_', '-')} must be{kind}{bound}; got {number}")
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,10 @@ class LossConfig:
     label_smoothing: float = 0.0
     reference: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        at_least(self, 0, "label_smoothing", most=1)
+
 
 @dataclass(frozen=True)
 class TransformConfig:
@@ -166,8 +186,9 @@ class TransformConfig:
     unit_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are too small."""
+        """Refuse numbers that are out of range."""
         at_least(self, 0, "projection_dim", "damping")
+        at_least(self, -1, "power", most=0)
         at_least(self, 1, "projection_signs")
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from influence.data import Tokenized
+from influence.data import Tokenized, collate
+from influence.func.trial import EXAMPLES
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
 from influence.index.run import ROOT, what_is_there
@@ -19,6 +20,7 @@ from influence.pipelines.reading import data_hash, vocabulary_hash
 from influence.pipelines.seen import Step
 from influence.store import Lock
 from influence.store.folder import RUN, read_manifest, refuse_foreign, tidy
+from influence.store.schema import conform
 
 CONFIG = "config.yaml"
 RESULTS = (ROOT, "factors.h5", "best.h5")
@@ -130,6 +132,15 @@ def config_of(run: str | Path) -> dict[str, Any]:
     return read_manifest(run).config if (Path(run) / RUN).exists() else {}
 
 
+def names_in(run: str | Path, field: str) -> list[str]:
+    """Return the names that a run's configuration lists under a field; none, where it has no such field.
+
+    Raises:
+        BadFileError: if there is something else.
+    """
+    return conform(config_of(run).get(field, []), list[str], f"{Path(run) / RUN}: {field}")
+
+
 def kind_command(kind: str) -> str:
     """Return the command that makes a kind of run."""
     return {"index": "build", "scores": "score"}.get(kind, kind)
@@ -146,6 +157,13 @@ def fingerprint_for(config: Any, measured: Measured, tokens: Tokenized, step: St
         "model": config.model.model,
     }
     shapes, layout = (step.shapes, step.layout) if isinstance(step, Step) else (step.about.shapes, step.plan.layout)
+    some = (tokens.lengths > 0).nonzero().flatten()[:EXAMPLES]
     return fingerprint_of(
-        measured.loss_fn, measured.params, measured.transform, shapes, recorded=recorded, layout=layout
+        measured.loss_fn,
+        measured.params,
+        measured.transform,
+        shapes,
+        recorded=recorded,
+        layout=layout,
+        batch=collate(tokens, some) if len(some) else None,
     )

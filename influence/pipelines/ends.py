@@ -10,7 +10,7 @@ from torch import Tensor
 
 from influence.func.top import Top
 from influence.index import Index, open_index
-from influence.pipelines.directory import config_of
+from influence.pipelines.directory import names_in
 from influence.pipelines.outcome import Outcome, table
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
@@ -86,7 +86,7 @@ def ends(run: str | Path, k: int = 5) -> dict[str, End]:
 
 def outcome_of(run: str | Path) -> Outcome:
     """Return what there is to say of finished scores: the ends of each query's."""
-    names = list(config_of(run).get("query", ()))
+    names = names_in(run, "query")
     found = ends(run)
     facts: dict[str, Any] = {"run": str(run), "queries": []}
     lines = []

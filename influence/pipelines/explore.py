@@ -41,6 +41,7 @@ class ExploreConfig:
         max_characters: keep so many characters of each text.
         max_tokens: colour the first so many tokens of each example, where every token has a row.
         sample: examples, evenly spaced, of which histograms and spectra are made.
+        trust_remote_code: run code that comes with the run's tokenizer; a run cannot ask for it.
         serve: serve the page on this machine alone, at 127.0.0.1, until stopped, instead of writing a file.
         port: to serve at; 0 takes a free one.
         overwrite: replace the file.
@@ -58,6 +59,7 @@ class ExploreConfig:
     max_characters: int = 1000
     max_tokens: int = 128
     sample: int = 1024
+    trust_remote_code: bool = False
     serve: bool = False
     port: int = 0
     overwrite: bool = False
@@ -102,6 +104,8 @@ def _path(config: ExploreConfig) -> Path:
     """Return where the page goes, refusing what cannot be before the work."""
     if config.serve and config.to is not None:
         raise ValueError("--serve writes no file: leave --to out, or --serve")
+    if not 0 <= config.port <= 65_535:
+        raise ValueError(f"--port must be from 0, which takes a free one, to 65535; got {config.port}")
     if config.port and not config.serve:
         raise ValueError(f"--port {config.port} is for --serve: pass both, or neither")
     path = Path(config.to) if config.to is not None else Path(config.run.rstrip("/") + ".html")
@@ -127,7 +131,9 @@ def page_of(config: ExploreConfig, say: Say = quiet) -> Page:
     index = _opened(config.run)
     count = min(config.max_examples, index.examples)
     _check_numbers(config, index, count)
-    limits = Limits(config.k, config.max_tokens, config.sample, config.device, config.progress)
+    limits = Limits(
+        config.k, config.max_tokens, config.sample, config.device, config.progress, config.trust_remote_code
+    )
     runs = {config.run: Examples(index, count)}
     if config.other is not None:
         runs[config.other] = Examples(_beside(config, index, count), count)
@@ -137,7 +143,8 @@ def page_of(config: ExploreConfig, say: Say = quiet) -> Page:
             f"the rows of {list(runs)[pairs.index(False)]} are one side of a score, with all of a curvature's inverse "
             "in them, so they have no score among themselves: pass --queries RUN, rows of the other side"
         )
-    texts = texts_for(index, index.index[:count], config.texts, config.max_characters, config.max_tokens)
+    trust = config.trust_remote_code
+    texts = texts_for(index, index.index[:count], config.texts, config.max_characters, config.max_tokens, trust)
     characters = sum(map(len, texts.texts)) + sum(len(one) + 3 for each in texts.pieces or () for one in each)
     needed = characters + sum(estimated(each, limits) for each in runs.values() if all(pairs))
     if needed > LARGEST:

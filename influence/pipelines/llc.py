@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from influence import viz
 from influence.pipelines.chains import SamplingConfig, sampling_of
+from influence.pipelines.configs import at_least
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled
 from influence.sgmcmc import llc
@@ -45,6 +46,11 @@ class LlcConfig(SamplingConfig):
     localizations: tuple[float, ...] = ()
     estimator: Literal["paired", "steps", "draws"] = "paired"
     plot: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        at_least(self, 0, "lrs", above=True)
+        at_least(self, 0, "localizations")
 
 
 def run(config: LlcConfig, say: Say = quiet) -> Outcome:

@@ -65,6 +65,13 @@ def _found(path: str, what: str) -> Iterator[None]:
     try:
         with looked_up(path):
             yield
+    except ValueError as error:
+        if "custom code" not in str(error) or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the {what} {path!r} comes with code of its maker's, which would run here as you: look at it, and if you "
+            "trust it, pass trust_remote_code=True"
+        ) from error
     except OSError as error:
         if isinstance(error, FileNotFoundError) or Path(path).is_dir():
             raise

@@ -36,7 +36,8 @@ class MixConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
+        """Refuse numbers that are out of range."""
+        at_least(self, 0, "weight", most=1)
         at_least(self, 1, "components")
 
 

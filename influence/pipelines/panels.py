@@ -34,13 +34,14 @@ BINS, VALUES = 32, 128
 
 
 class Limits(NamedTuple):
-    """How much of everything is shown; fields as in `ExploreConfig`."""
+    """How much of everything is shown, and how; fields as in `ExploreConfig`."""
 
     k: int
     max_tokens: int
     sample: int
     device: str
     progress: bool | None
+    trust_remote_code: bool = False
 
 
 class Looked(NamedTuple):
@@ -129,7 +130,7 @@ def of_queries(
         weight = {measure: None if w is None else w[begin:end] for measure, w in inverse.items()}
         return Asked(rows[begin:end].to(limits.device), weight)
 
-    page.facts["queries"] = query_texts(path, len(rows))
+    page.facts["queries"] = query_texts(path, len(rows), limits.trust_remote_code)
     return _views(page, "queries", examples, asked, len(rows), measures, limits, lengths, name)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
+from influence.data.parsing import shortly, text_of, yaml_of
 from influence.store import write_text
 
 C = TypeVar("C")
@@ -30,7 +31,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", partial: bool = False) -> C:
+def from_mapping(kind: type[C], mapping: Any, where: str = "", partial: bool = False) -> C:
     """Return a configuration from what JSON or YAML hold.
 
     Args:
@@ -46,13 +47,12 @@ def from_mapping(kind: type[C], mapping: Mapping[str, Any], where: str = "", par
         ValueError: naming the unknown field, the missing one, or the one that holds something else.
     """
     if not isinstance(mapping, Mapping):
-        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {mapping!r}")
+        raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {shortly(mapping)}")
     fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = [name for name in mapping if name not in fields]
     if unknown:
-        raise FieldError(
-            f"unknown field {where}{unknown[0]}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
-        )
+        name = unknown[0] if isinstance(unknown[0], str) and len(unknown[0]) < 100 else shortly(unknown[0])
+        raise FieldError(f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}: correct or remove it")
     hints = get_type_hints(kind)
     values = {}
     for name, field in fields.items():
@@ -83,14 +83,14 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
         value = tuple(map(_number, value))
     lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
     if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
-        raise FieldError(f"field {name} must be {_said(hint)}; got {value!r}")
+        raise FieldError(f"field {name} must be {_said(hint)}; got {shortly(value)}")
     return value
 
 
 def _number(value: Any) -> Any:
     """Return what can only mean a float as one: YAML reads 1e-3, without a point, as a string."""
     if isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value
 
@@ -115,15 +115,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         ValueError: if it is no mapping.
     """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}")
-    try:
-        read = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    read = yaml_of(text_of(path), str(path))
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)

@@ -16,6 +16,7 @@ from influence.data.sources import mapping_of
 from influence.func.functionalize import functionalize
 from influence.func.losses import IGNORED
 from influence.func.module_loss import ModuleLoss
+from influence.func.numbers import check_number
 from influence.pipelines.chains import ChainConfig, Sampling
 from influence.pipelines.configs import DataConfig, ModelConfig
 from influence.pipelines.loading import load_model, load_tokenizer
@@ -58,6 +59,11 @@ def posterior(config: Sampling) -> Posterior:
     chains, device = config.chains, own_device(config.pace.device)
     options = options_of(config)
     options.check()
+    for lr in config.lrs or (chains.lr,):
+        check_number("lr", lr, 0, above=True)
+    for name in ("n_beta", "localization", "weight_decay", "init_noise"):
+        check_number(name, getattr(chains, name) or 0, 0)
+    check_number("accumulate", chains.accumulate, 1)
     named = observables_of(config)
     module = load_model(config.model, device)
     reference = config.loss.reference

@@ -87,6 +87,8 @@ def measure(
             f"the factors in {transform.hessian} were fitted at other weights (hash {factors.weights[:12]}…, this "
             f"model has {weights[:12]}…): fit them on this model, or load the checkpoint they belong to"
         )
+    if factors is not None:
+        factors.check_function(loss_fn.function)
     return Measured(loss_fn, params, made, load_tokenizer(model), getattr(module, "config", None))
 
 

@@ -9,23 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from influence import data
+from influence.data.parsing import text_of
 from influence.func.fingerprint import weights_hash
 from influence.func.per_example import per_example_grads_fn
 from influence.index import Fingerprint, Index, fingerprint_of, open_index
 from influence.index.attributor import Attributor
+from influence.pipelines import recorded
 from influence.pipelines.answers import Answer, Hit, as_facts, check_record, record, shown
-from influence.pipelines.configs import (
-    DataConfig,
-    Inversion,
-    LossConfig,
-    ModelConfig,
-    NeighbourConfig,
-    RunConfig,
-    TransformConfig,
-    at_least,
-)
+from influence.pipelines.configs import DataConfig, Inversion, NeighbourConfig, RunConfig, at_least
 from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.plain import from_mapping
 from influence.pipelines.prepare import Measured, check_gradients, measure, predicted
 from influence.pipelines.reading import tokens_of, vocabulary_hash
 from influence.pipelines.texts import by_part, highlighted, texts_of
@@ -40,6 +32,7 @@ class QueryConfig:
 
     Without --text and --file it is a prompt: type a text, or exit. The index's own model, tokenizer, loss and transform
     are used, whatever they were; but a text is no step of training, so of Adam's updates it sees the plain gradient.
+    An index is data: code that it names, of its model or its loss, runs only if you type so.
 
     Attributes:
         index: the run directory of build.
@@ -50,6 +43,10 @@ class QueryConfig:
         faiss: find neighbours by FAISS, which keeps its index beside the run, instead of scanning all rows.
         record: a CSV file to append every result to.
         model: another folder or Hub id of the same model; weights that differ are refused.
+        model_kwargs: more arguments of from_pretrained, as JSON or YAML, instead of the index's.
+        trust_remote_code: run code that comes with the model; an index cannot ask for it.
+        loss: the loss to measure the query by; needed where the index's is a function, package.module:function, which
+            is imported and run only if it is named here.
         hessian: factors of influence hessian to put on the query's side, as whole blocks or projected rows want.
         power: of that curvature on the query's side.
         damping: of that curvature.
@@ -67,6 +64,9 @@ class QueryConfig:
     faiss: NeighbourConfig = field(default_factory=NeighbourConfig)
     record: str | None = None
     model: str | None = None
+    model_kwargs: str | None = None
+    trust_remote_code: bool = False
+    loss: str | None = None
     hessian: str | None = None
     power: float = -1.0
     damping: float = 0.1
@@ -76,8 +76,10 @@ class QueryConfig:
     width: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse numbers that are too small."""
+        """Refuse numbers that are out of range."""
+        at_least(self, -1, "power", most=0)
         at_least(self, 0, "damping")
+        at_least(self, 1, "k")
         at_least(self, 2, "width")
 
     @property
@@ -96,7 +98,7 @@ class Session(NamedTuple):
         data: how the index's examples became tokens.
         task: of the model.
         weights: the hash of the model's weights.
-        recorded: what else a query's fingerprint says: the tokenizer's vocabulary.
+        recorded: what else a query's fingerprint says: the tokenizer's vocabulary, and the reference of a KL.
         texts: what examples say.
         marked: what they say around a token.
         greeting: what to say first.
@@ -138,10 +140,12 @@ def open_session(config: QueryConfig) -> Session:
         )
     if not 1 <= config.k <= len(index):
         raise ValueError(f"k must be between 1 and the number of rows, {len(index):,}; got {config.k}")
-    model = from_mapping(ModelConfig, stored["model"], "model.")
+    if config.model is None and not config.trust_remote_code:
+        recorded.refuse_remote_code(stored["model"], config.index)
+    model = recorded.model_of(stored["model"], config.index, config.trust_remote_code, config.model_kwargs)
     model = replace(model, model=config.model) if config.model is not None else model
-    own = from_mapping(DataConfig, stored["data"], "data.")
-    view = from_mapping(TransformConfig, stored["transform"], "transform.")
+    own = recorded.data_of(stored["data"], config.index)
+    view = recorded.view_of(stored["transform"], config.index)
     if config.hessian is not None:
         if view.hessian is not None and view.power + config.power != -1:
             raise ValueError(
@@ -152,14 +156,16 @@ def open_session(config: QueryConfig) -> Session:
         view = replace(view, **curvature)
     if view.optimizer_view == "update":
         view = replace(view, optimizer=None, optimizer_view="scale")
-    loss = from_mapping(LossConfig, stored["loss"], "loss.")
+    loss = recorded.loss_of(stored["loss"], config.index, config.loss)
     measured = measure(model, loss, view, RunConfig(device=config.device))
     begins, parts = datasets_of(index, own)
     shown = [(part, measured.tokenizer, measured.config) for part in parts]
     texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
-    known = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    if (reference := measured.loss_fn.reference) is not None:
+        known["reference"] = reference
     asked = Attributor(config.index, faiss=config.faiss.made())
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
@@ -168,7 +174,7 @@ def datasets_of(index: Index, own: DataConfig) -> tuple[list[int], list[DataConf
     """Return the first example and the configuration of each dataset that an index is of."""
     appended = [change for change in index.about.appended if "data" in change["config"]]
     begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]
-    return begins, [own, *(from_mapping(DataConfig, change["config"]["data"], "data.") for change in appended)]
+    return begins, [own, *(recorded.data_of(change["config"]["data"], index.path) for change in appended)]
 
 
 def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
@@ -265,4 +271,6 @@ def _lines(file: str | None) -> list[str]:
         return []
     if file == "-":
         return [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    return [line for line in Path(file).read_text().splitlines() if line.strip()]
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {file} of texts to ask about")
+    return [line for line in text_of(file).splitlines() if line.strip()]

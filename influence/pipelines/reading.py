@@ -114,6 +114,11 @@ def within(tokens: data.Tokenized, vocabulary: int | None, tokenizer: Any = None
             f"the data have the token {largest}{said}, and the model knows {vocabulary:,}, 0 to {vocabulary - 1}: pass "
             "the tokenizer that the model was trained with, or resize the model's embedding to the tokenizer's size"
         )
+    if tokens.labels is not None and (label := int(tokens.labels.max())) >= vocabulary:
+        raise ValueError(
+            f"the data have the label {label}, and the model knows {vocabulary:,} tokens, 0 to {vocabulary - 1}: "
+            "tokenise them with the model's own tokenizer"
+        )
     return tokens if tokens.pad < vocabulary else replace(tokens, pad=0)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.index import Index, open_index
+from influence.pipelines import recorded
 from influence.pipelines.configs import DataConfig, ModelConfig
 from influence.pipelines.loading import load_tokenizer
-from influence.pipelines.plain import from_mapping
 from influence.pipelines.query import datasets_of
 from influence.pipelines.texts import by_part, texts_of, token_texts
 
@@ -35,7 +34,12 @@ class Texts(NamedTuple):
 
 
 def texts_for(
-    index: Index, numbers: Int[Tensor, " n"], source: str | None = None, most: int = 1000, tokens: int = 0
+    index: Index,
+    numbers: Int[Tensor, " n"],
+    source: str | None = None,
+    most: int = 1000,
+    tokens: int = 0,
+    trust: bool = False,
 ) -> Texts:
     """Return what examples say.
 
@@ -45,6 +49,7 @@ def texts_for(
         source: another dataset to read them from.
         most: characters of each to keep.
         tokens: how many of each to return apart, where every token has a row.
+        trust: whether code that comes with the model may run; the index cannot allow it.
 
     Returns:
         The texts.
@@ -59,7 +64,7 @@ def texts_for(
             "whose rows are numbered as the index's"
         )
     begins, parts = _parts(index, source)
-    model = from_mapping(ModelConfig, stored["model"], "model.") if "model" in stored else None
+    model = recorded.tokenizer_of(stored["model"], index.path, trust) if "model" in stored else None
     try:
         whole, pieces = _read(begins, parts, model, numbers.tolist(), index.per_token and tokens > 0)
     except IndexError as error:
@@ -79,13 +84,13 @@ def texts_for(
     return Texts([text[:most] for text in whole], pieces, lengths, sum(len(text) > most for text in whole))
 
 
-def query_texts(path: str, number: int) -> list[str]:
+def query_texts(path: str, number: int, trust: bool = False) -> list[str]:
     """Return what queries say: their texts, or, where they are no texts of their own, the run and the row."""
     if (Path(path) / "index.h5").exists():
         index = open_index(path)
         if index.about.kind == "index" and index.examples == number:
             try:
-                return texts_for(index, index.index).texts
+                return texts_for(index, index.index, trust=trust).texts
             except ValueError:
                 pass
         elif index.about.kind == "reduce":
@@ -97,10 +102,10 @@ def _parts(index: Index, source: str | None) -> tuple[list[int], list[DataConfig
     if "data" not in index.about.config:
         assert source is not None
         return [0], [DataConfig(source)]
-    begins, parts = datasets_of(index, from_mapping(DataConfig, index.about.config["data"], "data."))
+    stored = index.about.config["data"]
     if source is not None:
-        return [0], [replace(parts[0], dataset=source)]
-    return begins, parts
+        return [0], [recorded.data_of(stored, index.path, source)]
+    return datasets_of(index, recorded.data_of(stored, index.path))
 
 
 def _read(

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from influence.data.parsing import parsed, shortly, text_of
 from influence.func.per_example import per_example_grads_fn
 from influence.func.retrieval import Recall, first_gold, first_gold_listed, recall
 from influence.index import fingerprint_of, open_index
 from influence.pipelines.configs import RunConfig
-from influence.pipelines.directory import config_of
+from influence.pipelines.directory import config_of, names_in
 from influence.pipelines.ends import read_best
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.prepare import batches_of
@@ -44,6 +45,9 @@ class RecallConfig:
         completion_column: the dataset's column with the answer; then it alone is labelled.
         k: how many documents to look through; one or more.
         force: answer what the fingerprints refuse, with a warning.
+        model_kwargs: as for influence query.
+        trust_remote_code: run code that comes with the model; an index cannot ask for it.
+        loss: as for influence query: a function that the index was built with runs only if it is named here.
         device: where the model runs.
     """
 
@@ -55,6 +59,9 @@ class RecallConfig:
     completion_column: str | None = None
     k: tuple[int, ...] = (1, 10)
     force: bool = False
+    model_kwargs: str | None = None
+    trust_remote_code: bool = False
+    loss: str | None = None
     device: str = "cpu"
 
 
@@ -103,7 +110,7 @@ def run(config: RecallConfig, say: Say = quiet) -> Outcome:
         raise ValueError("give either --scores RUN, or --index RUN and the --dataset of its queries")
     if config.index is not None and config.dataset is None:
         raise ValueError("an index needs queries: give their --dataset")
-    asked = ("dataset", "prompt_column", "completion_column")
+    asked = ("dataset", "prompt_column", "completion_column", "loss", "model_kwargs")
     if config.scores is not None and (unused := [name for name in asked if getattr(config, name) is not None]):
         raise ValueError(f"{unused[0]} is for --index: the queries of --scores were asked already")
     gold = read_gold(config.gold)
@@ -139,10 +146,10 @@ def read_gold(path: str | Path) -> Gold:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no gold file {path}")
-    text = Path(path).read_text()
+    text = text_of(path)
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # it is read line by line below, which says what is wrong
         whole = None
     if isinstance(whole, Mapping) and "gold" not in whole:
         lines = [(f"query {query!r}", {"query": query, "gold": rows}) for query, rows in whole.items()]
@@ -154,7 +161,7 @@ def read_gold(path: str | Path) -> Gold:
         if query is None or not isinstance(rows, list) or not rows or None in (known := [_number(r) for r in rows]):
             raise ValueError(
                 f'{path}, {where}: expected {{"gold": [rows of the corpus]}} with at least one row, and the number of '
-                f'its query in "query" or by its place; got {json.dumps(line)[:200]}'
+                f'its query in "query" or by its place; got {shortly(line)}'
             )
         if query in gold:
             raise ValueError(f"{path}, {where}: query {query} has gold already: put all of its rows in one list")
@@ -169,10 +176,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 
 def _parsed(line: str, path: str | Path, number: int) -> dict[str, Any]:
-    try:
-        read = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    read = parsed(line, f"{path}, line {number}")
     if not isinstance(read, dict):
         raise ValueError(f"{path}, line {number}: expected an object with the field gold; got {line[:100]}")
     return read
@@ -191,7 +195,7 @@ def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
     about = config_of(path)
     if about.get("mode") == "nearest":
         raise ValueError(f"{path} keeps the best score over all queries: score with --mode individual")
-    names = [str(name) for name in about.get("query", ())]
+    names = names_in(path, "query")
     if (path / "best.h5").is_file():
         heaps = [heap for name, heap in read_best(path).items() if name.endswith("/best")]
         kept = heaps[0].indices.shape[1]
@@ -218,7 +222,8 @@ def _name(names: Sequence[str], number: int) -> str:
 
 def of_index(config: RecallConfig, gold: Gold) -> Ranked:
     """Return where an index puts the gold documents of a dataset's queries."""
-    session = open_session(QueryConfig(str(config.index), k=1, force=config.force, device=config.device))
+    same = {name: getattr(config, name) for name in ("force", "device", "model_kwargs", "trust_remote_code", "loss")}
+    session = open_session(QueryConfig(str(config.index), k=1, **same))
     columns = {name: getattr(config, name) for name in ("prompt_column", "completion_column")}
     chosen = {name: value for name, value in columns.items() if value is not None}
     data = replace(session.data, dataset=str(config.dataset), split=None, subset=None, max_examples=None, **chosen)

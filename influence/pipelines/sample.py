@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from influence.pipelines.chains import SamplingConfig, sampling_of
+from influence.pipelines.configs import at_least
 from influence.pipelines.llc import estimates, table_of
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
@@ -36,6 +37,10 @@ class SampleConfig(SamplingConfig):
     observables: tuple[str, ...] = ()
     observed: int = 64
     restrictions: tuple[str, ...] = ("full",)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        at_least(self, 1, "observed")
 
 
 def run(config: SampleConfig, say: Say = quiet) -> Outcome:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from influence import sgmcmc
+from influence.pipelines import recorded
 from influence.pipelines.chains import ChainConfig, FeltConfig, Sampling, SamplingConfig
-from influence.pipelines.configs import DataConfig, ModelConfig
+from influence.pipelines.configs import DataConfig
 from influence.pipelines.directory import CONFIG, config_of
 from influence.pipelines.loading import load_tokenizer
 from influence.pipelines.outcome import Outcome, Say
-from influence.pipelines.plain import from_mapping, to_mapping, write_config
+from influence.pipelines.plain import to_mapping, write_config
 from influence.pipelines.planning import duration, size
 from influence.pipelines.posterior import Posterior, posterior
 from influence.pipelines.ranks import Ranks, ranks
@@ -128,7 +129,7 @@ def tokenizer_of(what: Sampling) -> Any:
         stored = config_of(what.run)
         if "model" not in stored:
             return None
-        model = from_mapping(ModelConfig, stored["model"], "model.")
+        model = recorded.tokenizer_of(stored["model"], Path(what.run) / CONFIG, model.trust_remote_code)
     return load_tokenizer(model)
 
 
@@ -258,7 +259,7 @@ def _directory(
         if place.first:
             kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
             replay = ["influence", command, "--config", str(directory / CONFIG), "--run", "ANOTHER_RUN"]
-            claim = traces.claim(directory, plan, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
+            claim = traces.claim(directory, plan.facts, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
             with _readable():
                 manifest = stack.enter_context(claim)
             if not (directory / CONFIG).is_file():

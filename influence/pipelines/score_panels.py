@@ -9,7 +9,7 @@ from influence.func import top
 from influence.index import open_index
 from influence.index.by_example import Examples
 from influence.index.exploring import Ends, Histogram, histogram
-from influence.pipelines.directory import config_of
+from influence.pipelines.directory import names_in
 from influence.pipelines.ends import read_best
 from influence.pipelines.page import Page
 from influence.pipelines.panels import BINS, Limits
@@ -38,7 +38,7 @@ def of_scores(page: Page, path: str, examples: Examples, limits: Limits) -> list
     page.facts["queries"] = [
         text
         for name, one in zip(_names(path, len(found)), found, strict=True)
-        for text in query_texts(name, len(one.values))
+        for text in query_texts(name, len(one.values), limits.trust_remote_code)
     ]
     values, indices = (torch.cat([getattr(one, part) for one in found]) for part in ("values", "indices"))
     view = {"of": "queries", "name": "scores", "k": indices.shape[2], "indices": page.pack(indices)}
@@ -84,5 +84,5 @@ def _from_best(path: str, examples: Examples, limits: Limits) -> tuple[list[Ends
 
 
 def _names(path: str, number: int) -> list[str]:
-    names = list(config_of(path).get("query", ()))
+    names = names_in(path, "query")
     return [names[k] if k < len(names) else column(k) for k in range(number)]

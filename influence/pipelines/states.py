@@ -4,9 +4,12 @@ A tensor that appears twice is written once and is one tensor again when read: c
 once.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from influence.store import BadFileError
 
 SCHEMA = 1
 
@@ -44,25 +47,40 @@ def flatten(state: Any) -> tuple[dict[str, Tensor], Any]:
     return tensors, walk(state)
 
 
-def restore(tensors: dict[str, Tensor], structure: Any, like: Any) -> Any:
+def restore(tensors: Mapping[str, Tensor], structure: Any, like: Any, where: str = "a state") -> Any:
     """Return the state that `flatten` took apart.
 
     Args:
         tensors: its tensors.
         structure: the rest of it.
         like: an empty state, which says what kind of named tuple it is.
+        where: the file, for the message.
 
     Returns:
         The state.
+
+    Raises:
+        BadFileError: if the structure is none of `flatten`'s.
     """
+    wrong = BadFileError(f"{where} is not what it says: its state is none of this pass. Remove it, or pass --overwrite")
 
     def walk(node: Any) -> Any:
+        if not isinstance(node, dict) or len(node) != 1:
+            raise wrong
         ((kind, value),) = node.items()
-        if kind == "tensor":
+        if kind == "tensor" and isinstance(value, str) and value in tensors:
             return tensors[value]
-        if kind == "dict":
+        if kind == "dict" and isinstance(value, dict):
             return {key: walk(item) for key, item in value.items()}
-        return tuple(walk(item) for item in value) if kind == "tuple" else value
+        if kind == "tuple" and isinstance(value, list):
+            return tuple(walk(item) for item in value)
+        if kind == "value" and (value is None or isinstance(value, str | int | float)):
+            return value
+        raise wrong
 
     found = walk(structure)
-    return type(like)._make(found) if hasattr(like, "_make") else found
+    if hasattr(like, "_make"):
+        if not isinstance(found, tuple) or len(found) != len(like):
+            raise wrong
+        return type(like)._make(found)
+    return found

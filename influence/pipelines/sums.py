@@ -12,7 +12,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.index import Collected, Columns, Fingerprint, Index, done, finish, open_index, shard_sink, start
 from influence.pipelines import build
 from influence.pipelines.checkpoints import learning_rates, model_at
-from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig
+from influence.pipelines.configs import DataConfig, RunConfig, TransformConfig, at_least
 from influence.pipelines.ends import outcome_of
 from influence.pipelines.outcome import Outcome, Say
 from influence.pipelines.queries import column, load_queries
@@ -32,6 +32,10 @@ class SumConfig(RecipeConfig):
 
     checkpoints: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no training has."""
+        at_least(self, 0, "learning_rates")
 
 
 def rates_of(config: SumConfig, say: Say) -> list[float]:
@@ -127,6 +131,7 @@ def over_checkpoints(indexes: Sequence[Index], rates: Sequence[float] = ()) -> F
     first = indexes[0].fingerprint
     hashes = [index.fingerprint.must_match["weights"] for index in indexes]
     recorded = {**first.recorded, "checkpoints": hashes, "learning_rates": list(rates)}
+    recorded.pop("trial", None)  # of one of them
     return replace(first, must_match={**first.must_match, "weights": hash_of(hashes)}, recorded=recorded)
 
 

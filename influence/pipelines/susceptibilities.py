@@ -1,6 +1,7 @@
 """Susceptibilities: how each part of a network answers to each token."""
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from influence import viz
 from influence.data.reading import pad_of
 from influence.pipelines.chains import SamplingConfig, sampling_of
+from influence.pipelines.configs import at_least
 from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled, tokenizer_of
 from influence.pipelines.texts import short
@@ -62,6 +64,11 @@ class SusceptibilitiesConfig(SamplingConfig):
     top_k: int = 4
     save: str | None = None
     plot: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that are out of range."""
+        at_least(self, 1, "observed", "top_k")
+        at_least(self, -math.inf, "scale")
 
 
 def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
@@ -163,8 +170,6 @@ def _save(path: str, found: Mapping[str, Susceptibility], said: Mapping[str, lis
 
 def _check(config: SusceptibilitiesConfig) -> None:
     """Refuse what does not fit, before the chains are run."""
-    if config.top_k < 1:
-        raise ValueError(f"--top-k must be at least 1; got {config.top_k}")
     if config.plot is not None:
         viz.check(config.plot)
     if config.save is not None and Path(config.save).suffix != ".csv":

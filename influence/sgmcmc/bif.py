@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from influence.func.numbers import check_number
 from influence.sgmcmc import batch_means, moments
 from influence.sgmcmc.run import Observed, Run
 
@@ -117,6 +118,7 @@ def estimate(
                 [-1., -1.,  1.]])
     """
     _check(statistic, pooling, level, average, run)
+    check_number("scale", scale)
     if run.pairs is not None and level == "sequence":
         return _from_pairs(run, rows, columns, statistic, pooling, row_range, column_range, sign * scale, stderr)
     averaged = level == "token" and average

@@ -54,13 +54,13 @@ def join(parts: Sequence[Run]) -> Run:
     return whole.keep(sorted(range(len(numbers)), key=numbers.__getitem__))
 
 
-def join_folders(parts: Sequence[Path], folder: Path, run: str) -> None:
+def join_folders(parts: Sequence[Path], folder: Path, run: str | None = None) -> None:
     """Join the complete runs of folders, group by group, and write them to another: what one process would have left.
 
     Args:
         parts: folders, each with its `run.h5`.
         folder: where the whole goes.
-        run: the id of the folder's run.
+        run: the id of the folder's run, where the caller has begun it; `None` begins it here.
 
     Raises:
         ValueError: if they do not belong together.
@@ -72,7 +72,11 @@ def join_folders(parts: Sequence[Path], folder: Path, run: str) -> None:
         each = join([part[name] for part in runs if name in part])
         lost = sorted({*joint["chains"]} - {*each.chains})  # in some part no chain of this group may be left
         whole[name] = replace(each, facts={**each.facts, "chains": joint["chains"], "dropped": lost})
-    traces.write_runs(folder, run, whole, joint, probes[0])
+    if run is not None:
+        traces.write_runs(folder, run, whole, joint, probes[0])
+        return
+    with traces.claim(folder, joint) as manifest:
+        traces.write_runs(folder, manifest.id, whole, joint, probes[0])
 
 
 def joined_facts(facts: Sequence[Any]) -> dict[str, Any]:

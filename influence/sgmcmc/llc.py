@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.numbers import check_number
 from influence.sgmcmc import diagnostics
 from influence.sgmcmc.options import Options
 from influence.sgmcmc.run import Run
@@ -94,6 +95,8 @@ def estimate(run: Run, estimator: str = "paired", init_loss: float | None = None
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
+    if init_loss is not None:
+        check_number("init_loss", init_loss)
     trace, acceptance = _trace(run, estimator, init_loss), run.terms.get("acceptance")
     if trace.shape[1] < 2:
         what = "draws" if estimator == "draws" else "steps"
@@ -210,6 +213,10 @@ def grid(
     lrs: Sequence[float], localizations: Sequence[float]
 ) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"], dict[str, dict[str, Any]]]:
     """Return the step sizes and localizations of a grid's points, and the points as groups of chains."""
+    for lr in lrs:
+        check_number("each of lrs", lr, 0, above=True)
+    for gamma in localizations:
+        check_number("each of localizations", gamma, 0)
     points = [(lr, gamma) for lr in lrs for gamma in localizations]
     if not points or len(set(points)) < len(points):
         raise ValueError("a grid is of at least one lr and one localization, each once: correct lrs and localizations")

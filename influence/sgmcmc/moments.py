@@ -64,6 +64,10 @@ def update(
         x, y = (torch.where(alive[:, None, None], each, 0.0) for each in (x, y))
     count = torch.full_like(state.draws, x.shape[1])
     mean_x, mean_y = x.mean(1), y.mean(1)
+    if not bool(mean_x.isfinite().all() & mean_y.isfinite().all()):
+        raise ValueError(
+            "a draw holds a number that is not finite, and all moments would be NaN: leave its chain out by alive"
+        )
     dx, dy = x - mean_x[:, None], y - mean_y[:, None]
     block = Moments(count, mean_x, mean_y, dx.square().sum(1), dy.square().sum(1), dx.mT @ dy)
     merged = merge(state, block)

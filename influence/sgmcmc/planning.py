@@ -125,6 +125,7 @@ def _facts(
     return {
         "groups": {name: dict(said) for name, said in own.items()},
         "weights": weights_hash(target.loss_fn, {**target.frozen, **target.anchor}),
+        "function": getattr(target.loss_fn, "function", None),
         "masks": fingerprint({**dict.fromkeys(target.anchor, True), **target.mask}),
         "data": None if source is None else source.identity,
         "size": None if source is None else source.size,

@@ -206,7 +206,7 @@ def execute(
     folder = Path(output_path)
     if (folder / traces.RESULT).is_file() and not os.access(folder, os.W_OK):
         return traces.read_planned(folder, plan)
-    with traces.claim(folder, plan) as manifest:
+    with traces.claim(folder, plan.facts) as manifest:
         found = traces.open_folder(folder, manifest, plan, progress, record)
         if isinstance(found, dict):
             return found

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from influence.func.numbers import check_number
 from influence.sgmcmc import moments
 from influence.sgmcmc.run import Run
 
@@ -96,6 +97,9 @@ def estimate(
         (torch.Size([2, 1, 1]), True)
     """
     _check(runs, sampling_task, full)
+    check_number("scale", scale)
+    if init_loss is not None:
+        check_number("init_loss", init_loss)
     whole = runs[full]
     names = list(whole.observables) if observables is None else list(observables)
     offset = 0.0 if init_loss is None else whole.observable(sampling_task).anchor_mean - init_loss

@@ -39,7 +39,7 @@ TOLERANCE = 1e-3
 @contextmanager
 def claim(
     folder: Path,
-    plan: Plan,
+    facts: Mapping[str, Any],
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
     command: Sequence[str] = (),
@@ -50,7 +50,7 @@ def claim(
 
     Args:
         folder: the folder; made if it is not there.
-        plan: the run.
+        facts: everything that makes the run what it is: `Plan.facts`.
         overwrite: remove the run that is there.
         config: the configuration, where a command has one.
         command: what to type to run it again.
@@ -66,13 +66,13 @@ def claim(
         ValueError: if its run is another one, naming the field and both values.
     """
     files, left = [RESULT, *results], [STOOD, SEGMENTS, *scratch]
-    wanted = manifest_of(RUN, config or {}, command, plan.facts, {}, files, left)
+    wanted = manifest_of(RUN, config or {}, command, facts, {}, files, left)
     lock, there = take(folder, wanted, overwrite)
     with lock:
         if there is not None:
             if there.kind != RUN:
                 raise FileExistsError(f"{folder} holds a run of another kind: {there.kind!r}. {ANEW}")
-            _refuse_facts(folder, plan, there.plan)
+            _refuse_facts(folder, facts, there.plan)
         yield there or wanted
 
 
@@ -126,7 +126,7 @@ def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
         ValueError: if they are of other settings, naming the field and both values.
     """
     runs, facts, then = read_runs(folder)
-    _refuse_facts(folder, plan, facts)
+    _refuse_facts(folder, plan.facts, facts)
     _refuse_probe(folder, plan, then)
     return runs
 
@@ -174,8 +174,10 @@ def write_runs(folder: Path, run: str, runs: Mapping[str, Run], facts: Mapping[s
 def read_runs(folder: Path) -> tuple[dict[str, Run], dict[str, Any], Tensor]:
     """Read what `write_runs` wrote: the runs, what made them, and what the loss said at the anchor."""
     tensors, about = store.read(folder / RESULT, kind=RUN, schema=SCHEMA, run=run_id(folder))
-    runs = {name: _run(tensors, said, f"{g}/") for g, (name, said) in enumerate(about["runs"].items())}
-    return runs, about["plan"], tensors["probe"]
+    where = str(folder / RESULT)
+    held = conform(about, RunsFacts, where)
+    runs = {name: _run(tensors, said, f"{g}/", where) for g, (name, said) in enumerate(held.runs.items())}
+    return runs, held.plan, tensors["probe"]
 
 
 def probe(plan: Plan) -> Tensor:
@@ -188,8 +190,8 @@ def probe(plan: Plan) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _refuse_facts(folder: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
-    for name, was, now in differences(facts, plan.facts):
+def _refuse_facts(folder: Path, wanted: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    for name, was, now in differences(there, wanted):
         raise ValueError(
             f"{folder} holds a run of another {name}: it has {_short(was)}, this one {_short(now)}. {ANEW}"
         )
@@ -212,9 +214,10 @@ def differences(was: Any, now: Any, *path: str) -> Iterator[tuple[str, Any, Any]
         [('lr', 1.0, 2.0)]
     """
     was, now = _plain(was), _plain(now)
-    if isinstance(was, dict) and isinstance(now, dict) and (not path or was.keys() == now.keys()):
-        for key in now:
-            yield from differences(was.get(key), now[key], *path, key)
+    nested = not path or path == ("function",)
+    if isinstance(was, dict) and isinstance(now, dict) and (nested or was.keys() == now.keys()):
+        for key in {**was, **now} if path else now:
+            yield from differences(was.get(key), now.get(key), *path, key)
     elif was != now:
         grouped = path[0] == "groups" and len(path) > 2
         name = [f"{path[-1]} of {path[1]}" if path[1] else path[-1]] if grouped else path
@@ -233,6 +236,36 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+class RunFacts(NamedTuple):
+    """The facts of a run as JSON holds them."""
+
+    observables: dict[str, str]
+    terms: list[str]
+    chains: tuple[int, ...]
+    burn_in: int
+    between: int
+    facts: dict[str, Any]
+
+
+class RunsFacts(NamedTuple):
+    """The facts of a folder's runs as JSON holds them: each one's, and what made them."""
+
+    runs: dict[str, RunFacts]
+    plan: dict[str, Any]
+
+
+class HyperFacts(NamedTuple):
+    """What the facts of a run must say for its estimates."""
+
+    lr: float
+    n_beta: float
+    localization: float
+    weight_decay: float
+    groups: dict[str, dict[str, Any]]
+    dropped: list[int] = []  # noqa: RUF012 (of a named tuple, never changed)
+    stopped: int | None = None
+
+
 def save(run: Run, path: str | Path) -> None:
     """Write one run to one file."""
     tensors, dims, about = pack(run, "")
@@ -246,7 +279,7 @@ def load(path: str | Path) -> Run | dict[str, Run]:
         runs = read_runs(path)[0]
         return runs[""] if list(runs) == [""] else runs
     tensors, about = store.read(path, kind=RUN, schema=SCHEMA)
-    return _run(tensors, about, "")
+    return _run(tensors, conform(about, RunFacts, str(path)), "", str(path))
 
 
 def pack(run: Run, prefix: str) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]], dict[str, Any]]:
@@ -291,36 +324,46 @@ def _named_moments(moments: Moments, name: str, p: str, q: str) -> dict[str, tup
     return {f"{name}_{field}": (x, ("chain", *axes[field])) for field, x in moments._asdict().items()}
 
 
-def _run(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> Run:
-    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+def _run(tensors: Mapping[str, Tensor], about: RunFacts, prefix: str, where: str) -> Run:
+    """Return a run of a file.
+
+    Raises:
+        BadFileError: if the file lacks a tensor, or its facts cannot be.
+    """
 
     def moments(name: str) -> Moments:
-        return Moments(*(own[f"{name}_{field}"] for field in Moments._fields))
+        return Moments(*(tensors[f"{prefix}{name}_{field}"] for field in Moments._fields))
 
     observables = {
         name: Observed(
-            own[f"anchor_loss_{name}"],
-            own[f"labelled_{name}"].bool(),
-            own[f"index_{name}"],
-            own.get(f"input_ids_{name}"),
+            tensors[f"{prefix}anchor_loss_{name}"],
+            tensors[f"{prefix}labelled_{name}"].bool(),
+            tensors[f"{prefix}index_{name}"],
+            tensors.get(f"{prefix}input_ids_{name}"),
             identity,
-            own[f"shifted_mean_{name}"],
+            tensors[f"{prefix}shifted_mean_{name}"],
             moments(f"moments_{name}"),
-            own.get(f"shifted_sequence_loss_{name}"),
-            own.get(f"shifted_loss_{name}"),
+            tensors.get(f"{prefix}shifted_sequence_loss_{name}"),
+            tensors.get(f"{prefix}shifted_loss_{name}"),
         )
-        for name, identity in about["observables"].items()
+        for name, identity in about.observables.items()
     }
+    loss = tensors[f"{prefix}sampling_loss"]
+    known = {name: about.facts[name] for name in HyperFacts._fields if name in about.facts}
+    conform(known, HyperFacts, f"{where}: facts of a run")
+    steps = loss.shape[-1] if loss.ndim == 2 else -1
+    if len(about.chains) != len(loss) or not 0 <= about.burn_in <= steps or about.between < 1:
+        raise BadFileError(f"{where} is not what it says: its losses are not those of {len(about.chains)} chains")
     return Run(
-        own["sampling_loss"],
-        own["baseline_loss"],
-        {name: own[f"metrics_{name}"] for name in about["terms"]},
+        loss,
+        tensors[f"{prefix}baseline_loss"],
+        {name: tensors[f"{prefix}metrics_{name}"] for name in about.terms},
         observables,
-        moments("pairs") if "pairs_draws" in own else None,
-        tuple(about["chains"]),
-        about["burn_in"],
-        about["between"],
-        about["facts"],
+        moments("pairs") if f"{prefix}pairs_draws" in tensors else None,
+        about.chains,
+        about.burn_in,
+        about.between,
+        about.facts,
     )
 
 

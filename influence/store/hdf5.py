@@ -92,6 +92,22 @@ class Head(NamedTuple):
     about: Any
 
 
+class Tensors(dict[str, Tensor]):
+    """The tensors of a file, by name: to ask for one that it does not have is an error that names the file."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, name: str) -> Tensor:
+        """Refuse.
+
+        Raises:
+            BadFileError: naming the file and the tensor.
+        """
+        raise BadFileError(f"{self.path} is not what it says: it has no tensor {name!r}")
+
+
 def write(
     path: str | Path,
     tensors: Mapping[str, Tensor | Sequence[Tensor]],
@@ -190,7 +206,7 @@ def read(path: str | Path, *, kind: str, schema: int, run: str | None = None) ->
         BadFileError: if it holds something else, another version, another run's, or damaged data.
     """
     head = read_head(path, kind=kind, schema=schema, run=run)
-    tensors: dict[str, Tensor] = {}
+    tensors = Tensors(path)
     with open(path, "rb") as file:
         for key, place in head.tensors.items():
             data = torch.empty(place.bytes, dtype=torch.uint8)

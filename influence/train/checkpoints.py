@@ -1,14 +1,12 @@
 """Checkpoints: an optimizer's state read from files, without executing any pickle."""
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from influence.train.shards import CONTENTS, read_shards
+from influence.train.contents import CONTENTS
+from influence.train.shards import plain, read_shards
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors", "optimizer.pth")
 SHARDS = ("optimizer_0", "optimizer", ".")
@@ -55,31 +53,36 @@ def read_state(path: str | Path) -> dict[str, Any]:
     elif path.suffix == ".safetensors":
         found = _read_safetensors(path)
     else:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than tensors and numbers, and is not unpickled: save optimizer.state_dict() alone"
-            ) from error
+        found = plain(path, str(path))
     for name in ("optimizer", "optimizer_state_dict", "optim", "opt"):
         if isinstance(found, Mapping) and "state" not in found and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):
         held = ", ".join(sorted(map(str, found))[:5]) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"{path} holds {held}, and no optimizer: expected 'state' and 'param_groups'")
-    return {"state": dict(found["state"]), "param_groups": list(found.get("param_groups", ()))}
+    state, groups = dict(found["state"]), found.get("param_groups", ())
+    if not isinstance(groups, list | tuple) or not all(
+        isinstance(each, Mapping) for each in (*groups, *state.values())
+    ):
+        raise ValueError(f"{path} holds no optimizer: its groups and the entries of its state must be dictionaries")
+    if any("params" in group and not isinstance(group["params"], list | tuple) for group in groups):
+        raise ValueError(f"{path} holds no optimizer: 'params' of its groups must be lists")
+    return {"state": state, "param_groups": list(groups)}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """Return the state of keys `state.<parameter>.<entry>`; the groups are JSON in the file's metadata."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     state: dict[Any, dict[str, Any]] = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            name, _, entry = key.rpartition(".")
-            name = name.removeprefix("optimizer.").removeprefix("state.")
-            number: Any = int(name) if name.isdecimal() else name
-            state.setdefault(number, {})[entry] = file.get_tensor(key)
-        groups = json.loads((file.metadata() or {}).get("param_groups", "[]"))
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name, _, entry = key.rpartition(".")
+                name = name.removeprefix("optimizer.").removeprefix("state.")
+                number: Any = int(name) if name.isdecimal() else name
+                state.setdefault(number, {})[entry] = file.get_tensor(key)
+            groups = json.loads((file.metadata() or {}).get("param_groups", "[]"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no safetensors: {' '.join(str(error).split())[:200]}") from error
     return {"state": state, "param_groups": groups}

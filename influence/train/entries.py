@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from influence.func.normalize import Factored
+from influence.func.normalize import Factored, check_second
+from influence.func.numbers import check_number
 
 QUANTISED = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes keeps what FSDP cannot shard."""
@@ -91,6 +92,34 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> 
             f"the moment of {name!r} has shape {list(got)}, and the parameter {list(shape)}: this is the optimizer of "
             "another model, or of another order of parameters"
         )
+
+
+def check_numbers(where: str, name: str, entry: Entry, settings: Mapping[str, Any]) -> None:
+    """Refuse moments and settings that no training leaves behind.
+
+    Args:
+        where: what they are from, for messages.
+        name: the parameter.
+        entry: its moments.
+        settings: its group's settings.
+
+    Raises:
+        ValueError: naming the parameter, and what came.
+    """
+    check_second(where, name, entry.second)
+    if entry.first is not None and not bool(entry.first.isfinite().all()):
+        raise ValueError(
+            f"{where}: the first moment of {name!r} has numbers that are not finite: the training diverged, or the "
+            "file is damaged. Take an earlier checkpoint, or leave the parameter out of the targets"
+        )
+    if entry.step is not None:
+        check_number(f"{where}: the number of updates of {name!r}", entry.step, 0)
+    for key in ("lr", "eps"):
+        if isinstance(settings.get(key), float | int | Tensor):  # Adafactor has two eps, and a rate of its own
+            check_number(f"{where}: {key} of the group of {name!r}", float(settings[key]), 0)
+    betas = settings.get("betas")
+    if betas is not None and not (len(betas) >= 2 and all(0 <= float(beta) < 1 for beta in betas)):
+        raise ValueError(f"{where}: betas of the group of {name!r} must be two numbers in [0, 1); got {betas!r}")
 
 
 def _held(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from influence.func.layout import Layout
 from influence.func.losses import widen
+from influence.func.numbers import check_number
 from influence.func.transform import unblock
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -42,9 +43,11 @@ class FiniteDiff(NamedTuple):
         """Return `θ + by · h · u`, new tensors: the pure form, for `functional_call` or a loss function.
 
         Raises:
-            ValueError: if the direction has a parameter or a shape that the parameters do not have.
+            ValueError: if the direction has a parameter or a shape that the parameters do not have, or the step is
+                zero or not finite.
         """
         check_direction(self.direction, params)
+        check_number("step", abs(self.step), 0, above=True)
         return {
             name: _plus(p, self.direction[name], by * self.step) if name in self.direction else p
             for name, p in params.items()
@@ -76,6 +79,7 @@ class FiniteDiff(NamedTuple):
         """
         own = dict(model.named_parameters())
         check_direction(self.direction, own)
+        check_number("step", abs(self.step), 0, above=True)
         saved = {name: own[name].detach().clone() for name in self.direction}
         try:
             with torch.no_grad():

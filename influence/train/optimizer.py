@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from influence.func.functionalize import select
 from influence.func.normalize import Factored, Moments, unfactor
 from influence.train.checkpoints import read_state
-from influence.train.entries import Entry, read_entry
+from influence.train.entries import Entry, check_numbers, read_entry
 from influence.train.naming import name_entries, name_live
 from influence.types import Params
 
@@ -83,6 +83,8 @@ class OptimizerState(NamedTuple):
         if step is None or betas is None:
             lacking = "step count" if step is None else "betas"
             raise ValueError(f"bias correction needs the {lacking} of {name!r}, which the source does not have")
+        if not step:
+            raise ValueError(f"{name!r} had no update yet, so its moments cannot be corrected: read a later checkpoint")
         return 1 - float(betas[which]) ** step
 
 
@@ -172,6 +174,8 @@ def read_optimizer(
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     read = {name: read_entry(name, kept[name], shapes[name]) for name in chosen}
     settings = {name: groups[numbers[name]] if groups else {} for name in chosen}
+    for name in chosen:
+        check_numbers(where, name, read[name], settings[name])
     return OptimizerState({name: _copied(entry) for name, entry in read.items()} if copy else read, settings)
 
 

@@ -2,44 +2,35 @@
 
 import io
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as tables
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch import Tensor
 
-CONTENTS = ".metadata"
-"""The table of contents: a pickle, torch's own choice, read as plain data."""
+from influence.train.contents import Contents, Piece, read_contents
 
 
 def read_shards(path: Path) -> dict[str, Any]:
-    """Return the state that shards hold together; every rank's are read here."""
-    reader = Reader(path)
-    contents = reader.read_metadata()
-    wanted: dict[str, Any] = {
-        key: torch.empty(kept.size, dtype=kept.properties.dtype)
-        if isinstance(kept, tables.TensorStorageMetadata)
-        else io.BytesIO()
-        for key, kept in contents.state_dict_metadata.items()
-        if "state" in _path_of(contents, key) or "param_groups" in _path_of(contents, key)
-    }
+    """Return the state that shards hold together; every rank's are read here.
+
+    Raises:
+        ValueError: if they hold no optimizer, or a part is missing or no tensor; naming the file.
+    """
+    contents = read_contents(path)
+    keys = [*contents.tensors, *contents.others]
+    wanted = [key for key in keys if {"state", "param_groups"} & {*_path_of(contents, key)}]
     if not wanted:
-        held = ", ".join(list(contents.state_dict_metadata)[:5])
+        held = ", ".join(keys[:5])
         raise ValueError(f"the shards in {path} hold {held} …, and no optimizer: expected 'state' and 'param_groups'")
-    planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    reader.set_up_storage_reader(contents, True)
-    planner.set_up_planner(wanted, contents, True)
-    plans = reader.prepare_global_plan(
-        planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])
-    )
-    reader.read_data(planner.finish_plan(plans[0]), planner).wait()
+    pieces: dict[str, list[Piece]] = {key: [] for key in wanted}
+    for piece in contents.pieces:
+        pieces.get(piece.key, []).append(piece)
     state: dict[Any, dict[str, Any]] = {}
     groups: dict[Any, Any] = {}
-    for key, value in wanted.items():
+    for key in wanted:
+        value = _tensor(path, contents, key, pieces[key]) if key in contents.tensors else _other(path, key, pieces[key])
         steps = _path_of(contents, key)
         if "state" in steps:
             *_, name, entry = steps
@@ -49,60 +40,66 @@ def read_shards(path: Path) -> dict[str, Any]:
     return {"state": state, "param_groups": _groups(groups, state)}
 
 
-class Reader(filesystem.FileSystemReader):
-    """torch's reader of shards, whose table of contents may name torch's own classes of it and nothing else."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> tables.Metadata:
-        """Return the table of contents."""
-        found: tables.Metadata = Contents(io.BytesIO((Path(self.path) / CONTENTS).read_bytes())).load()
-        if found.storage_meta is None:
-            found.storage_meta = tables.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-class Contents(pickle.Unpickler):
-    """Reads the table of contents of DCP shards, which torch writes as a pickle: plain data, no code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return one of torch's own plain classes.
-
-        Raises:
-            ValueError: if the file asks for anything else.
-        """
-        plain = {
-            ("torch", "Size"): torch.Size,
-            ("torch.serialization", "_get_layout"): _layout,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("pathlib", "PosixPath"): Path,
-            (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-        }
-        if (module, name) in plain:
-            return plain[module, name]
-        source = {tables.__name__: tables, "torch": torch}.get(module)
-        found = getattr(source, name, None)
-        if isinstance(found, torch.dtype) or (isinstance(found, type) and found.__module__ == tables.__name__):
-            return found
-        raise ValueError(f"the shards' {CONTENTS} asks for {module}.{name}, which is no table of contents: not read")
+def _tensor(path: Path, contents: Contents, key: str, pieces: list[Piece]) -> Tensor:
+    """Return a tensor, put together from its parts."""
+    dtype, size = contents.tensors[key]
+    whole, missing = torch.empty(size, dtype=dtype), torch.ones(size, dtype=torch.bool)
+    for piece in pieces:
+        part, offsets = _loaded(path, piece), piece.offsets or (0,) * len(size)
+        fits = isinstance(part, Tensor) and (part.dtype, part.layout) == (dtype, torch.strided)
+        if not fits or not len(offsets) == len(part.shape) == len(size):
+            raise ValueError(f"{path / piece.file} has no part of {key!r}, which is {list(size)} of {dtype}")
+        place = tuple(slice(begin, begin + length) for begin, length in zip(offsets, part.shape, strict=True))
+        if any(one.stop > most for one, most in zip(place, size, strict=True)):
+            raise ValueError(f"{path / piece.file} has a part of {key!r} that ends behind its {list(size)}")
+        whole[place], missing[place] = part.detach(), False
+    if missing.any():
+        raise ValueError(f"the shards in {path} lack {int(missing.sum()):,} of {missing.numel():,} entries of {key!r}")
+    return whole
 
 
-def _layout(name: str) -> torch.layout:
-    return getattr(torch, name.removeprefix("torch."))
+def _other(path: Path, key: str, pieces: list[Piece]) -> Any:
+    """Return an entry that is no tensor."""
+    if len(pieces) != 1:
+        raise ValueError(f"the shards in {path} have {len(pieces)} parts of {key!r}, which is no tensor: expected one")
+    return _loaded(path, pieces[0])
 
 
-class Planner(DefaultLoadPlanner):
-    """torch's plan of what to load, which takes numbers but executes nothing."""
+def _loaded(path: Path, piece: Piece) -> Any:
+    """Return what a part holds: torch reads it, which makes tensors and plain data alone."""
+    with open(path / piece.file, "rb") as file:
+        file.seek(piece.begin)
+        return plain(io.BytesIO(file.read(piece.length)), f"{path / piece.file} at {piece.key!r}")
 
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Put what is no tensor where it belongs."""
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+def plain(source: Any, name: str) -> Any:
+    """Return what `torch.save` wrote, of tensors and plain data alone.
+
+    Args:
+        source: a file, or its path.
+        name: what messages call it.
+
+    Raises:
+        ValueError: if it holds more, or is damaged.
+    """
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{name} holds more than tensors and numbers, and is not unpickled: save optimizer.state_dict() alone"
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises whatever a broken file leads it to
+        raise ValueError(
+            f"{name} is damaged, or torch did not save it: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
-def _path_of(contents: tables.Metadata, key: str) -> tuple[Any, ...]:
+def _path_of(contents: Contents, key: str) -> tuple[Any, ...]:
     """Return where a flattened key was."""
-    planned = contents.planner_data or {}
-    if key in planned:
-        return tuple(planned[key])
+    if key in contents.paths:
+        return contents.paths[key]
     head, dot, rest = key.partition("state.")
     if not dot or "param_groups" in head:
         return tuple(key.split("."))

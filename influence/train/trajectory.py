@@ -9,6 +9,7 @@ from torch import Tensor
 
 from influence.func.folding import flat
 from influence.func.losses import widen
+from influence.func.numbers import check_number
 from influence.index import Index, columns_of
 from influence.train.visits import Visits
 from influence.types import Rows
@@ -111,6 +112,7 @@ def epoch_rates(order: Visits) -> list[float]:
 def _summed(checkpoints: Iterable[Checkpoint], cosine: bool) -> Float[Tensor, "n q"]:
     total: Tensor | None = None
     for number, checkpoint in enumerate(checkpoints):
+        check_number(f"the rate of checkpoint {number}", checkpoint.rate, 0)
         scores = checkpoint.rate * _products(checkpoint, cosine, number)
         if total is not None and total.shape != scores.shape:
             raise ValueError(

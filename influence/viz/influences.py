@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.numbers import check_number
 from influence.viz.canvas import SIGNED, Figure, drawn, figure, ticks
 
 
@@ -52,6 +53,8 @@ def heat_map(
     width = min(14.0, max(4.5, 0.18 * m + 1.8) + 0.055 * longest)
     height = min(14.0, max(3.2, 0.18 * n + 1.0) + 0.055 * tallest)
     made, axes = figure(width=width, height=height)
+    if limit is not None:
+        check_number("limit", limit, 0, above=True)
     most = strongest(influences) if limit is None else limit
     shown = axes.imshow(influences.numpy(), cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor("#CCCCCC")  # where there is no number

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from influence.func.numbers import check_number
 from influence.viz.canvas import Figure, clean, colours, drawn, figure
 
 
@@ -28,6 +29,7 @@ def score_distributions(scores: Float[Tensor, " n"] | Mapping[str, Float[Tensor,
         >>> len(viz.score_distributions({"dot": torch.randn(50), "cosine": torch.rand(50)}).axes)
         2
     """
+    check_number("k", k, 1)
     named = dict(scores) if isinstance(scores, Mapping) else {"": scores}
     made, axes = figure(len(named), width=7.0, height=max(3.0, 2.1 * len(named)), squeeze=False)
     for (name, each), colour, plot in zip(named.items(), colours(len(named)), axes[:, 0], strict=True):

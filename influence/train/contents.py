@@ -1,0 +1,344 @@
+"""The table of contents of DCP shards, which torch writes as a pickle: read as plain values, nothing of it run.
+
+A pickle is a program for a small machine. Here the machine has no way out: whatever the program names stays a word,
+and whatever it calls, makes or sets up stays a note of it (`Made`). The words are a closed list.
+"""
+
+import pickletools
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+CONTENTS = ".metadata"
+"""The file's name."""
+LARGEST = 1 << 28
+"""Bytes of the largest table that is read."""
+DEEPEST = 32
+"""Steps of the longest path to an entry."""
+
+TABLES, FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+DTYPES: dict[str, torch.dtype] = {
+    f"torch.{name}": dtype
+    for name, dtype in {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+        "float8_e5m2": torch.float8_e5m2,
+        "int64": torch.int64,
+        "int32": torch.int32,
+        "int16": torch.int16,
+        "int8": torch.int8,
+        "uint64": torch.uint64,
+        "uint32": torch.uint32,
+        "uint16": torch.uint16,
+        "uint8": torch.uint8,
+        "bool": torch.bool,
+        "complex64": torch.complex64,
+        "complex128": torch.complex128,
+    }.items()
+}
+WORDS = {
+    *DTYPES,
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "collections.OrderedDict",
+    *(f"{room}.{kind}" for room in ("pathlib", "pathlib._local") for kind in ("PosixPath", "WindowsPath")),
+    f"{FILES}._StorageInfo",
+    *(
+        f"{TABLES}.{name}"
+        for name in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+"""All that a table may name."""
+
+
+class Named(str):
+    """A word that stands for a thing of torch's, and is not the thing."""
+
+
+class Made:
+    """A note that a table makes something.
+
+    Attributes:
+        kind: what.
+        given: of what.
+        state: what it is set up with.
+    """
+
+    def __init__(self, kind: str, given: tuple[Any, ...]) -> None:
+        """Note what is made."""
+        self.kind, self.given, self.state = kind, given, None
+
+
+class Piece(NamedTuple):
+    """Where a part of an entry lies.
+
+    Attributes:
+        key: the entry.
+        offsets: where the part begins in its tensor; `None` of what is no tensor.
+        file: the file in the folder.
+        begin: its first byte.
+        length: its bytes.
+    """
+
+    key: str
+    offsets: tuple[int, ...] | None
+    file: str
+    begin: int
+    length: int
+
+
+class Contents(NamedTuple):
+    """What shards hold.
+
+    Attributes:
+        tensors: type and size of every tensor.
+        others: entries that are no tensors.
+        paths: where an entry was before the state was flattened.
+        pieces: the parts.
+    """
+
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    others: frozenset[str]
+    paths: Mapping[str, tuple[str | int, ...]]
+    pieces: tuple[Piece, ...]
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read a table of contents.
+
+    Raises:
+        ValueError: if it is none, or asks for anything but plain values; naming the file.
+    """
+    path = folder / CONTENTS
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a table of contents has at most {LARGEST:,}")
+    try:
+        return _contents(unpacked(path.read_bytes()), folder)
+    except (ValueError, TypeError, KeyError, IndexError) as error:  # whatever a broken table leads to
+        said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"the table of contents {path}: {said}: not read") from error
+
+
+def unpacked(raw: bytes) -> Any:
+    """Return the value of a pickle, with notes in the place of what it would make.
+
+    Args:
+        raw: the pickle.
+
+    Raises:
+        ValueError: if it names what is not in `WORDS`, or does what no table of contents does.
+
+    Example:
+        >>> import pickle
+        >>> unpacked(pickle.dumps({"a": [1, (2.5, None)]}))
+        {'a': [1, (2.5, None)]}
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def marked() -> list[Any]:
+        """Take what lies above the last mark."""
+        begin = marks.pop()
+        taken = stack[begin:]
+        del stack[begin:]
+        return taken
+
+    code: Any
+    given: Any
+    for code, given, _ in pickletools.genops(raw):
+        match code.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(code.name == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(given)
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
+                stack.append(given)
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(marked()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(code.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND":
+                item = stack.pop()
+                _put([item], stack[-1])
+            case "APPENDS":
+                items = marked()
+                _put(items, stack[-1])
+            case "SETITEM":
+                pair = [stack.pop(), stack.pop()][::-1]
+                _set(pair, stack[-1])
+            case "SETITEMS":
+                pairs = marked()
+                _set(pairs, stack[-1])
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINPUT" | "LONG_BINPUT":
+                memo[given] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[given])
+            case "GLOBAL":
+                stack.append(_word(given.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                name, room = stack.pop(), stack.pop()
+                if not isinstance(name, str) or not isinstance(room, str):
+                    raise ValueError(f"it asks for {_said(name)} of {_said(room)}")
+                stack.append(_word(f"{room}.{name}"))
+            case "REDUCE" | "NEWOBJ":
+                given, kind = stack.pop(), stack.pop()
+                if not isinstance(kind, Named) or not isinstance(given, tuple):
+                    raise ValueError(f"it calls {_said(kind)}, which is no name")
+                stack.append(Made(kind, given))
+            case "BUILD":
+                state = stack.pop()
+                if not isinstance(stack[-1], Made):
+                    raise ValueError(f"it sets up {_said(stack[-1])}, which it did not make")
+                stack[-1].state = state
+            case _:
+                raise ValueError(f"it has a step {code.name}")
+    [value] = stack
+    return value
+
+
+def _word(name: str) -> Named:
+    if name not in WORDS:
+        said = name if re.fullmatch(r"[\w.]{1,100}", name) else repr(name)[:100]
+        raise ValueError(f"it asks for {said}, which is no table of contents")
+    return Named(name)
+
+
+def _put(items: list[Any], into: Any) -> None:
+    if not isinstance(into, list):
+        raise ValueError(f"it puts items into {_said(into)}, which is no list")
+    into += items
+
+
+def _set(pairs: list[Any], into: Any) -> None:
+    keys = pairs[::2]
+    if not isinstance(into, dict) or not all(isinstance(key, str | int | Made) for key in keys):
+        raise ValueError("it sets items of what is no dictionary, or by other keys than names, numbers and entries")
+    into.update(zip(keys, pairs[1::2], strict=True))
+
+
+def _contents(table: Any, folder: Path) -> Contents:
+    fields = _fields(table, f"{TABLES}.Metadata")
+    tensors, others = {}, set()
+    for key, entry in _dictionary(fields["state_dict_metadata"]).items():
+        if not isinstance(key, str):
+            raise ValueError(f"the key {_said(key)} is no text")
+        if isinstance(entry, Made) and entry.kind == f"{TABLES}.BytesStorageMetadata":
+            others.add(key)
+        else:
+            said = _fields(entry, f"{TABLES}.TensorStorageMetadata")
+            tensors[key] = _dtype(said["properties"]), _size(said["size"])
+    pieces = tuple(_piece(index, info) for index, info in _dictionary(fields["storage_data"]).items())
+    sizes = {name: _bytes(folder, name) for name in {piece.file for piece in pieces}}
+    for piece in pieces:
+        if piece.begin + piece.length > sizes[piece.file]:
+            raise ValueError(f"a part of {_said(piece.key)} ends behind the end of {piece.file}")
+    needed = sum(dtype.itemsize * prod(size) for dtype, size in tensors.values())
+    if needed > sum(sizes.values()):
+        raise ValueError(f"its tensors have {needed:,} bytes, and its files {sum(sizes.values()):,}")
+    paths = {key: _path(steps) for key, steps in _dictionary(fields.get("planner_data") or {}).items()}
+    return Contents(tensors, frozenset(others), paths, pieces)
+
+
+def _piece(index: Any, info: Any) -> Piece:
+    at, where = _fields(index, f"{TABLES}.MetadataIndex"), _fields(info, f"{FILES}._StorageInfo")
+    key, name, begin, length = at["fqn"], where["relative_path"], where["offset"], where["length"]
+    if not isinstance(key, str) or not _whole(begin, length):
+        raise ValueError(f"the part of {_said(key)} at {_said(begin)}, {_said(length)} is none")
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        raise ValueError(f"the file {_said(name)} does not lie in the folder itself")
+    if where.get("transform_descriptors"):
+        raise ValueError(
+            f"the part of {_said(key)} is compressed: save it again without, or give optimizer.state_dict()"
+        )
+    return Piece(key, None if at.get("offset") is None else _size(at["offset"]), name, begin, length)
+
+
+def _bytes(folder: Path, name: str) -> int:
+    place = folder / name
+    if not place.is_file():
+        raise ValueError(f"there is no file {name} beside it")
+    return place.stat().st_size
+
+
+def _fields(made: Any, kind: str) -> dict[str, Any]:
+    if not isinstance(made, Made) or made.kind != kind or not isinstance(made.state, dict):
+        raise ValueError(f"expected a {kind.rpartition('.')[2]}; got {_said(made)}")
+    return made.state
+
+
+def _dictionary(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a dictionary; got {_said(value)}")
+    return value
+
+
+def _dtype(properties: Any) -> torch.dtype:
+    """Return the type of a dense tensor."""
+    if not isinstance(properties, Made) or properties.kind != f"{TABLES}.TensorProperties":
+        raise ValueError("a tensor has no properties")
+    if not isinstance(properties.state, tuple) or len(properties.state) != 5:
+        raise ValueError("a tensor's properties are not five")
+    dtype, layout = properties.state[:2]
+    if not isinstance(layout, Made) or layout.given != ("torch.strided",):
+        raise ValueError("a tensor is not dense (torch.strided)")
+    if not isinstance(dtype, Named) or dtype not in DTYPES:
+        raise ValueError(f"a tensor has the type {_said(dtype)}; there are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _size(made: Any) -> tuple[int, ...]:
+    given = made.given if isinstance(made, Made) and made.kind == "torch.Size" else made
+    numbers = given[0] if isinstance(given, tuple) and len(given) == 1 and isinstance(given[0], tuple | list) else given
+    if not isinstance(numbers, tuple | list) or len(numbers) > DEEPEST or not _whole(*numbers):
+        raise ValueError(f"the size {_said(numbers)} is none")
+    return tuple(numbers)
+
+
+def _path(steps: Any) -> tuple[str | int, ...]:
+    known = isinstance(steps, tuple | list) and all(isinstance(step, str | int) for step in steps)
+    if not known or len(steps) > DEEPEST:
+        raise ValueError(f"the path {_said(steps)} is none")
+    return tuple(steps)
+
+
+def _whole(*numbers: Any) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in numbers)
+
+
+def _said(value: Any) -> str:
+    """Return a value for a message: never all of one that may hold itself a million times."""
+    if isinstance(value, Made):
+        return f"a {value.kind}"
+    return repr(value)[:60] if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
