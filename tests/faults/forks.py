@@ -7,6 +7,7 @@ tokenizer thread, so that a fork is safe.
 import ctypes
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -25,6 +26,8 @@ LIMIT = 120.0
 """Seconds that a child may take by the clock, on a machine that is busy with other things."""
 COMPUTES = 20
 """Seconds that it may compute."""
+UNFORESEEN = re.compile(r"^influence [a-z]+: unexpected \w+: ", re.M)
+"""How the command line begins to say what nobody foresaw."""
 FOREIGN = 3
 """Exit status of a child whose function raised what no user should see."""
 
@@ -91,7 +94,7 @@ class Ended:
         if self.status is not None and self.status < 0:
             return "signal"
         text = self.complained
-        if self.status == FOREIGN or "Traceback" in text or ": unexpected " in text:
+        if self.status == FOREIGN or "Traceback" in text or UNFORESEEN.search(text):
             return "traceback"
         if self.status not in (0, 1):
             return "traceback"

@@ -106,9 +106,11 @@ class World:
             if ended.status != 0:
                 raise RuntimeError(f"the run {whole!r} that others need failed: {ended.said}")
             if file:
-                last = max(n for n, event in enumerate(ended.events, 1) if " rename" in event and event.endswith(file))
+                puts = [n for n, event in enumerate(ended.events, 1) if " rename" in event and event.endswith(file)]
+                if not puts:
+                    raise RuntimeError(f"{whole!r} never puts {file} there")
                 folder = self.folder_for(case)
-                self.do(case.call(), folder, Kill(last))
+                self.do(case.call(), folder, Kill(puts[-1]))
             place.parent.mkdir(parents=True, exist_ok=True)
             (folder / case.writes).rename(place)
         return place
