@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from tests.faults import damage, foreign, forks, kills, pairs
+from tests.faults import damage, foreign, forks, kills, mutations, pairs
 from tests.faults.results import Result, Task, table
 from tests.faults.world import World
 
 RUN = {"kill": kills.run, "damage": damage.run, "pair": pairs.run, "foreign": foreign.run}
+MUTATED = ("no checksums", "no ids", "no owner", "no rename")
+"""Which mutations are in a sample."""
 SAMPLED = {"build": 4, "score top": 3, "hessian ekfac": 3, "sample": 4}
 """How many kills of which command a sample has."""
 PAIRED = ("build, build of other data", "python sample, another seed")
@@ -43,6 +45,7 @@ def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
             lambda name, draw: pairs.tasks(pairings[name], draw, 2 if sample else 6),
         ),
         ("foreign", SAMPLED if sample else cases, lambda name, draw: foreign.tasks(cases[name], variants)),
+        ("mutation", MUTATED if sample else mutations.MUTATIONS, lambda name, draw: [Task("mutation", name, "")]),
     ]
 
     def most(name: str) -> int | None:
@@ -59,12 +62,18 @@ def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
 
 def prepare(world: World, task: Task) -> None:
     """Make what a task needs, so that those who share it find it."""
-    if task.kind == "damage":
+    if task.kind == "mutation":
+        mutation = mutations.MUTATIONS[task.case]
+        for name in mutation.shows or [f"kill/{mutation.at and mutation.at[0]}/"]:
+            prepare(world, Task.read(name))
+    elif task.kind == "damage":
         damage.prepare(world, damage.readers(world)[task.case])
     elif task.kind == "pair":
         pairs.alone(world, pairs.pairs(world)[task.case])
     else:
         world.prepare(world.cases()[task.case])
+        if task.kind == "kill":
+            kills.reference(world, world.cases()[task.case])
         if task.what.endswith(" in a run"):
             world.made(task.case)
 
@@ -86,6 +95,11 @@ def inject(world: World, chosen: list[Task], jobs: int, shown: bool) -> list[Res
     return found
 
 
+def one(world: World, task: Task) -> Result:
+    """Inject one fault."""
+    return mutations.run(world, task, one) if task.kind == "mutation" else RUN[task.kind](world, task)
+
+
 _world: World
 
 
@@ -96,7 +110,7 @@ def _keep(world: World) -> None:
 
 def _one(task: Task) -> Result:
     try:
-        return RUN[task.kind](_world, task)
+        return one(_world, task)
     except RuntimeError as error:
         return Result(task, task.case, "lost", f"nobody disturbed it: {error}")
 

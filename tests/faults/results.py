@@ -17,6 +17,7 @@ BAD = {
     "hang": "it did not end in time",
     "traceback": "an error that nobody foresaw",
     "signal": "it was killed by a signal that nobody sent",
+    "unseen": "a check of the library was taken out, and no fault shows",
     "unclear": "refused without naming the file",
 }
 KINDS = ("kill", "damage", "pair", "foreign", "mutation")

@@ -61,6 +61,7 @@ class World:
         from notebooks.make_corpus import make
 
         self.root = root.resolve()
+        self.mutation: Callable[[], None] | None = None
         self._numbers = iter(range(1 << 30))
         ours = (module.name for module in pkgutil.walk_packages(influence.__path__, "influence."))
         for name in (*IMPORTS, *(name for name in ours if not name.endswith("__main__"))):
@@ -120,6 +121,8 @@ class World:
 
         def settled() -> Any:
             settle()
+            if self.mutation is not None:
+                self.mutation()
             return work()
 
         return forked(settled, folder, kill, **limits)
