@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -563,6 +564,44 @@ def test_appended_rows_are_found_by_faiss(tmp_path: Path) -> None:
     found = Attributor(tmp_path / "run", faiss=config).search(query, 7, unchecked=True)
     assert found.indices.equal(Attributor(open_index(tmp_path / "run")).search(query, 7, unchecked=True).indices)
     assert len(list((tmp_path / "run" / "faiss").glob("[!.]*"))) == 1  # what was kept of fewer rows is gone
+
+
+def test_a_flipped_byte_of_a_kept_faiss_index_is_made_again(tmp_path: Path) -> None:
+    """It gave `inf` scores and exit status 0: FAISS has no checksum."""
+    transform = chain(as_blocks(), project(3))
+    index_of(transform, "float32", tmp_path / "run")
+    config, query = FaissConfig("Flat"), rows_of(transform, QUERIES)
+    exact = Attributor(tmp_path / "run").search(query, 5, unchecked=True)
+    Attributor(tmp_path / "run", faiss=config).search(query, 5, unchecked=True)
+    (path,) = (tmp_path / "run" / "faiss").glob("*/0.faiss")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole) // 12)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        found = Attributor(tmp_path / "run", faiss=config).search(query, 5, unchecked=True)
+        assert found.indices.equal(exact.indices)
+        torch.testing.assert_close(found.values, exact.values)
+        assert path.read_bytes() == whole
+    (path.parent / "notes.txt").write_text("mine")
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FileExistsError, match=r"notes.txt is not of the run"):
+        Attributor(tmp_path / "run", faiss=config).search(query, 5, unchecked=True)
+
+
+def test_a_faiss_index_of_a_disk_that_cannot_be_written_is_kept_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform = chain(as_blocks(), project(3))
+    index_of(transform, "float32", tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    config, query = FaissConfig("Flat"), rows_of(transform, QUERIES)
+    exact = Attributor(tmp_path / "run").search(query, 5, unchecked=True)
+    for _ in range(2):
+        found = Attributor(tmp_path / "run", faiss=config).search(query, 5, unchecked=True)
+        assert found.indices.equal(exact.indices)
+    assert [path for path in sorted(tmp_path.rglob("*")) if tmp_path / "cache" not in (path, *path.parents)] == before
+    assert len(list((tmp_path / "cache" / "influence" / "faiss").glob("*/0.faiss"))) == 1
 
 
 def test_bad_faiss_settings(monkeypatch: pytest.MonkeyPatch) -> None:
