@@ -24,12 +24,16 @@ from tests.faults.results import Result, Task, table
 from tests.faults.world import World
 
 RUN = {"kill": kills.run, "damage": damage.run, "pair": pairs.run, "foreign": foreign.run}
-MUTATED = ("no checksums", "no ids", "no owner", "no rename")
-"""Which mutations are in a sample."""
-SAMPLED = {"build": 4, "score top": 3, "hessian ekfac": 3, "sample": 4}
+KILLED = {"build": 4, "score top": 3, "hessian kfac": 3, "sample": 4, "callback": 4}
 """How many kills of which command a sample has."""
+READ = ("open_index", "factors", "sgmcmc.load", "recall top", "order", "query faiss", "resume hessian", "resume sample")
+"""Which readers are in a sample."""
 PAIRED = ("build, build of other data", "python sample, another seed")
-"""Which pairs are in a sample."""
+"""Which pairs."""
+OWNED = ("build", "hessian kfac", "sample")
+"""Which commands are run in folders of the user's."""
+MUTATED = ("no checksums", "no ids", "no owner", "no rename")
+"""Which checks are taken out."""
 
 
 def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
@@ -37,19 +41,19 @@ def tasks(world: World, seed: int, sample: bool, only: str) -> Iterator[Task]:
     cases, readers, pairings = world.cases(), damage.readers(world), pairs.pairs(world)
     variants = foreign.variants()[:3] if sample else foreign.variants()
     ways: list[tuple[str, Iterable[str], Callable[[str, Random], Iterable[Task]]]] = [
-        ("kill", SAMPLED if sample else cases, lambda name, draw: kills.tasks(world, cases[name], draw, most(name))),
-        ("damage", readers, lambda name, draw: damage.tasks(world, readers[name], draw, sample)),
+        ("kill", KILLED if sample else cases, lambda name, draw: kills.tasks(world, cases[name], draw, most(name))),
+        ("damage", READ if sample else readers, lambda name, draw: damage.tasks(world, readers[name], draw, sample)),
         (
             "pair",
             PAIRED if sample else pairings,
             lambda name, draw: pairs.tasks(pairings[name], draw, 2 if sample else 6),
         ),
-        ("foreign", SAMPLED if sample else cases, lambda name, draw: foreign.tasks(cases[name], variants)),
+        ("foreign", OWNED if sample else cases, lambda name, draw: foreign.tasks(cases[name], variants)),
         ("mutation", MUTATED if sample else mutations.MUTATIONS, lambda name, draw: [Task("mutation", name, "")]),
     ]
 
     def most(name: str) -> int | None:
-        return SAMPLED[name] if sample else None
+        return KILLED[name] if sample else None
 
     for kind, names, made in ways:
         for name in names:
@@ -121,6 +125,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="faults whose names begin so: kill, kill/build, foreign/sample")
     parser.add_argument("--replay", help="one fault, by its name")
     parser.add_argument("--sample", action="store_true", help="a seeded few of each")
+    parser.add_argument("--list", action="store_true", help="name the faults, and inject none")
     parser.add_argument("--most", type=int, help="at most so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
@@ -139,6 +144,9 @@ def main() -> int:
         ]
         if options.most is not None and options.most < len(chosen):
             chosen = Random(options.seed).sample(chosen, options.most)
+        if options.list:
+            print(*chosen, sep="\n")
+            return 0
         results = inject(world, chosen, options.jobs, sys.stderr.isatty())
     print(table(results))
     bad = sum(result.bad for result in results)

@@ -18,6 +18,8 @@ TIMES = {"flip": 8, "zero": 8, "cut": 4, "append": 2}
 """How often each file is damaged in each way, by other seeds."""
 STATED = 60
 """Most attributes of a file that are given another type."""
+FEW = 6
+"""How many of all these a sample has."""
 MEMORY = 4 << 30
 """Bytes that a reader may take."""
 OTHERS: tuple[Any, ...] = (None, "x", -1, 2.5, True, [], {}, [None], {"x": []}, 10**30, "../../x")
@@ -71,7 +73,7 @@ def readers(world: World) -> dict[str, Reader]:
             Reader("recall", "scores", scores, index, judge, {"run": "score other"}),
             Reader("recall top", "scores", {"run": "score top"}, ("best.h5", "run.json", "config.yaml"),
                    [*judge, "--k", "3"]),
-            Reader("hessians.load", "factors", fitted, ("factors.h5",), _loaded, {"run": "hessian ekfac other"}),
+            Reader("factors", "factors", fitted, ("factors.h5",), _loaded, {"run": "hessian ekfac other"}),
             Reader("inspect factors", "factors", fitted, ("factors.h5", "run.json", "config.yaml"),
                    ["inspect", "--run", "run", "--json"]),
             Reader("sgmcmc.load", "chains", sampled, ("run.h5",), _sampled, {"run": "sample other"}),
@@ -113,9 +115,9 @@ def _opened() -> str:
 
 
 def _loaded() -> str:
-    from influence import hessians
+    from influence.pipelines.views import load_factors
 
-    return said(hessians.load("run/factors.h5"))
+    return said(load_factors("run"))
 
 
 def _sampled() -> str:
@@ -132,17 +134,20 @@ def _ordered() -> str:
 
 def tasks(world: World, reader: Reader, draw: Random, few: bool = False) -> Iterator[Task]:
     """Yield the damage to what a reader reads."""
+    if few:
+        yield from draw.sample(list(tasks(world, reader, draw)), FEW)
+        return
     folder = world.folder_for(reader)
     places = [path.relative_to(folder) for path in _files(reader, folder)]
     for place in places:
         for how, times in TIMES.items():
-            for _ in range(1 if few else times):
+            for _ in range(times):
                 yield Task("damage", reader.name, f"{place}:{how}:{draw.randrange(1 << 16)}")
         if place.parts[0] in reader.other:
             yield Task("damage", reader.name, f"{place}:swap:0")
         if place.suffix in (".json", ".yaml", ".h5"):
             nodes = list(_nodes(formats.facts(folder / place)))
-            for number in sorted(draw.sample(range(len(nodes)), min(len(nodes), 2 if few else STATED))):
+            for number in sorted(draw.sample(range(len(nodes)), min(len(nodes), STATED))):
                 yield Task("damage", reader.name, f"{place}:state:{number}.{draw.randrange(1 << 16)}")
     remove(folder)
 

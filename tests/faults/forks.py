@@ -5,6 +5,7 @@ tokenizer thread, so that a fork is safe.
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import re
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 SHIM = Path(__file__).with_name("shim.c")
+BUILT = Path(__file__).parents[2] / "build" / "faults"
+"""Where it is compiled to."""
 LIMIT = 120.0
 """Seconds that a child may take by the clock, on a machine that is busy with other things."""
-COMPUTES = 20
+COMPUTES = 10
 """Seconds that it may compute."""
 UNFORESEEN = re.compile(r"^influence [a-z]+: unexpected \w+: ", re.M)
 """How the command line begins to say what nobody foresaw."""
@@ -37,8 +40,9 @@ def preloaded(module: str, arguments: Sequence[str]) -> None:
     if os.environ.get("FAULTS_SHIM"):
         del os.environ["LD_PRELOAD"]
         return
-    library = Path(tempfile.gettempdir()) / f"faults-shim-{os.getuid()}-{SHIM.stat().st_mtime_ns}.so"
+    library = BUILT / f"shim-{hashlib.sha256(SHIM.read_bytes()).hexdigest()[:16]}.so"
     if not library.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}")
         subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", made, SHIM, "-ldl"], check=True)
         made.replace(library)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 MAGIC = b"influence store 1\n"
-FREE = ("config", "command", "recorded", "must_match", "complement", "function")
+FREE = ("config", "command", "recorded", "must_match", "complement", "function", "facts")
 """Attributes under which anything may stand: it is shown, and compared with what a query or a resume has there."""
 SETTINGS = "config.yaml"
 """The file by which a user replays a run, and which he may edit."""

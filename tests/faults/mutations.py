@@ -87,7 +87,7 @@ def no_owner() -> None:
     """Any directory is taken for one of ours."""
     from influence.store import folder
 
-    folder.refuse_foreign = lambda directory: None
+    folder._left_by_a_start = lambda path: True
 
 
 def no_tidying() -> None:
@@ -100,7 +100,7 @@ def no_tidying() -> None:
 MUTATIONS = {
     mutation.name: mutation
     for mutation in (
-        Mutation("no checksums", no_checksums, [f"damage/hessians.load/run/factors.h5:flip:{n}" for n in range(9)]),
+        Mutation("no checksums", no_checksums, [f"damage/factors/run/factors.h5:flip:{n}" for n in range(9)]),
         Mutation("no ids", no_ids, ["damage/resume hessian/run/partial-00000.h5:swap:0"]),
         Mutation("no lock", no_lock, [f"pair/python sample, another seed/{n}" for n in (0.0, 0.2, 0.4, 0.6)]),
         Mutation("no rename", no_rename, at=("build", " write /run/run.json")),

@@ -188,6 +188,8 @@ def answers(folder: Path) -> dict[str, str]:
             if (path / name).exists():
                 where = str((path / name).relative_to(folder))
                 found[where] = _answer(lambda read=read, path=path: read(path))
+        if (path / "run.json").exists():
+            found[f"inspect {path.relative_to(folder)}"] = _answer(lambda path=path: inspected(path))
     for path in _ours(folder):
         if path.suffix in (".npy", ".csv", ".safetensors", ".parquet", ".html") and not path.name.startswith("."):
             found[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -207,6 +209,14 @@ def _answer(read: Callable[[], Any]) -> str:
     except Exception as error:
         text = paragraph(error)
         return f"broken: {text}" if text.startswith("unexpected ") else f"refused: {text}"
+
+
+def inspected(path: Path) -> str:
+    """Return that a run can be looked at, whatever state it is in."""
+    from influence.pipelines import inspect
+
+    inspect.run(inspect.InspectConfig(str(path)))
+    return "seen"
 
 
 def said(value: Any) -> str:
