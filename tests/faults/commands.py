@@ -116,7 +116,7 @@ def commands(root: Path) -> list[Case]:
         Case("tracin", "recipe", ["tracin", *recipe, *rows, "--checkpoints", *saved], needs=("checkpoints",)),
         Case("less", "recipe", ["less", *recipe, "--projection-dim", "16", "--checkpoints", *saved],
              needs=("checkpoints",)),
-        Case("sample", "chains", ["sample", *chains, *heads, *watched], every=True),
+        Case("sample", "chains", ["sample", *chains, *heads, *watched[:2], "--observed", "3"], every=True),
         Case("sample over", "chains", ["sample", *chains, *heads, "--overwrite"], {"run": "sample"}, every=True,
              over=False),
         Case("python sample", "chains", python_sample, every=True, over=False),

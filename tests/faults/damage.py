@@ -16,7 +16,7 @@ from tests.faults.world import World, differing, remove, said, tree
 
 TIMES = {"flip": 8, "zero": 8, "cut": 4, "append": 2}
 """How often each file is damaged in each way, by other seeds."""
-STATED = 60
+STATED = 30
 """Most attributes of a file that are given another type."""
 FEW = 6
 """How many of all these a sample has."""
