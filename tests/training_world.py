@@ -1,6 +1,6 @@
 """A tiny training whose rows are collected, in a directory, for tests that stop it: begun, or taken up again.
 
-Two matrices, twelve examples, three epochs of four steps: half a second. `train` is all that a test of another kind
+Two matrices, twelve examples, two epochs of four steps: half a second. `train` is all that a test of another kind
 needs: it is the script that a user would start again after a crash.
 """
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from influence.train import GradientCollectorCallback, prepare_for_gradient_collection
 
-EXAMPLES, STEPS, EPOCHS = 12, 4, 3
+EXAMPLES, STEPS, EPOCHS = 12, 4, 2
 """Examples, steps of an epoch and epochs of a training that nobody stops."""
 
 
@@ -73,14 +73,15 @@ def trainer_of(
         data: other examples.
         arguments: of `TrainingArguments`.
     """
-    settings = {"loss": own_loss, "targets": "*", "shard_size": 5, "overwrite": True} | (collected or {})
-    ours = GradientCollectorCallback(directory / "rows", **settings)
+    settings = {"path": directory / "rows", "loss": own_loss, "targets": "*", "shard_size": 5, "overwrite": True}
+    ours = GradientCollectorCallback(**settings | (collected or {}))
     known = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": EPOCHS, "learning_rate": 0.05}
+    known["per_device_train_batch_size"] = EXAMPLES // STEPS
+    known["lr_scheduler_type"] = "constant"  # how long a training is meant to be changes none of its steps
     trainer = transformers.Trainer(
         Tiny(),
         transformers.TrainingArguments(
             str(directory / "trainer"),
-            per_device_train_batch_size=EXAMPLES // STEPS,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
@@ -90,6 +91,7 @@ def trainer_of(
         train_dataset=dataset() if data is None else data,
         callbacks=[ours, *callbacks] if first else [*callbacks, ours],
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     return prepare_for_gradient_collection(trainer)
 
 
@@ -108,6 +110,7 @@ def train(
         at: chooses the checkpoint's step; default the last.
         settings: of `trainer_of`.
     """
-    found = checkpoints(directory) if resume else {}
+    last = settings.get("max_steps", 0)  # from the last in the middle of an epoch, a Trainer takes a step too many
+    found = {step: path for step, path in checkpoints(directory).items() if resume and step != last}
     step = at(found)
     trainer_of(directory, **settings).train(resume_from_checkpoint=None if step is None else str(found[step]))
