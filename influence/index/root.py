@@ -289,6 +289,7 @@ def _virtual(file: Any, key: str, shards: Sequence[Shard]) -> None:
     length = sum(shard.places[key].shape[0] for shard in having)
     if length and all(first.shape[1:]):
         layout = h5py.VirtualLayout((length, *first.shape[1:]), dtype)
+        layout.dcpl.set_obj_track_times(False)  # the same rows are the same bytes
         begin = 0
         for shard in having:
             shape = shard.places[key].shape

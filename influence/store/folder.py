@@ -87,10 +87,13 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / RUN
     if not path.is_file():
         raise FileNotFoundError(f"there is no run in {directory}: it has no {RUN}")
+    text = path.read_bytes()
     try:
-        held = parsed(path.read_bytes(), path)
+        held = parsed(text, path)
     except UnicodeDecodeError as error:
         raise BadFileError(f"{path} is damaged: it is no text ({error})") from error
+    if not text.endswith(b"}\n"):
+        raise BadFileError(f"{path} is damaged: its end is cut off or changed")
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise BadFileError(f"{path} is no manifest of a run of influence")
     if held.get("schema") != SCHEMA:

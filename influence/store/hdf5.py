@@ -157,10 +157,7 @@ def write(
     block = max(512, 1 << (room - 1).bit_length())
     with replacing(path, sum(array.nbytes for each in arrays.values() for array in each) + block, run) as name:
         offsets = {}
-        file = h5py.File(
-            name, "w", userblock_size=block, alignment_threshold=1, alignment_interval=ALIGNMENT, libver="latest"
-        )
-        with file:
+        with h5py.File(name, "w", userblock_size=block, alignment_threshold=1, alignment_interval=ALIGNMENT) as file:
             file.attrs.update(kind=kind, schema=schema, about=text)
             for key, each in arrays.items():
                 if shapes[key]:
