@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from influence.data.damaged import said, unreadable
 from influence.data.parsing import shortly, yaml_of
 from influence.data.sizes import LARGEST, check_files
+from influence.store import BadFileError
 
 Rows: TypeAlias = list[dict[str, Any]]
 """A slice of a dataset."""
@@ -92,7 +93,7 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    read = yaml_of(kwargs, f"{name}={shortly(kwargs)}") if isinstance(kwargs, str) else kwargs
+    read = yaml_of(kwargs, name, ValueError, "JSON or YAML") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
         raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {shortly(kwargs)}')
     return dict(read or {})
@@ -137,7 +138,7 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
     """Say which file it is, or which row it begins at, where rows cannot be read.
 
     Raises:
-        ValueError: saying it.
+        BadFileError: saying it.
     """
     try:
         yield
@@ -145,7 +146,7 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
         files = list(dataset.info.download_checksums or ())
         if files and dataset.info.builder_name:
             raise _unreadable(Path(files[0]), files, dataset.info.builder_name, error, {}) from error
-        raise ValueError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
+        raise BadFileError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -180,7 +181,7 @@ def _saved(folder: str) -> Any:
     except Exception as error:  # of its JSON and its Arrow files, datasets raises whatever it meets
         gone = isinstance(error, FileNotFoundError) and error.filename
         what = f"{error.filename} is missing" if gone else said(error)  # type: ignore[attr-defined]
-        raise ValueError(
+        raise BadFileError(
             f"the dataset saved in {folder} cannot be read: {what}. One of its files is damaged, cut off or gone: save "
             "it again"
         ) from error

@@ -10,6 +10,7 @@ from influence.data.documents import Document, read_documents, reader
 from influence.data.sources import column_names
 from influence.pipelines.configs import DataConfig
 from influence.pipelines.reading import load_rows, text_format, tokens_of
+from influence.visible import visible
 
 
 def texts_of(
@@ -187,5 +188,5 @@ def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) ->
 
 def short(text: str, most: int) -> str:
     """Return a text in one line of at most so many characters."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
