@@ -72,10 +72,10 @@ def _check_json(path: Path, most: int) -> None:
         depths -= numpy.minimum(numpy.minimum.accumulate(depths), 0)  # a bracket that nothing opened closes nothing
         deep = numpy.flatnonzero(depths > DEEPEST)
         if len(deep):
+            number = line + int((kinds[: deep[0]] == LINE).sum())
             raise ValueError(
-                f"{path}, line {line + int((kinds[: deep[0]] == LINE).sum()):,}, is nested too deeply: it has more than "
-                f"{DEEPEST} brackets inside one another, which can end the process that reads them. Correct the row, "
-                "or leave it out"
+                f"{path}, line {number}, is nested too deeply: it has more than {DEEPEST} brackets inside one another, "
+                "which can end the process that reads them: mend it, write it again, or leave it out"
             )
         ends = at + places[((steps < 0) | (kinds == LINE)) & (depths <= base)]
         begin = _measured(path, begin, ends, at + len(chunk), most)
