@@ -669,5 +669,5 @@ def test_what_is_said_to_type_can_be_typed() -> None:
         assert pkgutil.resolve_name(module)
     assert f"{sizes.LARGEST >> 20} MiB; {sizes.DEEPEST} brackets" in text
     assert f"{apart.LIMITS.seconds:g} s of a processor, {apart.LIMITS.memory >> 30} GiB" in text
-    assert f"{parsing.LONGEST >> 20} MiB, {parsing.VALUES:,} values" in text
+    assert f"{parsing.LARGEST >> 20} MiB, {parsing.VALUES:,} values" in text
     assert f"{contents.LARGEST >> 20} MiB; its tensors" in text

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy
 
+from influence.store import BadFileError
+
 LARGEST = 1 << 24
 """Bytes of the largest document, unless another number is asked for."""
 DEEPEST = 100
@@ -33,7 +35,8 @@ def check_files(paths: Iterable[str | Path], most: int = LARGEST) -> None:
         most: bytes of a row.
 
     Raises:
-        ValueError: naming the file, the row and the limit.
+        BadFileError: naming the file and the line of a row that is too deep.
+        ValueError: naming the file, the place and the limit of one that is too large.
     """
     for path in map(Path, paths):
         if path.suffix.lower() in (".json", ".jsonl"):
@@ -73,7 +76,7 @@ def _check_json(path: Path, most: int) -> None:
         deep = numpy.flatnonzero(depths > DEEPEST)
         if len(deep):
             number = line + int((kinds[: deep[0]] == LINE).sum())
-            raise ValueError(
+            raise BadFileError(
                 f"{path}, line {number}, is nested too deeply: it has more than {DEEPEST} brackets inside one another, "
                 "which can end the process that reads them: mend it, write it again, or leave it out"
             )
