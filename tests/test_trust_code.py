@@ -1,10 +1,13 @@
 """Nothing that a file says is executed: metadata of checkpoints, indexes that name code, templates, configurations."""
 
+import ast
 import atexit
 import functools
 import json
 import pickle
+import pkgutil
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -25,7 +28,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from influence import data, models
-from influence.cli import main
+from influence.cli import COMMANDS, _kind, main
+from influence.data import apart, parsing, sizes
+from influence.flags import names_of
 from influence.index import reading
 from influence.pipelines import build
 from influence.pipelines.chains import Sampling
@@ -34,7 +39,7 @@ from influence.pipelines.plain import to_mapping
 from influence.pipelines.sampled import tokenizer_of
 from influence.store import BadFileError
 from influence.store.folder import manifest_of
-from influence.train import load_from_optimizer, read_optimizer
+from influence.train import contents, load_from_optimizer, read_optimizer
 from influence.train.checkpoints import read_state
 from tests.pipeline_world import build_config, corpus, lines, model_config, world
 from tests.shard_optimizer import adam, small
@@ -573,3 +578,96 @@ def test_an_adapter_imports_no_module(ran: Path, tmp_path: Path) -> None:
             },
         )
     assert not ran.exists()
+
+
+# What the project says of it
+
+
+ROOT = Path(__file__).parent.parent
+SITES = {
+    "torch.load": {"train/shards.py"},
+    "import_module": {
+        "__init__.py",
+        "cli.py",
+        "models/quantised.py",
+        "pipelines/posterior.py",
+        "pipelines/prepare.py",
+    },
+    "getattr of a library": {"index/encoding.py", "models/load.py", "train/epochs.py"},
+    "load_dataset": {"data/sources.py"},
+    "load_from_disk": {"data/sources.py"},
+    "safe_load": {"data/parsing.py"},
+    "render_jinja_template": {"data/chat.py"},
+    "from_string": {"data/templates.py"},
+    "read_index": {"index/keeping.py"},
+    "from_pretrained": {"models/load.py", "pipelines/loading.py", "pipelines/reading_texts.py"},
+}
+"""Where files, or names from files, may lead to code; each is a line of docs/trust.md. Nothing else may be added."""
+PICKLES = {"pickle", "numpy", "np", "marshal", "joblib", "dill", "shelve"}
+BARE = {"eval", "exec", "compile", "__import__"}
+NEVER = BARE | {"Unpickler", "_Unpickler", "loads of pickle", "unsafe_load", "full_load"}
+MODULES = {"torch", "transformers", "datasets", "numpy", "faiss", "peft", "builtins", "os", "importlib", "sys"}
+
+
+def sites(source: str) -> set[str]:
+    """Return what of the above a module calls."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+        room = owner.id if isinstance(owner, ast.Name) else ""
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in ("load", "loads") and room in PICKLES | {"torch"}:
+            found.add("torch.load" if room == "torch" else "loads of pickle")
+        elif name == "getattr":
+            first, second = node.args[0], node.args[1]
+            if isinstance(first, ast.Name) and first.id in MODULES and not isinstance(second, ast.Constant):
+                found.add("getattr of a library")
+        elif name in BARE:
+            found |= {name} if owner is None else set()
+        elif name in SITES or name in NEVER or (room == "yaml" and name == "load"):
+            found.add(name)
+    return found
+
+
+def test_code_is_reached_from_nowhere_else() -> None:
+    where: dict[str, set[str]] = {}
+    for path in (ROOT / "influence").rglob("*.py"):
+        for name in sites(path.read_text()):
+            where.setdefault(name, set()).add(path.relative_to(ROOT / "influence").as_posix())
+    assert not NEVER & where.keys(), {name: where[name] for name in NEVER & where.keys()}
+    new = {name: places - SITES.get(name, set()) for name, places in where.items() if places - SITES.get(name, set())}
+    assert not new, f"say in docs/trust.md why these are safe: {new}"
+    assert "weights_only=True" in (ROOT / "influence/train/shards.py").read_text()
+
+
+def test_a_new_site_would_be_found() -> None:
+    for line, name in (
+        ("import pickle\npickle.loads(b'')", "loads of pickle"),
+        ("import torch\ngetattr(torch, name)", "getattr of a library"),
+        ("eval('1')", "eval"),
+        ("import numpy as np\nnp.load('x')", "loads of pickle"),
+        ("class A(pickle.Unpickler): pass\npickle.Unpickler(file)", "Unpickler"),
+        ("yaml.load(text)", "load"),
+    ):
+        assert name in sites(line), line
+
+
+def test_what_is_said_to_type_can_be_typed() -> None:
+    text = (ROOT / "SECURITY.md").read_text() + (ROOT / "docs" / "trust.md").read_text()
+    flags = {flag for command in COMMANDS for flag in names_of(_kind(command)[1]).values()}
+    flags |= {"--config"}
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z.-]+", text):
+        assert flag in flags or any(known.endswith(f".{flag.removeprefix('--')}") for known in flags), flag
+    named = re.findall(r"`influence ([a-z]+)", text)
+    assert {"inspect", "tracin", "less"} <= {*named} <= {*COMMANDS}
+    for command in ("export", "explore", "query", "recall", "score", "llc", "bif", "susceptibilities"):
+        assert f"`{command}" in text
+        assert command in COMMANDS
+    for module in re.findall(r"`(influence(?:\.\w+)+)`", text):
+        assert pkgutil.resolve_name(module)
+    assert f"{sizes.LARGEST >> 20} MiB; {sizes.DEEPEST} brackets" in text
+    assert f"{apart.LIMITS.seconds:g} s of a processor, {apart.LIMITS.memory >> 30} GiB" in text
+    assert f"{parsing.LARGEST >> 20} MiB, {parsing.VALUES:,} values" in text
+    assert f"{contents.LARGEST >> 20} MiB; its tensors" in text

@@ -35,7 +35,8 @@ def check_files(paths: Iterable[str | Path], most: int = LARGEST) -> None:
         most: bytes of a row.
 
     Raises:
-        ValueError: naming the file, the row and the limit.
+        BadFileError: naming the file and the line of a row that is too deep.
+        ValueError: naming the file, the place and the limit of one that is too large.
     """
     for path in map(Path, paths):
         if path.suffix.lower() in (".json", ".jsonl"):
@@ -45,14 +46,14 @@ def check_files(paths: Iterable[str | Path], most: int = LARGEST) -> None:
 
 
 def _check_lines(path: Path, most: int) -> None:
-    begin, row = 0, 0
+    begin = 0
     for at, chunk in _chunks(path):
         ends = at + numpy.flatnonzero(numpy.frombuffer(chunk, dtype=numpy.uint8) == ord("\n"))
-        begin, row = _longest(path, begin, row, ends, at + len(chunk), most)
+        begin = _measured(path, begin, ends, at + len(chunk), most)
 
 
 def _check_json(path: Path, most: int) -> None:
-    begin, row, depth, base, line = 0, 0, 0, 0, 1
+    begin, line, depth, base = 0, 1, 0, 0
     quotes = 0  # since the last line began
     for at, chunk in _chunks(path):
         if at == 0 and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -68,35 +69,36 @@ def _check_json(path: Path, most: int) -> None:
         kinds = kinds[places]
         seen = quotes + numpy.cumsum(kinds == QUOTE)
         before = numpy.maximum.accumulate(numpy.where(kinds == LINE, seen, 0))  # a line ends a text
-        within = ((seen - before) & 1).astype(bool)
-        steps = numpy.where(within, 0, (kinds == OPEN).astype(numpy.int64) - (kinds == CLOSE))
+        steps = (kinds == OPEN).astype(numpy.int64) - (kinds == CLOSE)
+        steps[((seen - before) & 1).astype(bool)] = 0  # within a text
         depths = depth + numpy.cumsum(steps)
         depths -= numpy.minimum(numpy.minimum.accumulate(depths), 0)  # a bracket that nothing opened closes nothing
         deep = numpy.flatnonzero(depths > DEEPEST)
-        ends = places[((steps < 0) | ((kinds == LINE) & ~within)) & (depths <= base)] + at
         if len(deep):
-            line += int((kinds[: deep[0]] == LINE).sum())
+            number = line + int((kinds[: deep[0]] == LINE).sum())
             raise BadFileError(
-                f"{path}, line {line}, is nested too deeply: it has more than {DEEPEST} brackets inside one another, "
+                f"{path}, line {number}, is nested too deeply: it has more than {DEEPEST} brackets inside one another, "
                 "which can end the process that reads them: mend it, write it again, or leave it out"
             )
-        begin, row = _longest(path, begin, row, ends, at + len(chunk), most)
+        ends = at + places[((steps < 0) | (kinds == LINE)) & (depths <= base)]
+        begin = _measured(path, begin, ends, at + len(chunk), most)
+        line += int((kinds == LINE).sum())
         if len(places):
             quotes, depth = int(seen[-1] - before[-1]), int(depths[-1])
-            line += int((kinds == LINE).sum())
 
 
-def _longest(path: Path, begin: int, row: int, ends: Any, stop: int, most: int) -> tuple[int, int]:
-    """Return where the row that is not finished begins, and its number, having measured those that are."""
-    sizes = numpy.diff(numpy.concatenate([[begin], ends, [stop]]))
+def _measured(path: Path, begin: int, ends: Any, stop: int, most: int) -> int:
+    """Return where the row begins that is not finished, those that are having been measured."""
+    begins = numpy.concatenate([[begin], ends])
+    sizes = numpy.diff(numpy.concatenate([begins, [stop]]))
     large = numpy.flatnonzero(sizes > most)
     if len(large):
         raise ValueError(
-            f"{path} has a row of {int(sizes[large[0]]):,} bytes or more, about row {row + int(large[0]):,}, and "
+            f"{path} has a row of {int(sizes[large[0]]):,} bytes or more, at byte {int(begins[large[0]]):,}, and "
             f"max_document_bytes={most} is the limit: a reader takes ten times as much memory, a tokenizer two hundred "
             "times. Cut the document, or raise it"
         )
-    return (int(ends[-1]) if len(ends) else begin), row + len(ends)
+    return int(begins[-1])
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:

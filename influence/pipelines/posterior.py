@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from jaxtyping import Int
@@ -126,12 +126,18 @@ def options_of(config: Sampling) -> Options:
     )
 
 
+SAMPLERS: tuple[str, ...] = get_args(get_type_hints(ChainConfig)["sampler"])
+"""All that may be named, and so imported."""
+
+
 def sampler_of(config: ChainConfig) -> Any:
     """Return what builds the sampler.
 
     Raises:
         ValueError: naming the argument that it does not take.
     """
+    if config.sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {config.sampler!r}")
     build = importlib.import_module(f"influence.sgmcmc.{config.sampler}").build
     given = mapping_of(config.sampler_kwargs, "sampler_kwargs")
     taken = [name for name in inspect.signature(build).parameters if name not in ("target", "lr")]
