@@ -7,7 +7,7 @@ TORCH = $(shell grep '^torch==' $(LOCK))
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types tests compile-tests doctests notebooks docs bench-peers bench clean
+.PHONY: help demo test lint types tests compile-tests doctests test-faults notebooks docs bench-peers bench clean
 
 help: ## say what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -40,6 +40,9 @@ compile-tests: .venv/.installed ## the tests of torch.compile, in a process with
 
 doctests: .venv/.installed ## the examples in docstrings
 	$(BIN)/pytest -q -o addopts= --doctest-modules influence
+
+test-faults: .venv/.installed ## kill every command at every file event, damage every file, let two write at once (an hour)
+	$(BIN)/python -m tests.faults --jobs $(WORKERS)
 
 notebooks: .venv/.notebooks ## the notebooks, each executed within two minutes; with their outputs in build/notebooks
 	$(BIN)/python notebooks/execute.py

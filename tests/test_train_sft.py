@@ -67,7 +67,7 @@ def test_trl_sft_rows_are_those_of_an_autograd_loop(tmp_path: Path, share: bool,
         assert open_index(tmp_path / "rows/epoch-1").matrix().norm(dim=1).min() > 0
         return
     for epoch in (0, 1):
-        index, visits = open_index(tmp_path / f"rows/epoch-{epoch}"), order.where(order.epoch == epoch).latest()
+        index, visits = open_index(tmp_path / f"rows/epoch-{epoch}"), order.where(order.epoch == epoch).first()
         for i, step in zip(visits.example.tolist(), visits.step.tolist(), strict=True):
             model = fresh()
             model.load_state_dict(snapshots.weights[step], strict=False)

@@ -7,6 +7,8 @@ from typing import Any
 
 from influence.store import BadFileError
 
+LARGEST = 1 << 20
+"""Characters of the longest text of settings that is read: YAML is read slowly."""
 VALUES = 100_000
 """Values that a file of settings may have, each counted as often as it stands there: aliases repeat theirs."""
 
@@ -63,6 +65,8 @@ def yaml_of(text: str, name: str, kind: type[ValueError] = BadFileError, what: s
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
+    if len(text) > LARGEST:
+        raise ValueError(f"{name} has {len(text):,} characters, and settings have at most {LARGEST:,}")
     try:
         read = yaml.safe_load(text)
         number = _count(read, {})

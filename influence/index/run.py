@@ -128,6 +128,8 @@ def rooted(directory: Path, manifest: Manifest) -> int | None:
 
 def way_on(directory: Path) -> str:
     """Say what to do about a run that is not finished."""
+    if read_manifest(directory).kind == "training":
+        return "it is the directory of a training, whose indexes are in it: open epoch-0, …, or what sum_epochs makes"
     if planned_shards(read_manifest(directory)) is None:
         return "its shards came as their batches came, so it cannot be resumed: begin again with overwrite=True"
     return "run the same command again to resume it"

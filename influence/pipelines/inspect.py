@@ -75,6 +75,8 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
     elif shares := [path.name for path in shares_in(directory)]:
         facts |= {"kind": _command(directory), "finished": False, "shares": shares}
         text = f"{_at('chains', directory)}: not finished ({', '.join(shares)})"
+    elif (directory / RUN).exists() and read_manifest(directory).kind == "training":
+        text = _training(directory, config.verify, facts)
     elif (directory / RUN).exists():
         text = _unfinished(directory, config.verify, facts)
     else:
@@ -108,6 +110,28 @@ def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
         "command": index.about.command,
     }
     return str(index)
+
+
+def _training(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
+    from influence.train.reading import progress
+
+    found = progress(directory)
+    facts |= {"kind": "training", **found}
+    for epoch, about in found["epochs"].items():
+        if verify and about["index"]:
+            open_index(directory / f"epoch-{epoch}").verify()
+    rows = [
+        [
+            f"epoch-{epoch}",
+            f"{about['steps'][0]} … {about['steps'][1] - 1}",
+            about["visits"],
+            "yes" if about["index"] else "not yet",
+        ]
+        for epoch, about in found["epochs"].items()
+    ]
+    state = "ended" if found["finished"] else "not ended"
+    head = f"rows of a training at {directory}: {state}, {found['examples']:,} examples\n"
+    return head + table(["epoch", "steps", "visits", "index"], rows)
 
 
 def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.store.errors import BadFileError
+from influence.store.growing import beginning
 from influence.store.hdf5 import any_head, parsed
 from influence.store.lock import LOCK, Lock, is_lock
 from influence.store.replacing import TEMPORARY, sync, temporaries, write_text
@@ -277,10 +278,17 @@ def _is_of(path: Path, name: str, there: Manifest) -> bool:
         return False
     if "#" not in name:
         return True
-    try:
-        return any_head(path).run in there.ids
-    except BadFileError:
-        return False
+    return _run_of(path) in there.ids
+
+
+def _run_of(path: Path) -> str | None:
+    """Return the id of the run that a file says it belongs to."""
+    for said in (lambda: any_head(path).run, lambda: beginning(path)[0].run):
+        try:
+            return said()
+        except BadFileError:
+            continue
+    return None
 
 
 def _foreign(folder: Path) -> Iterator[Path]:

@@ -3,6 +3,7 @@
 There is no hook: a training step is wrapped, and the loss inside it is computed as a function of probes.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class GradientCollectorCallback(TrainerCallback):
 
     whatever the Trainer divides its loss by. `path/epoch-0`, `path/epoch-1`, … are indexes in the order of the dataset
     (`sum_epochs(path)` adds them), and `read_order(path)` says at which step of which epoch each example was seen, at
-    which learning rate.
+    which learning rate. Rows are on the disk before the Trainer writes a checkpoint that counts them; a training that
+    goes on from it keeps them, and drops those of later steps.
 
     Args:
         path: a directory for this run; ranks and resumed runs share it.
@@ -37,7 +39,7 @@ class GradientCollectorCallback(TrainerCallback):
         scale: `"optimizer"` divides by the optimizer's second moments at that step, bias-corrected, as its update is
             about to (before it adds this step's gradient). Visits before the first update have none: they are marked
             in `read_order(path).scaled`. `None`: as they are.
-        track_order: keep `visits-*.h5` when training is done.
+        track_order: keep the order logs when training is done; without them it cannot be taken up again.
         loss: each example's loss, as `functionalize` takes it. It must be what the Trainer's loss is the mean of.
         reduction: `"sum"` or `"mean"` over an example's labelled positions.
         targets: globs over parameter names; default the matrices of the repeated layers.
@@ -45,7 +47,7 @@ class GradientCollectorCallback(TrainerCallback):
         dtype: how rows are stored.
         shard_size: most examples of a shard.
         nonfinite: `"error"`, or `"zero"` with a warning.
-        overwrite: replace what another run left in `path`.
+        overwrite: replace the run that is in `path` when a training begins at step 0; one that goes on keeps it.
 
     Example:
         >>> from influence import as_blocks, chain, project
@@ -122,22 +124,27 @@ class GradientCollectorCallback(TrainerCallback):
         if self.collector is not None:
             self.collector.begin_epoch(int((state.epoch or 0.0) + 1e-6))
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that the step's update was made."""
+        if self.collector is not None:
+            self.collector.end_step(control.should_save)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the epoch's index."""
         if self.collector is not None:
             self.collector.end_epoch()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what a resume from this checkpoint needs."""
-        if self.collector is not None:
-            self.collector.save()
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop collecting."""
+        """Stop collecting; write the index of an epoch that was cut short."""
         self.collecting = False
-        if not self.track_order and self.collector is not None and self.collector.rank == 0:
-            for path in self.settings.path.glob("visits-*.h5"):
-                path.unlink()
+        if self.collector is not None:
+            self.collector.end(self.track_order)
+
+    def close(self) -> None:
+        """Let the directory go, however the training ended."""
+        self.collecting = False
+        if self.collector is not None:
+            self.collector.close()
 
 
 def prepare_for_gradient_collection(trainer: Trainer) -> Trainer:
@@ -166,6 +173,7 @@ def prepare_for_gradient_collection(trainer: Trainer) -> Trainer:
     (callback,) = found
     numbered(trainer)
     training_step, compute_loss = trainer.training_step, trainer.compute_loss
+    train, save_checkpoint = trainer.train, trainer._save_checkpoint
     callback.prepare(trainer, compute_loss)
     collector = callback.collector
     assert collector is not None
@@ -190,6 +198,18 @@ def prepare_for_gradient_collection(trainer: Trainer) -> Trainer:
         loss, outputs = collector.forward(model, inputs, **settings)
         return (loss, outputs) if return_outputs else loss
 
+    def wrapped_save(*args: Any, **kwargs: Any) -> Any:
+        collector.flush(int(trainer.state.global_step))  # before the checkpoint that counts them, whoever asked for it
+        return save_checkpoint(*args, **kwargs)
+
+    @functools.wraps(train)
+    def wrapped_train(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        finally:
+            callback.close()
+
+    trainer.train, trainer._save_checkpoint = wrapped_train, wrapped_save  # type: ignore[method-assign]
     trainer.training_step = wrapped_step  # type: ignore[method-assign]
     trainer.compute_loss = wrapped_loss  # type: ignore[method-assign]
     setattr(trainer, PREPARED, True)

@@ -17,13 +17,18 @@ from influence.func.plan import Plan
 from influence.func.transform import Transform
 from influence.index import Columns
 from influence.models.targets import layer_matrices
-from influence.train import sharing
-from influence.train.epochs import FACTS, Facts, check_facts, finish_epoch, open_scratch, wipe
+from influence.store.folder import RUN
+from influence.train import record, sharing
+from influence.train.epochs import epoch_path, index_of
+from influence.train.facts import Facts, read_training
+from influence.train.facts import Plan as RunPlan
 from influence.train.live import live
 from influence.train.numbering import INDEX
+from influence.train.order import Order, read_logs
 from influence.train.plans import Plans
+from influence.train.ranks import Ranks
 from influence.train.scratch import Scratch
-from influence.train.visits import Visits, joined, processes, read_visits, visits_of, write_visits
+from influence.train.session import Pending, Session
 from influence.types import ExampleLoss, Params, Rows
 
 
@@ -59,15 +64,14 @@ class Collector:
         self.loss_fn, self.params = functionalize(
             model, settings.loss, settings.reduction, targets, label_smoothing=smoothing
         )
-        self.rank, self.world = arguments.process_index, arguments.world_size
+        self.ranks = Ranks(arguments.process_index, arguments.world_size, arguments.device)
         self._plans = Plans(self.loss_fn, settings.transform, "batched" if settings.share else settings.engine)
-        self._scaled = False
+        self._scaled, self._checked = False, False
         self._whole: sharing.Whole | None = None
-        self._parts: list[Visits] = []
-        self._step, self._micro = -1, 0
-        self.epoch = 0
-        self._scratch: Scratch | None = None
-        self._facts: Facts | None = None
+        self._begin, self._again = 0, False
+        self._step = -1
+        self._open = Session()
+        self._epoch, self._least_epoch = -1, 0
         self.flight: sharing.Shared | None = None
         self.seconds = 0.0
 
@@ -78,48 +82,61 @@ class Collector:
 
         Raises:
             FileExistsError: if rows of another run are there.
-            ValueError: if other processes collected before.
+            ValueError: if other processes collected before, or rows of steps before that are not there.
         """
-        path = self.settings.path
-        if self.rank == 0:
-            path.mkdir(parents=True, exist_ok=True)
-        there = (path / FACTS).exists()
-        if there and not step and not self.settings.overwrite:
-            raise FileExistsError(
-                f"{path} holds rows of a training run, and this one begins anew: pass overwrite=True to replace them, "
-                "or write to another directory; to go on, call trainer.train(resume_from_checkpoint=True)"
-            )
-        if there and step and processes(path) not in (0, self.world):
-            raise ValueError(
-                f"{path} was collected by {processes(path)} processes, and this run has {self.world}: resume with as "
-                "many, or write to another directory"
-            )
-        found = read_visits(path, self.rank) if there and step else None
-        self._parts = [] if found is None else [found.where(found.step < step)]
-        self._wait()
-        if self.rank == 0 and there and not step:
-            wipe(path)
-        self._facts, self._step = None, -1
-        self._wait()
+        path, world = self.settings.path, self.ranks.world
+        self._again = self._open.training is not None  # the Trainer begins anew where its batches were too large
+        self.close()
+        overwrite = self.settings.overwrite or self._again
+        self.ranks.first(lambda: record.check(path, step, world, overwrite))
+        self._begin, self._step, self._epoch = step, -1, -1
+        self._least_epoch = record.last_epoch(path, self.ranks.rank, step)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Note the epoch."""
-        self.epoch, self._scratch = epoch, None
+        """Note the epoch: the first by its number, those behind it one by one, however early each ended."""
+        self._epoch = max(epoch, self._least_epoch) if self._epoch < 0 else self._epoch + 1
+
+    def end_step(self, save: bool) -> None:
+        """Put the step in the order log: its update was made."""
+        began = time.perf_counter()
+        self._open.end_step()
+        if save:
+            self._open.sync()
+        self.seconds += time.perf_counter() - began
+
+    def flush(self, step: int) -> None:
+        """Have every row of the steps before one on the disk, of every process: a checkpoint will count them."""
+        began = time.perf_counter()
+        if self._open.pending is not None and self._open.pending.step < step:
+            self._open.end_step()
+        self.ranks.each(self._open.sync)
+        self.seconds += time.perf_counter() - began
 
     def end_epoch(self) -> None:
         """Write the epoch's index, in the dataset's order."""
-        self.save()
-        self._wait()
-        if self.rank == 0 and self._facts is not None and self._scratch is not None:
-            finish_epoch(self.settings.path, self._facts, self.epoch, self._scratch, self.seconds)
-        self._wait()
-        self._scratch = None
+        training, epoch = self._open.training, self._epoch
+        if training is None or self._open.rows is None:
+            return
+        began = time.perf_counter()
+        self._open.drop_step()
+        self.ranks.each(self._open.close_rows)
+        self.ranks.first(
+            lambda: record.finish_epoch(training, read_logs(training.path, training.id, self.ranks.world), epoch)
+        )
+        self.seconds += time.perf_counter() - began
 
-    def save(self) -> None:
-        """Put on disk what a resume needs: a checkpoint of the Trainer was written."""
-        if self._scratch is not None:
-            self._scratch.flush()
-        write_visits(self.settings.path, self.rank, joined(self._parts))
+    def end(self, track_order: bool) -> None:
+        """Write what is left to write: the training is over."""
+        if self._open.training is None and not (self._begin and (self.settings.path / RUN).exists()):
+            return  # nothing was collected
+        self._open.drop_step()
+        self.ranks.each(self._open.close_rows)
+        self.ranks.first(lambda: self._end(track_order))
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back: another training may go on."""
+        self._open.close()
 
     # What a training step calls
 
@@ -149,7 +166,7 @@ class Collector:
             self.seconds += time.perf_counter() - began
             result = run()
         else:
-            fresh = self.world == 1 and not self._parts and all(p.grad is None for p in self._own().values())
+            fresh = self.ranks.world == 1 and not self._checked and all(p.grad is None for p in self._own().values())
             self.flight = None
             self.seconds += time.perf_counter() - began
             result = run()
@@ -163,6 +180,7 @@ class Collector:
             assert used is not None
             if fresh:
                 sharing.check_sum(flight, used, self._own())
+            self._checked = True
             rows, losses = sharing.rows_of(flight, used, counts, self.settings.reduction)
             lengths, self.flight = flight.lengths, None
             self.seconds += time.perf_counter() - began
@@ -216,7 +234,8 @@ class Collector:
     def _advance(self, trainer: Any) -> None:
         """Note the step; at a new one, take the optimizer's moments as they are now."""
         step = int(trainer.state.global_step)
-        self._micro = self._micro + 1 if step == self._step else 0
+        if step != self._step:
+            self.end_step(save=False)  # where no event told of it
         if step != self._step and self.settings.scale is not None:
             names = list(self.params)
             found, self._scaled = live(self.settings.transform, self.model, trainer.optimizer, names, step)
@@ -226,64 +245,77 @@ class Collector:
     def _prepare(self, batch: dict[str, Any]) -> None:
         """See that there are a plan, and a place for the rows, before the step runs."""
         plan = self._plans.of(self._values(), batch)
-        if self._facts is None:
-            self._facts = self._describe(plan)
-        if self._scratch is None:
-            self._scratch = self._open(self._facts)
+        if self._open.training is None:
+            self._open_run(plan)
+        if self._open.rows is None:
+            self._open_rows()
 
-    def _describe(self, plan: Plan) -> Facts:
-        """Return what is known of the rows, and refuse others that are there."""
+    def _facts(self, plan: Plan) -> Facts:
+        """Return what is known of the rows."""
         settings = self.settings
-        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in self.params.values()]
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        facts = Facts(
+        columns = Columns(plan.folded.row_shapes)
+        planned = RunPlan(
             self.examples,
-            Columns(plan.folded.row_shapes),
-            str(wide).removeprefix("torch."),
+            self.ranks.world,
+            columns.json(),
             settings.dtype,
             settings.shard_size,
-            {"share": settings.share, "scale": settings.scale, "reduction": settings.reduction},
-            settings.transform,
-            self.loss_fn,
-            plan.layout,
+            settings.share,
+            settings.scale,
+            settings.reduction,
+            settings.transform.fingerprint,
         )
-        check_facts(settings.path, facts, self.rank == 0)
-        return facts
+        return Facts(columns, planned, settings.transform, self.loss_fn, plan.layout)
 
-    def _open(self, facts: Facts) -> Scratch:
-        if self.rank == 0:
-            open_scratch(self.settings.path, facts, self.epoch)
-        self._wait()
-        return open_scratch(self.settings.path, facts, self.epoch)
+    def _open_run(self, plan: Plan) -> None:
+        """Take the directory, and make its record that of the checkpoint."""
+        wanted, path, rank = self._facts(plan).manifest(), self.settings.path, self.ranks.rank
+        overwrite = self.settings.overwrite and not self._begin and not self._again
+
+        def take() -> None:
+            self._open.lock, training = record.open_run(path, wanted, overwrite)
+            record.go_on(training, self._begin, self._epoch)
+
+        def join() -> None:
+            training = read_training(path)
+            self._open.order = Order(path, training.id, rank, self._begin)
+            self._open.training = training
+
+        self.ranks.first(take)
+        self.ranks.each(join)
+
+    def _open_rows(self) -> None:
+        """Have a place for the epoch's rows."""
+        training, rank = self._open.training, self.ranks.rank
+        assert training is not None
+        place = epoch_path(training.path, self._epoch)
+        self.ranks.first(lambda: index_of(training, place))  # refused now rather than when the epoch is over
+        self._open.rows = Scratch(training.path, training.id, self._epoch, rank, training.stored, grow=True)
+
+    def _end(self, track_order: bool) -> None:
+        """Have the record at its end; where no step was trained, make it that of the checkpoint first."""
+        training = self._open.training
+        if training is None:
+            there = read_training(self.settings.path)
+            self._open.lock, training = record.open_run(there.path, there.manifest, False)
+            record.go_on(training, self._begin, None)
+        record.end(training, track_order)
 
     def _write(self, index: Tensor, rows: Rows, losses: Tensor, lengths: Tensor, rate: float) -> None:
-        assert self._scratch is not None
-        assert self._facts is not None
+        training, file = self._open.training, self._open.rows
+        assert training is not None
+        assert file is not None
         began = time.perf_counter()
         finite = finite_rows(
             {name: row.detach() for name, row in rows.items()}, {INDEX: index}, self.settings.nonfinite
         )
-        self._scratch.put(index, self._facts.columns.joined(finite))
-        self._parts.append(
-            visits_of(
-                index,
-                losses,
-                lengths,
-                step=self._step,
-                micro=self._micro,
-                epoch=self.epoch,
-                rank=self.rank,
-                rate=rate,
-                scaled=self._scaled,
-            )
-        )
+        if self._open.pending is None:
+            self._open.pending = Pending(self._step, self._epoch, rate, self._scaled, len(file))
+        crc = file.append(training.stored.packed(training.stored.columns.joined(finite)))
+        self._open.pending.add(index, losses, lengths, crc)
         self.seconds += time.perf_counter() - began
 
     def _lengths(self, batch: dict[str, Any]) -> Tensor:
         if callable(self.settings.loss):
             return torch.ones(len(next(iter(batch.values()))), dtype=torch.int64)
         return self.loss_fn.counts(batch)
-
-    def _wait(self) -> None:
-        if self.world > 1:
-            torch.distributed.barrier()

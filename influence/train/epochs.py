@@ -1,113 +1,27 @@
-"""Epochs: from the scratch of an epoch to its index, in the dataset's order; and the sum of several."""
+"""Epochs: from the rows of an epoch to its index, in the dataset's order, and back."""
 
-import json
-import shutil
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from influence import store
-from influence.func.layout import Layout
-from influence.func.transform import Transform
-from influence.index import (
-    Collected,
-    Columns,
-    Fingerprint,
-    Index,
-    fingerprint_of,
-    finish,
-    open_index,
-    shard_sink,
-    start,
-)
-from influence.train.scratch import Scratch
-from influence.train.visits import read_order
+from influence.func.losses import widen
+from influence.index import Fingerprint, Index, finish, open_index, shard_sink, start
+from influence.index.encoding import Encoded
+from influence.index.run import ROOT
+from influence.index.shards import Part, Parts
+from influence.store import BadFileError, sync
+from influence.store.folder import RUN, Manifest, clear, read_manifest, refuse_foreign
+from influence.train.facts import Training
+from influence.train.order import Laid, Log, laid
+from influence.train.scratch import Scratch, checksums, make_scratch, remove_scratch
+from influence.train.visits import first_of
 
-FACTS = "training.json"
-"""What a collection is, beside its rows."""
-WEIGHTS = "those of each step of a training run"
-"""What the fingerprint says of the weights: rows of one index are of many."""
-
-
-class Facts(NamedTuple):
-    """What is known of a run's rows once the first batch was planned.
-
-    Attributes:
-        examples: how many the dataset has.
-        columns: the blocks of a row.
-        wide: the type of the scratch.
-        dtype: the stored type.
-        shard_size: most examples of a shard.
-        config: the collection's settings.
-        transform: what was made of the gradients, without the optimizer's scale.
-        loss_fn: the examples' loss.
-        layout: the parameters' layout.
-    """
-
-    examples: int
-    columns: Columns
-    wide: str
-    dtype: str
-    shard_size: int
-    config: dict[str, Any]
-    transform: Transform
-    loss_fn: Any
-    layout: Layout
-
-    def json(self) -> dict[str, Any]:
-        """Return what two runs must have in common to be one."""
-        return {
-            "examples": self.examples,
-            "blocks": {name: list(shape) for name, shape in self.columns.shapes.items()},
-            "transform": repr(self.transform),
-            "fingerprint": self.transform.fingerprint,
-            "wide": self.wide,
-            **self.config,
-        }
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the rows; an optimizer's live scale counts as one on the training side."""
-        found = fingerprint_of(
-            self.loss_fn, None, self.transform, self.columns.shapes, WEIGHTS, self.config, self.layout
-        )
-        if self.config.get("scale") is None:
-            return found
-        live = {"step": "the optimizer's own", "moments": "those of each step", "eps": None}
-        return replace(found, complement={**found.complement, "scaling": live})
-
-
-def check_facts(path: Path, facts: Facts, write: bool) -> None:
-    """Refuse to mix rows of two collections in one directory; note which this is, where none was.
-
-    Raises:
-        ValueError: naming what differs, and both values.
-    """
-    place, mine = path / FACTS, facts.json()
-    if not place.exists():
-        if write:
-            text = json.dumps(mine, indent=1) + "\n"
-            with store.replacing(place, len(text)) as name:
-                name.write_text(text)
-        return
-    there = json.loads(place.read_text())
-    for key, value in mine.items():
-        if there.get(key) != value:
-            raise ValueError(
-                f"{path} holds rows of a run whose {key} is {there.get(key)}, and this run's is {value}: resume with "
-                "the same, or write to another directory"
-            )
-
-
-def wipe(path: Path) -> None:
-    """Delete what another collection left: its facts last, so that it never looks like another's."""
-    for place in (*path.glob("epoch-*"), path / "sum"):
-        if (place / "run.json").exists():
-            shutil.rmtree(place)
-    for old in (*path.glob("visits-*.h5"), *path.glob("scratch-*.bin"), path / FACTS):
-        old.unlink(missing_ok=True)
+AT_ONCE = 1 << 26
+"""Bytes of rows that are moved at once."""
 
 
 def epoch_path(path: Path, epoch: int) -> Path:
@@ -115,80 +29,181 @@ def epoch_path(path: Path, epoch: int) -> Path:
     return path / f"epoch-{epoch}"
 
 
-def open_scratch(path: Path, facts: Facts, epoch: int) -> Scratch:
-    """Return the epoch's scratch; where a resume comes back to an epoch whose index was written, with its rows."""
-    place = path / f"scratch-{epoch}.bin"
-    fresh = not place.exists()
-    scratch = Scratch(place, facts.examples, facts.columns.dim, getattr(torch, facts.wide))
-    if fresh and (epoch_path(path, epoch) / "index.h5").exists():
-        there = open_index(epoch_path(path, epoch))
-        scratch.put(there.index, there.matrix())
-    return scratch
-
-
-def finish_epoch(path: Path, facts: Facts, epoch: int, scratch: Scratch, seconds: float) -> None:
-    """Write the index of the examples that the epoch visited, shard by shard, and drop the scratch.
-
-    An example that came twice (as ranks pad their last batch) has its last visit's row.
-    """
-    order = read_order(path)
-    visits = order.where(order.epoch == epoch).latest()
-    config = {**facts.config, "epoch": epoch, "seconds": round(seconds, 3)}
-    plan = {"dtype": facts.dtype, "shard_size": facts.shard_size, "per_token": False}
-    directory = epoch_path(path, epoch)
-    with start(directory, "index", config, (), plan, facts.fingerprint(), overwrite=True) as run:
-        for number, begin in enumerate(range(0, len(visits.example), facts.shard_size)):
-            some = visits.where(torch.arange(begin, min(begin + facts.shard_size, len(visits.example))))
-            rows = facts.columns.split(scratch.rows[some.example])
-            _write_shard(run.directory, number, facts.columns, facts.dtype, some.example, rows, some.loss, some.length)
-        finish(run.directory)
-    scratch.remove()
-
-
-def sum_epochs(path: str | Path) -> Index:
-    """Add an example's rows over the epochs, `Σ_e row_e`, into an index `sum` beside theirs.
-
-    Args:
-        path: the `path` of a `GradientCollectorCallback`, whose training is done.
-
-    Returns:
-        The index; its losses are those of the last epoch.
+def index_of(training: Training, place: Path) -> Manifest | None:
+    """Return the manifest of an index that this run began in a folder of its own; `None` where the place is free.
 
     Raises:
-        FileNotFoundError: if there are no epochs.
-        ValueError: if the epochs have other columns than one another.
+        FileExistsError: if something else is there.
     """
-    path = Path(path)
-    places = sorted(path.glob("epoch-*"), key=lambda place: int(place.name.split("-")[1]))
-    if not places:
-        raise FileNotFoundError(f"there is no epoch-*/ in {path}: collect with GradientCollectorCallback first")
-    epochs = [open_index(place) for place in places]
-    last = epochs[-1]
-    if any(epoch.blocks != last.blocks for epoch in epochs):
-        raise ValueError(f"the epochs in {path} have different blocks: they are of different collections")
-    examples = torch.cat([epoch.index for epoch in epochs]).unique()
-    size = int(last.about.plan["shard_size"])
-    config = {**last.about.config, "epoch": None, "epochs": len(epochs)}
-    with start(path / "sum", "index", config, (), last.about.plan, last.fingerprint, overwrite=True) as run:
-        for number, begin in enumerate(range(0, len(examples), size)):
-            some = examples[begin : begin + size]
-            total = torch.zeros(len(some), last.dim, dtype=torch.float64)
-            loss, length = torch.zeros(len(some), dtype=torch.float64), torch.zeros(len(some), dtype=torch.int64)
-            for epoch in epochs:
-                at = torch.isin(epoch.index, some).nonzero().flatten()
-                to = torch.searchsorted(some, epoch.index[at])
-                if len(at):
-                    between = slice(int(at[0]), int(at[-1]) + 1)  # an index is sorted, so its part is contiguous
-                    total[to] += epoch.matrix(between.start, between.stop)[at - at[0]]
-                    loss[to], length[to] = epoch.loss[at].double(), epoch.length[at]
-            wide = total if last.dtype == "float64" else total.float()
-            _write_shard(run.directory, number, last.columns, last.dtype, some, last.columns.split(wide), loss, length)
-        finish(run.directory)
-    return open_index(path / "sum")
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise FileExistsError(f"{place} is no folder of this training's: move it away, or write to another directory")
+    refuse_foreign(place)
+    if not (place / RUN).exists():
+        return None
+    found = read_manifest(place)
+    if found.plan.get("training") != training.id:
+        raise FileExistsError(f"{place} holds another run: move it away, or write to another directory")
+    return found
 
 
-def _write_shard(
-    directory: Path, number: int, columns: Columns, dtype: str, index: Tensor, rows: Any, loss: Tensor, length: Tensor
+def is_whole(training: Training, logs: Sequence[Log], epoch: int) -> bool:
+    """Whether the index of an epoch is there, and of the very steps that the order logs have."""
+    place = epoch_path(training.path, epoch)
+    found = index_of(training, place)
+    return found is not None and (place / ROOT).exists() and found.plan.get("order") == heads(logs, epoch)
+
+
+def heads(logs: Sequence[Log], epoch: int) -> list[str]:
+    """Return each process's checksum of all that it saw up to the end of an epoch."""
+    return [log.head(epoch) for log in logs]
+
+
+def epochs_of(logs: Sequence[Log]) -> list[int]:
+    """Return the epochs that the order logs have steps of."""
+    return sorted({line.epoch for log in logs for line in log.lines})
+
+
+def write_epoch(training: Training, logs: Sequence[Log], epoch: int) -> None:
+    """Write the index of the examples that an epoch visited, shard by shard, and remove the rows that it is made of.
+
+    An example that came twice (as ranks pad their last batch) has its first visit's row: what a resume keeps is then
+    what was there before the epoch went on.
+    """
+    found = laid(logs, epoch)
+    found = found.where(first_of(found.visits.example))
+    steps = [line.step for log in logs for line in log.lines if line.epoch == epoch]
+    more = {"training": training.id, "epoch": epoch, "steps": [min(steps), max(steps) + 1]}
+    files = {
+        rank: Scratch(training.path, training.id, epoch, rank, training.stored)
+        for rank in found.visits.rank.unique().tolist()
+    }
+    try:
+        write_index(
+            training,
+            epoch_path(training.path, epoch),
+            found.visits.example,
+            {**more, "order": heads(logs, epoch)},
+            {"epoch": epoch},
+            lambda at: _part(training, files, found.where(torch.arange(at.start, at.stop))),
+        )
+    finally:
+        for file in files.values():
+            file.close()
+    remove_scratch(training.path, training.id, epoch, range(training.plan.world))
+
+
+def write_index(
+    training: Training,
+    directory: Path,
+    examples: Int[Tensor, " n"],
+    more: dict[str, Any],
+    said: dict[str, Any],
+    part: Any,
 ) -> None:
-    sink = shard_sink(directory, number, None, columns, dtype)
-    sink.finalize(sink.update(sink.init(), index, Collected(rows, loss, length)))
+    """Write an index of some examples.
+
+    Args:
+        training: the run.
+        directory: where.
+        examples: the examples, sorted.
+        more: what its plan has beside the training's.
+        said: what its configuration has beside the training's.
+        part: makes the rows of a slice of the examples.
+    """
+    size = training.plan.shard_size
+    slices = [slice(begin, min(begin + size, len(examples))) for begin in range(0, len(examples), size)]
+    shards = [[int(examples[at.start]), int(examples[at.stop - 1]) + 1] for at in slices]
+    plan = {"dtype": training.plan.dtype, "shard_size": size, "per_token": False, **more, "shards": shards}
+    config = {**training.manifest.config, **said}
+    fingerprint = Fingerprint.from_json(training.manifest.fingerprint)
+    index_of(training, directory)
+    with start(directory, "index", config, (), plan, fingerprint, overwrite=True) as run:
+        for number, at in enumerate(slices):
+            sink = shard_sink(run.directory, number, None, training.stored.columns, training.plan.dtype)
+            sink.finalize(Parts((part(at),)))
+        finish(run.directory)
+
+
+def unwrite_epoch(training: Training, logs: Sequence[Log], epoch: int) -> None:
+    """Make the rows of an epoch's visits of its index again, and then let go of that: the epoch goes on.
+
+    A visit that was not its example's first has no row in the index. Its place is filled with zeros, which nothing
+    reads: the first visit stays the first, whatever comes behind it.
+
+    Raises:
+        BadFileError: if the index holds other rows than the order logs say.
+    """
+    place = epoch_path(training.path, epoch)
+    index, found = open_index(place), laid(logs, epoch)
+    if index.dtype != training.plan.dtype or index.blocks != dict(training.stored.columns.shapes):
+        raise BadFileError(f"{place} holds other rows than its training: restore it, or write to another directory")
+    first = torch.zeros(len(found.crc), dtype=torch.bool)
+    first[first_of(found.visits.example)] = True
+    for rank in range(training.plan.world):
+        mine = found.visits.rank == rank
+        back = found.number[mine].argsort()
+        rows = found.where(mine).where(back)
+        pieces = _rows_again(training, index, rows, first[mine][back])
+        make_scratch(training.path, training.id, epoch, rank, training.stored, pieces, len(rows.crc))
+    let_go(place)
+
+
+def let_go(place: Path) -> None:
+    """Remove an index of ours, its root first: it is not finished from then on, whatever happens."""
+    (place / ROOT).unlink(missing_ok=True)
+    sync(place)
+    clear(place, read_manifest(place))
+
+
+def _part(training: Training, files: dict[int, Scratch], some: Laid) -> Part:
+    """Return visits' rows and what is known of them as a shard takes them."""
+    stored = training.stored
+    data = torch.zeros(len(some.crc), stored.bytes, dtype=torch.uint8).numpy()
+    for rank, file in files.items():
+        mine = some.visits.rank == rank
+        try:
+            data[mine.numpy()] = file.take(some.number[mine], some.crc[mine])
+        except BadFileError as error:
+            raise BadFileError(f"{error} (epoch {int(some.visits.epoch[0])})") from error
+    per_example = {"loss": widen(some.visits.loss), "length": some.visits.length}
+    return Part(some.visits.example, torch.ones_like(some.number), stored.encoded(data), per_example, {})
+
+
+def _rows_again(training: Training, index: Index, rows: Laid, first: Tensor) -> Iterator[Any]:
+    """Yield the bytes of visits' rows as an index has them, some at a time."""
+    stored = training.stored
+    size = max(1, AT_ONCE // max(stored.bytes, 1))
+    for begin in range(0, len(rows.crc), size):
+        some = slice(begin, begin + size)
+        data = torch.zeros(len(rows.crc[some]), stored.bytes, dtype=torch.uint8).numpy()
+        kept = first[some]
+        if not bool(kept.any()):
+            yield data.tobytes()
+            continue
+        example = rows.visits.example[some][kept]
+        at = torch.searchsorted(index.index, example).clamp_max(max(len(index) - 1, 0))
+        there = len(index) and torch.equal(index.index[at], example)
+        found = stored.joined(_taken(index, at)) if there else data[:0]
+        if not there or checksums(found) != rows.crc[some][kept].tolist():
+            raise BadFileError(
+                f"{index.path} holds other rows than the order log says: it was put here from elsewhere, or the log "
+                "was. Restore them, or write to another directory"
+            )
+        data[kept.numpy()] = found
+        yield data.tobytes()
+
+
+def _taken(index: Index, rows: Int[Tensor, " m"]) -> Encoded:
+    """Return rows of an index as they are stored."""
+    values, scales, places, begin = [], [], [], 0
+    for part in index.parts:
+        here = ((rows >= begin) & (rows < begin + part.rows)).nonzero()[:, 0]
+        if len(here):
+            stored, scale = part.get("rows"), part.get("scale")
+            assert stored is not None
+            places.append(here)
+            values.append(stored[rows[here] - begin])
+            scales += [] if scale is None else [scale[rows[here] - begin]]
+        begin += part.rows
+    back = torch.cat(places).argsort()
+    return Encoded(torch.cat(values)[back], torch.cat(scales)[back] if scales else None)
