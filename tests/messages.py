@@ -309,7 +309,7 @@ CASES = [
         lambda: functionalize(nn.Sequential(nn.Linear(2, 2), Quantised(2, 2))),
         ("1 layers (1, …) are quantised", "influence.models.load(precision="),
     ),
-    Bad("a file of something else", lambda: hessians.load(__file__), ("is no HDF5 file",)),
+    Bad("a file of something else", lambda: hessians.load(__file__), ("is no file of influence",)),
 ]
 
 

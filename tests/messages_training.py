@@ -142,7 +142,7 @@ CASES = [
     Bad(
         "a learning rate that is no number",
         lambda: recipe(less, ("a",), learning_rates=(float("inf"),)),
-        ("finite and at least 0; got inf",),
+        ("must be a finite number", "at least 0; got inf"),
     ),
     Bad(
         "a checkpoint that says no learning rate",

@@ -289,7 +289,7 @@ def test_a_damaged_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index.h5 is damaged: the checksum of its facts differs"):
         open_index(tmp_path)
     root.write_bytes(data[: at // 2])
-    with pytest.raises(ValueError, match=r"index.h5 is (damaged|no HDF5 file)"):
+    with pytest.raises(ValueError, match=r"index.h5 is damaged"):
         open_index(tmp_path)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy
 
+from influence.store import BadFileError
+
 LARGEST = 1 << 24
 """Bytes of the largest document, unless another number is asked for."""
 DEEPEST = 100
@@ -50,7 +52,7 @@ def _check_lines(path: Path, most: int) -> None:
 
 
 def _check_json(path: Path, most: int) -> None:
-    begin, row, depth, base = 0, 0, 0, 0
+    begin, row, depth, base, line = 0, 0, 0, 0, 1
     quotes = 0  # since the last line began
     for at, chunk in _chunks(path):
         if at == 0 and chunk.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
@@ -73,15 +75,15 @@ def _check_json(path: Path, most: int) -> None:
         deep = numpy.flatnonzero(depths > DEEPEST)
         ends = places[((steps < 0) | ((kinds == LINE) & ~within)) & (depths <= base)] + at
         if len(deep):
-            place = at + int(places[deep[0]])
-            found = row + int((ends < place).sum())
-            raise ValueError(
-                f"{path} has more than {DEEPEST} brackets inside one another, at byte {place:,} (about row {found:,}), "
-                "which can end the process that reads them: correct the row, or leave it out"
+            line += int((kinds[: deep[0]] == LINE).sum())
+            raise BadFileError(
+                f"{path}, line {line}, is nested too deeply: it has more than {DEEPEST} brackets inside one another, "
+                "which can end the process that reads them: mend it, write it again, or leave it out"
             )
         begin, row = _longest(path, begin, row, ends, at + len(chunk), most)
         if len(places):
             quotes, depth = int(seen[-1] - before[-1]), int(depths[-1])
+            line += int((kinds == LINE).sum())
 
 
 def _longest(path: Path, begin: int, row: int, ends: Any, stop: int, most: int) -> tuple[int, int]:
