@@ -40,6 +40,7 @@ WRITTEN = ("run", "to", "record", "save", "plot")
 """Fields that name what is written."""
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit statuses beside 0: refused or failed; not understood; stopped by Ctrl-C, as shells say it."""
 
 
 class Options(NamedTuple):
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what was typed after `influence`.
 
     Returns:
-        The exit status: 0 if all went well, 1 if the command failed, 2 if it was not understood.
+        The exit status: 0 if all went well, 1 if the command was refused or failed, 2 if it was not understood, 130
+        if it was stopped by Ctrl-C.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     if not typed or typed[0] in ("-h", "--help", "help"):
@@ -109,6 +111,9 @@ def overview() -> str:
         "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
         "  --json         the result for machines, on standard output",
         "  --debug        the traceback of an error",
+        "",
+        f"Exit status: 0 done; {FAILED} refused or failed, as standard error says; {MISUSED} not understood; "
+        f"{INTERRUPTED} stopped by Ctrl-C.",
         "",
         "Share the work of a command among processes (-r is --run, which torchrun would take for its own):",
         "  torchrun --nproc-per-node 2 -m influence build … -r RUN",

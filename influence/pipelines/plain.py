@@ -75,17 +75,27 @@ def from_mapping(kind: type[C], mapping: Any, where: str = "", partial: bool = F
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
     """Return a value that is of its type, a list as the tuple it means."""
-    from beartype.door import is_bearable
-
     value = tuple(value) if isinstance(value, list) else value
-    if hint is float:
-        value = _number(value)
-    elif get_origin(hint) is tuple and get_args(hint)[0] is float and isinstance(value, tuple):
+    if get_origin(hint) is tuple and get_args(hint)[0] is float and isinstance(value, tuple):
         value = tuple(map(_number, value))
-    lists = get_origin(hint) is tuple and isinstance(value, tuple)  # of which beartype looks at one item alone
-    if not is_bearable(value, hint) or (lists and not all(is_bearable(item, get_args(hint)[0]) for item in value)):
+    elif float in (hint, *get_args(hint)):
+        value = _number(value)
+    if not _is(value, hint):
         raise FieldError(f"field {name} must be {_said(hint)}; got {shortly(value)}")
     return value
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; true is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if origin is tuple:
+        kinds = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is Ellipsis else inner
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
+    return type(value) is hint
 
 
 def _number(value: Any) -> Any:
