@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from influence.flags import as_flags, names_of
+from influence.visible import visible
 
 COMMANDS = {
     "build": "write an index: one gradient row for every example of a dataset",
@@ -34,6 +35,9 @@ COMMANDS = {
     "export": "write an index's rows as safetensors, npy or parquet",
 }
 CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}
+
+WRITTEN = ("run", "to", "record", "save", "plot")
+"""Fields that name what is written."""
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             import traceback
 
-            print(f"rank {os.environ.get('RANK')}: " + traceback.format_exc(), file=sys.stderr, flush=True)
+            print(visible(f"rank {os.environ.get('RANK')}: {traceback.format_exc()}"), file=sys.stderr, flush=True)
         return _complain(command, paragraph(error, _names(command)), FAILED)
     return 0
 
@@ -138,7 +142,7 @@ def run(command: str, flags: Sequence[str], options: Options) -> None:
     if options.json:
         print(json.dumps(outcome.facts, default=_plain))
     elif outcome.text:
-        print(outcome.text)
+        print(visible(outcome.text))
 
 
 def _kind(command: str) -> tuple[Any, Any]:
@@ -167,17 +171,33 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     default = None
     if options.config is not None:
         read = read_config(options.config)
+        if {"-h", "--help"} & {*flags}:  # which prints it
+            read = _shown(read)
         try:
             default = from_mapping(kind, read, partial=True)
         except FieldError as error:
             raise FieldError(f"{options.config}: {error}") from error
-    return tyro.cli(
+    config = tyro.cli(
         kind,
         args=list(flags),
         prog=f"influence {command}",
         description=described(kind),
         default=default,
     )
+    for name in WRITTEN:
+        path = getattr(config, name, None)
+        if isinstance(path, str) and (seen := visible(path, lines=False)) != path:
+            raise ValueError(f"--{name} {seen} has a control code in it, such as a newline: give a path without one")
+    return config
+
+
+def _shown(value: Any) -> Any:
+    """Return what a file of settings holds with all texts as a terminal may show them."""
+    if isinstance(value, dict):
+        return {visible(str(name)): _shown(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    return visible(value, lines=False) if isinstance(value, str) else value
 
 
 def described(kind: Any) -> str:
@@ -201,7 +221,7 @@ def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> s
     """
     # nothing is caught here: these are foreseen, so their message alone is said
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
-    text = " ".join(_message(error).split()) or "no message"
+    text = " ".join(visible(_message(error)).split()) or "no message"
     if type(error).__name__ != "FieldError":  # which speaks of a file of settings
         text = as_flags(text, names or {})
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
@@ -218,12 +238,12 @@ def _message(error: BaseException) -> str:
 
 
 def _complain(command: str, text: str, status: int) -> int:
-    print(f"influence {command}: {text}", file=sys.stderr)
+    print(visible(f"influence {command}: {text}", lines=False), file=sys.stderr)
     return status
 
 
 def _show_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    print(f"influence: note: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"influence: note: {' '.join(visible(str(message)).split())}", file=sys.stderr)
 
 
 def _quieten() -> None:
@@ -240,7 +260,7 @@ def _quieten() -> None:
 def _say(machine: bool) -> Callable[[str], None]:
     """Return where a pipeline's lines go: beside the result where that is for machines."""
     out = sys.stderr if machine else sys.stdout
-    return lambda line: print(line, file=out, flush=True)
+    return lambda line: print(visible(line), file=out, flush=True)
 
 
 def _plain(value: Any) -> Any:

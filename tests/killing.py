@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ def in_child(work: Callable[[], object], directory: Path, kill_at: int | None = 
         status = 70
         try:
             os.close(reading)
+            warnings.simplefilter("default")  # who is warned goes on
             gc.freeze()  # what was imported is no garbage, and need not be looked through
             plain = os.write
             Events(directory, kill_at, lambda line: plain(writing, line.encode())).install()

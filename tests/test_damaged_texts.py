@@ -19,6 +19,7 @@ from influence.pipelines.query import QueryConfig
 from influence.pipelines.query import run as ask
 from influence.pipelines.recall import read_gold
 from influence.store.folder import read_manifest
+from tests.damage import changes
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
@@ -113,17 +114,6 @@ def test_a_budget_that_is_there_is_taken(tmp_path: Path) -> None:
 
 
 STATE = {"global_step": 2, "log_history": [{"step": 1, "learning_rate": 0.5}, {"step": 2, "loss": 1.0}]}
-
-
-def changes(value: Any) -> Any:
-    """Yield a JSON value with one of its parts of another type or gone, for every part and every type."""
-    for other in (None, -1, 1.5, "x", [], {}, [None], float("nan")):
-        yield other
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        for other in changes(value[key]):
-            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
-        if isinstance(value, dict):
-            yield {name: part for name, part in value.items() if name != key}
 
 
 def test_a_trainers_state_with_any_part_of_another_type(tmp_path: Path) -> None:

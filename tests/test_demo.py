@@ -24,8 +24,22 @@ def lesson() -> Lesson:
 
 
 @pytest.fixture(scope="module")
-def traced(lesson: Lesson, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
-    return trace(lesson, tmp_path_factory.mktemp("indexes"))
+def mixed() -> list[tuple[Any, int]]:
+    """What was mixed while everything was traced, and how many components it asked for."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def traced(lesson: Lesson, mixed: list[tuple[Any, int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traced]:
+    mix = tracing.hessians.mix
+
+    def noting(*sides: Any, **settings: Any) -> Any:
+        mixed.append((mix(*sides, **settings), settings["components"]))
+        return mixed[-1][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing.hessians, "mix", noting)
+        return trace(lesson, tmp_path_factory.mktemp("indexes"))
 
 
 def test_every_method_scores_every_document_for_every_question(lesson: Lesson, traced: dict[str, Traced]) -> None:
@@ -38,17 +52,9 @@ def test_every_method_scores_every_document_for_every_question(lesson: Lesson, t
 
 
 def test_trackstar_leaves_no_curvature_out_where_questions_are_few(
-    lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced: dict[str, Traced], mixed: list[tuple[Any, int]]
 ) -> None:
     """More components than the questions' curvature has leave the corpus's out: 0.40 for 0.77 in a world of 60."""
-    mix, mixed = tracing.hessians.mix, []
-
-    def noting(*sides: Any, **settings: Any) -> Any:
-        mixed.append((mix(*sides, **settings), settings["components"]))
-        return mixed[-1][0]
-
-    monkeypatch.setattr(tracing.hessians, "mix", noting)
-    trace(lesson, tmp_path, say=lambda line: None)
     ((factors, components),) = mixed
     assert components == 20  # of 12 questions; of the 120 that are measured, 200
     assert round(tracing.SHARED * 120) == 200
@@ -77,7 +83,10 @@ def test_models_of_a_world_differ_and_their_scores_are_averaged(lesson: Lesson, 
     assert both[name].seconds == 2 * traced[name].seconds
 
 
-def test_the_page_shows_all_of_it_and_needs_nothing_else(lesson: Lesson, traced: dict[str, Traced]) -> None:
+def test_the_page_shows_all_of_it_and_needs_nothing_else(
+    lesson: Lesson, traced: dict[str, Traced], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(demo.SAMPLING, "num_burnin_steps", 4)
     before = {name: p.clone() for name, p in lesson.model.named_parameters()}
     stages = demo.along_training(lesson, draws=4)
     assert [stage.step for stage in stages] == [10, 40]
@@ -94,8 +103,11 @@ def test_the_page_shows_all_of_it_and_needs_nothing_else(lesson: Lesson, traced:
     assert len(plots[1].getElementsByTagName("polyline")) == len(everything)
 
 
-def test_the_command_writes_the_page(lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_the_page(
+    lesson: Lesson, traced: dict[str, Traced], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
+    monkeypatch.setattr(demo, "trace", lambda lesson, folder: traced)
     monkeypatch.setattr(demo, "learn", lambda seed, keep, which: asked.append((seed, which)) or lesson)
     monkeypatch.setattr(demo, "along_training", lambda lesson: [demo.Stage(1, _llc(), 1.0, 0.5)] * 2)
     monkeypatch.setattr(demo, "bayesian_influence", lambda lesson: torch.rand(12, len(lesson.world.documents)))

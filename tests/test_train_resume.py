@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from influence.index import open_index
+from influence.pipelines import inspect
 from influence.train import read_order, sum_epochs
 from tests import training_kills, training_world
 from tests.killing import Events, in_child
@@ -123,6 +124,40 @@ def test_killed_in_a_resume_from_an_older_checkpoint(window: str) -> None:
         shutil.rmtree(newer)
         status, _ = child(directory, True, at=lambda found: 2)
         assert status == 0
+        assert whole("steps").differing(directory) == []
+
+
+WIPES = {
+    "nothing is gone": (r"os\.remove rows/ended", True),
+    "the sum is": (r"os\.rmdir rows/sum", True),
+    "an epoch is": (r"os\.rmdir rows/epoch-0", False),
+    "the order log is": (r"os\.remove rows/order-0", False),
+    "all but the manifest": (r"open rows/\.run\.json", None),
+    "another manifest is there": (r"os\.rename rows/\.order-0", None),
+}
+"""Where a training dies that begins anew in the place of one that had ended, and whether that could still go on."""
+
+
+@functools.cache
+def wipe_events() -> list[str]:
+    with copied("steps") as directory:
+        sum_epochs(directory / "rows")
+        return child(directory, False)[1]
+
+
+@pytest.mark.parametrize("window", WIPES)
+def test_killed_as_it_replaces_another(window: str) -> None:
+    """The one that was there goes on while it is whole, and is refused then; where no row is left, there is no sum."""
+    pattern, whole_still = WIPES[window]
+    with copied("steps") as directory:
+        assert child(directory, False, event(wipe_events(), pattern))[0] == -9
+        assert whole("steps").wrong_but_readable(directory) == []
+        assert child(directory, True, at=lambda found: 8)[0] == (70 if whole_still is False else 0)
+        assert whole("steps").wrong_but_readable(directory) == []
+        if whole_still is None:
+            with pytest.raises(ValueError, match="has not ended"):
+                sum_epochs(directory / "rows")
+        assert child(directory, False)[0] == 0
         assert whole("steps").differing(directory) == []
 
 
@@ -246,6 +281,20 @@ def test_a_training_that_has_not_ended(tmp_path: Path) -> None:
     total = sum_epochs(tmp_path / "rows", partial=True)
     assert torch.equal(total.matrix(), open_index(whole("steps").directory / "rows/epoch-0").matrix())
     assert read_order(tmp_path / "rows").step.max() == STEPS - 1
+
+
+def test_what_inspect_says(tmp_path: Path) -> None:
+    stopped(tmp_path, r"(?<=open trainer/checkpoint-6/trainer_state\.json\n)write rows")
+    found = inspect.run(inspect.InspectConfig(str(tmp_path / "rows"), verify=True))
+    assert found.facts["epochs"] == {
+        0: {"steps": [0, 4], "visits": 12, "index": True},
+        1: {"steps": [4, 6], "visits": 6, "index": False},
+    }
+    assert "not ended, 12 examples" in found.text
+    assert "verified" in found.text
+    assert inspect.run(inspect.InspectConfig(str(whole("steps").directory / "rows"))).facts["finished"]
+    with pytest.raises(ValueError, match=r"the directory of a training, .*: open epoch-0, …, or what sum_epochs makes"):
+        open_index(tmp_path / "rows")
 
 
 def test_rows_that_begin_late(tmp_path: Path) -> None:
@@ -381,6 +430,19 @@ def test_a_directory_of_the_users_is_refused(tmp_path: Path) -> None:
             train(tmp_path, collected={"overwrite": overwrite})
     assert training_kills.plain_files(rows) == before
     assert not (tmp_path / "trainer/checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("name", ["ended.log", "order-0.jsonl", "rows-0-0.bin"])
+def test_a_file_of_ours_that_is_the_users_now(name: str) -> None:
+    """A resume that would cut or replace it is refused."""
+    with copied("steps") as directory:
+        (directory / "rows" / name).write_text("mine")
+        before = training_kills.plain_files(directory / "rows")
+        with pytest.raises(ValueError, match=rf"{name} is no file of influence"):
+            train(directory, True, at=lambda found: 2)
+        after = training_kills.plain_files(directory / "rows")
+        assert after[name] == b"mine"
+        assert name == "rows-0-0.bin" or after == before
 
 
 @pytest.mark.parametrize("name", ["epoch-1", "epoch-1 of another run", "rows-1-0.bin", "a link"])

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import beartype
@@ -85,6 +86,20 @@ def test_what_yields_and_names_that_are_quoted() -> None:
         rows(torch.ones(2))
     with pytest.raises(Wrong):
         named(3)
+
+
+def test_dataclasses() -> None:
+    @checked
+    @dataclass(frozen=True)
+    class Pair:
+        x: Float[Tensor, " n"]
+        y: Float[Tensor, " n"]
+        name: str = "a"
+
+    assert Pair(torch.ones(2), torch.ones(2)).name == "a"
+    for wrong in ((torch.ones(2), torch.ones(3)), (torch.ones(2), torch.ones(2), 3), (torch.ones(2), 3)):
+        with pytest.raises(Wrong):
+            Pair(*wrong)
 
 
 def test_no_function_is_kept() -> None:

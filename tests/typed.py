@@ -4,6 +4,7 @@ jaxtyping's own decorator makes two checkers whenever a function is defined, fun
 the arguments twice: that took more than half of the suite's time. This one makes one for a function's code, once.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -20,8 +21,13 @@ def checked(fn: Any = None, *, typechecker: Any = None) -> Any:
     """Check what a function takes and returns, in a scope of axis names of its own, as `jaxtyping.jaxtyped` does."""
     if fn is None:
         return functools.partial(checked, typechecker=typechecker)
+    if dataclasses.is_dataclass(fn):
+        made = vars(fn).get("__init__")
+        if isinstance(made, FunctionType) and made.__globals__ is not globals():  # one that is written is wrapped
+            fn.__init__ = checked(made, typechecker=typechecker)
+        return fn
     if not isinstance(fn, FunctionType) or inspect.isgeneratorfunction(fn) or _quoted(fn):
-        return jaxtyped(fn, typechecker=typechecker)  # classes, what yields, names that are not there at run time
+        return jaxtyped(fn, typechecker=typechecker)  # other classes, what yields, names that are not there at run time
     known = _checker(fn, typechecker)
 
     @functools.wraps(fn)

@@ -15,6 +15,7 @@ from torch import Tensor
 from influence.data.batches import collate
 from influence.data.parsing import json_of
 from influence.data.tokenized import Tokenized
+from influence.store import BadFileError
 
 
 def auto_token_budget(
@@ -69,7 +70,7 @@ def auto_token_budget(
     found = known.get(name, {"token_budget": 1}) if isinstance(known, dict) else None
     budget = found.get("token_budget") if isinstance(found, dict) else None
     if not isinstance(budget, int) or budget < 1:
-        raise ValueError(
+        raise BadFileError(
             f"{cache} holds no budgets: it is damaged, or of another kind. Delete it, or pass another cache"
         )
     if name in known:

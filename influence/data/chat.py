@@ -5,6 +5,7 @@ text that changes when what the turn says is replaced by a character that occurs
 for what a turn says: a template may strip it, and another turn may say the same.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -48,12 +49,20 @@ class Marked(NamedTuple):
     bare: bool
 
 
+def marked_from(parts: list[Any] | None) -> Marked | None:
+    """Return a marked text that was JSON in between."""
+    if parts is None:
+        return None
+    text, spans, bare = parts
+    return Marked(text, None if spans is None else tuple(Span(*span) for span in spans), bare)
+
+
 Render: TypeAlias = Callable[[Sequence[Message]], tuple[str, list[tuple[int, int]]]]
 """Messages to their text and the `{% generation %}` blocks in it."""
 
 
 def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
-    """Return the function from documents to marked texts, and whether it uses a chat template.
+    """Return the function from documents to marked texts, and whether it uses a chat template, which wants to be apart.
 
     Without a chat template the turns are concatenated as they are, with the tokenizer's end-of-sequence token after
     each of the assistant's.
@@ -75,15 +84,23 @@ def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
                 return_assistant_tokens_mask=generated,
                 **tokenizer.special_tokens_map,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template: {error}") from error
         texts, blocks = rendered
         return texts[0], list(blocks[0]) if generated else []
 
-    spans = _by_blocks if generated and _in_place(render) else _by_difference
+    import transformers.utils.chat_template_utils  # noqa: F401 (before the process that renders begins)
+
+    @functools.cache
+    def spans() -> Callable[[Sequence[Message], Render], Marked]:  # which renders, so not before there is a document
+        return _by_blocks if generated and _in_place(render) else _by_difference
 
     def mark(document: Document) -> Marked:
-        return Marked(document.text, None, bare=True) if document.text is not None else spans(document.messages, render)
+        if document.text is not None:
+            return Marked(document.text, None, bare=True)
+        return spans()(document.messages, render)
 
     return mark, True
 

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from influence.store import BadFileError
+
 WHOLE = 1 << 28
 """Bytes up to which a JSON document is read again, to find the line in which it breaks off."""
 
 
-def unreadable(files: Sequence[str], kind: str, error: Exception, again: Callable[[str], Iterable[Any]]) -> ValueError:
+def unreadable(
+    files: Sequence[str], kind: str, error: Exception, again: Callable[[str], Iterable[Any]]
+) -> BadFileError:
     """Return the error that says which of some files cannot be read, and in which line.
 
     Args:
@@ -26,7 +30,7 @@ def unreadable(files: Sequence[str], kind: str, error: Exception, again: Callabl
             return _blamed(file, kind, found)
     if len(files) == 1:
         return _blamed(files[0], kind, error)
-    return ValueError(f"{', '.join(files[:3])} … cannot be read together as {kind}: {said(error)}")
+    return BadFileError(f"{', '.join(files[:3])} … cannot be read together as {kind}: {said(error)}")
 
 
 def said(error: BaseException) -> str:
@@ -39,10 +43,10 @@ def said(error: BaseException) -> str:
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__} {text}".strip()
 
 
-def _blamed(file: str, kind: str, error: Exception) -> ValueError:
+def _blamed(file: str, kind: str, error: Exception) -> BadFileError:
     line, what = _place(Path(file), kind)
     where = file if line is None else f"{file}, line {line},"
-    return ValueError(
+    return BadFileError(
         f"{where} cannot be read as {kind}: {what or said(error)}. It is damaged or cut off, or not what its name "
         "says: mend it, write it again, or leave it out"
     )

@@ -1,12 +1,13 @@
 """The shapes of text: which columns of a row become a document, and who speaks in it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from influence.data import templates
+from influence.data.apart import apart, each
 from influence.data.templates import Template
 
 Message: TypeAlias = dict[str, Any]
@@ -50,6 +51,12 @@ class Document(NamedTuple):
         """Whether nothing is said."""
         return not self.text and not any(message["content"] for message in self.messages)
 
+    @property
+    def bytes(self) -> int:
+        """How many bytes the text, or what all turns say, has."""
+        said = [self.text or "", *(message["content"] for message in self.messages)]
+        return sum(len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass")) for part in said)
+
     def prompt(self) -> str:
         """Return what the last answer answers: equal prompts have rewards that can be compared."""
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=0)
@@ -89,6 +96,27 @@ def reader(form: TextFormat, columns: list[str]) -> tuple[list[str], Callable[[M
         return present([prompt], columns, "prompt_column"), lambda row: Document(_text(row[prompt], prompt))
     named = present([prompt, completion], columns, "prompt_column and completion_column")
     return named, lambda row: _answered(_text(row[prompt], prompt), _text(row[completion], completion))
+
+
+def read_documents(
+    document_of: Callable[[Mapping[str, Any]], Document], rows: Sequence[Mapping[str, Any]], form: TextFormat
+) -> list[Document]:
+    """Return the documents of rows; a template runs apart.
+
+    Args:
+        document_of: what `reader` returned.
+        rows: the rows.
+        form: what it was made of.
+
+    Returns:
+        The documents.
+
+    Raises:
+        ItemError: at the first row that has none.
+    """
+    if form.template is None:
+        return each(document_of, rows)
+    return [Document(text, tuple(messages)) for text, messages in apart(document_of, rows, "the template")]
 
 
 def present(names: list[str], columns: list[str], argument: str) -> list[str]:

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.data.chat import marker
+from influence.data.apart import ItemError, apart, each
+from influence.data.chat import Marked, marked_from, marker
 from influence.data.context import context_length
-from influence.data.documents import TextFormat, present, reader
+from influence.data.documents import Document, TextFormat, present, read_documents, reader
 from influence.data.encode import encoder
+from influence.data.sizes import LARGEST
 from influence.data.sources import Rows, column_names, slices
 from influence.data.tokenized import Tokenized, flat
 from influence.func.losses import IGNORED
@@ -53,7 +55,13 @@ class Reading(NamedTuple):
 
 
 def reading(
-    dataset: Any, tokenizer: Any, form: TextFormat, limit: int | None, separate: bool, scored: str | None
+    dataset: Any,
+    tokenizer: Any,
+    form: TextFormat,
+    limit: int | None,
+    separate: bool,
+    scored: str | None,
+    most: int = LARGEST,
 ) -> Reading:
     """Decide how slices become tokens.
 
@@ -64,6 +72,7 @@ def reading(
         limit: cut documents to so many tokens.
         separate: end plain texts in the tokenizer's end-of-sequence token.
         scored: a column of numbers to read too.
+        most: refuse documents of more bytes.
 
     Returns:
         The functions that do it.
@@ -86,20 +95,32 @@ def reading(
         notice = "the tokenizer has no chat template: turns were concatenated as they are"
         warnings.warn(notice, stacklevel=3)
 
+    def marked_of(document: Document) -> Marked | None:
+        return None if document.empty else mark(document)
+
+    def within(document: Document) -> Document:
+        if (size := document.bytes) > most:
+            raise ValueError(
+                f"its text has {size:,} bytes, and max_document_bytes={most} is the limit: a tokenizer takes two "
+                "hundred times as much memory. Cut the document, or raise it"
+            )
+        return document
+
     def read(first: int, rows: Rows) -> Tokenized:
-        marked = []
-        for i, row in enumerate(rows):
-            try:
-                document = document_of(row)
-                marked.append(None if document.empty else mark(document))
-            except ValueError as error:
-                raise ValueError(f"row {first + i}: {error}") from error
+        try:
+            documents = each(within, read_documents(document_of, rows, form))
+            if templated and any(document.messages for document in documents):
+                marked = [marked_from(parts) for parts in apart(marked_of, documents, "the chat template")]
+            else:
+                marked = each(marked_of, documents)
+        except ItemError as error:
+            raise ValueError(f"row {first + error.item}: {error}") from error
         encoded = encode(marked)
         tokenized = flat(encoded.ids, encoded.labels, first, pad)
         return replace(tokenized, counts=tokenized.counts._replace(truncated=encoded.cut))
 
     def prompts(rows: Rows) -> list[str]:
-        documents = [document_of(row) for row in rows]
+        documents = read_documents(document_of, rows, form)
         if any(document.text for document in documents):
             raise ValueError(
                 "rewards compare answers to equal prompts, and plain text has none: pass completion_column"

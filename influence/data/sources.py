@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from influence.data.damaged import said, unreadable
 from influence.data.parsing import shortly, yaml_of
+from influence.data.sizes import LARGEST, check_files
+from influence.store import BadFileError
 
 Rows: TypeAlias = list[dict[str, Any]]
 """A slice of a dataset."""
@@ -25,6 +27,7 @@ def load(
     subset: str | None = None,
     data_kwargs: str | Mapping[str, Any] | None = None,
     streaming: bool = False,
+    max_document_bytes: int = LARGEST,
 ) -> Any:
     """Load a dataset.
 
@@ -36,13 +39,14 @@ def load(
         subset: the configuration of a Hub dataset.
         data_kwargs: more arguments for `datasets.load_dataset`: a mapping, or one written in JSON or YAML.
         streaming: return an `IterableDataset`, read as it is used.
+        max_document_bytes: refuse a local file of text with a larger row, before a reader meets it.
 
     Returns:
         A `datasets.Dataset`, or an `IterableDataset`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such split, no row, or an argument makes no sense here.
+        ValueError: if there is no such split, no row, a row that is too large, or an argument makes no sense here.
 
     Example:
         >>> load([{"text": "a"}, {"text": "b"}]).column_names
@@ -62,7 +66,7 @@ def load(
         raise ValueError("subset and data_kwargs are arguments of datasets.load_dataset; this source does not use it")
     if isinstance(source, str):
         if not local:
-            return _read(source, split, subset, kwargs, streaming)
+            return _read(source, split, subset, kwargs, streaming, max_document_bytes)
         source = _saved(source)
     elif isinstance(source, Sequence) and not isinstance(source, datasets.Dataset):
         source = _from_list(source)
@@ -89,7 +93,7 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
         >>> mapping_of('{delimiter: ",", names: [a, "b=c"]}')
         {'delimiter': ',', 'names': ['a', 'b=c']}
     """
-    read = yaml_of(kwargs, f"{name}={shortly(kwargs)}") if isinstance(kwargs, str) else kwargs
+    read = yaml_of(kwargs, name, ValueError, "JSON or YAML") if isinstance(kwargs, str) else kwargs
     if not isinstance(read or {}, Mapping) or not all(isinstance(key, str) for key in read or {}):
         raise ValueError(f'{name} must be a mapping such as {{"delimiter": ","}}; got {shortly(kwargs)}')
     return dict(read or {})
@@ -134,7 +138,7 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
     """Say which file it is, or which row it begins at, where rows cannot be read.
 
     Raises:
-        ValueError: saying it.
+        BadFileError: saying it.
     """
     try:
         yield
@@ -142,7 +146,7 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
         files = list(dataset.info.download_checksums or ())
         if files and dataset.info.builder_name:
             raise _unreadable(Path(files[0]), files, dataset.info.builder_name, error, {}) from error
-        raise ValueError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
+        raise BadFileError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -177,7 +181,7 @@ def _saved(folder: str) -> Any:
     except Exception as error:  # of its JSON and its Arrow files, datasets raises whatever it meets
         gone = isinstance(error, FileNotFoundError) and error.filename
         what = f"{error.filename} is missing" if gone else said(error)  # type: ignore[attr-defined]
-        raise ValueError(
+        raise BadFileError(
             f"the dataset saved in {folder} cannot be read: {what}. One of its files is damaged, cut off or gone: save "
             "it again"
         ) from error
@@ -187,7 +191,9 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, Any], streaming: bool) -> Any:
+def _read(
+    source: str, split: str | None, subset: str | None, kwargs: dict[str, Any], streaming: bool, most: int
+) -> Any:
     """Read files or the Hub."""
     import datasets
 
@@ -213,6 +219,7 @@ def _read(source: str, split: str | None, subset: str | None, kwargs: dict[str, 
         raise ValueError(f"the folder {source} is empty")
     elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise FileNotFoundError(f"no file or folder {source}")
+    check_files(_here(path, kwargs.get("data_files")), most)
     if source == "pandas":
         raise ValueError(
             "the builder 'pandas' of datasets reads pickles, which can run code: save the table as .parquet"
@@ -248,6 +255,15 @@ def _unreadable(path: Path, files: list[str], builder: str, error: Exception, kw
         )
 
     return unreadable(files, builder, error, again)
+
+
+def _here(path: Path, data_files: Any) -> list[str]:
+    """Return the files here that a reader will be given: a folder's, or those that are named."""
+    if path.is_dir():
+        return [str(file) for file in path.rglob("*") if file.is_file()]
+    names = data_files.values() if isinstance(data_files, Mapping) else [data_files]
+    each = [name for some in names for name in ([some] if isinstance(some, str) else some or [])]
+    return [file for name in each if isinstance(name, str) and "://" not in name for file in glob.glob(name)]
 
 
 def _from_list(rows: Sequence[Any]) -> Any:

@@ -23,6 +23,7 @@ from influence.data.reading import (
     scores,
 )
 from influence.data.rewards import advantages
+from influence.data.sizes import LARGEST
 from influence.data.sources import Rows, slices
 from influence.data.tokenized import NOTHING, Tokenized, check_shards, join
 
@@ -42,6 +43,7 @@ def stream(
     reward_column: str | None = None,
     advantage_column: str | None = None,
     skip_nan_rewards: bool = False,
+    max_document_bytes: int = LARGEST,
 ) -> Iterator[Tokenized]:
     """Tokenise a dataset shard by shard: the shards that `shards(tokenize(…), shard_size)` would have.
 
@@ -61,6 +63,7 @@ def stream(
             rewards, which are held, before this returns.
         advantage_column: as for `tokenize`.
         skip_nan_rewards: as for `tokenize`.
+        max_document_bytes: as for `tokenize`.
 
     Returns:
         The shards of this rank.
@@ -77,7 +80,8 @@ def stream(
     check_shards(shard_size, rank, world)
     scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
-    how = reading(dataset, tokenizer, form, limit if truncation else None, chunk_length is not None, scored)
+    cut, separate = limit if truncation else None, chunk_length is not None
+    how = reading(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
     rewards = advantage = None
     if reward_column is not None:
         rewards, groups = _rewards(dataset, how, shard_size, max_tokens, reward_column)

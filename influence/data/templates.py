@@ -1,4 +1,7 @@
-"""Templates: YAML with Jinja which says how a row becomes text. Rendered in a sandbox."""
+"""Templates: YAML with Jinja which says how a row becomes text. Rendered in a sandbox.
+
+The sandbox keeps a template from Python, not from looping for ever: whoever reads a dataset renders `apart`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +77,8 @@ class Template:
             return str(compiled(source).render(row))
         except UndefinedError as error:
             raise ValueError(f"{self.name}: {field}: {error.message}; the row has {', '.join(row)}") from error
+        except MemoryError:
+            raise
         except Exception as error:  # whatever an expression may raise
             raise ValueError(f"{self.name}: {field} could not be rendered: {error}") from error
 
@@ -165,4 +170,6 @@ def parse(text: str, name: str = "template") -> Template:
             environment().parse(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{name}: {field}, line {error.lineno}: {error.message}") from error
+        except RecursionError as error:
+            raise ValueError(f"{name}: {field} is nested too deeply") from error
     return template

@@ -10,6 +10,7 @@ from influence.data.chunking import chunk
 from influence.data.documents import TextFormat
 from influence.data.reading import PLAIN, all_finite, longest, none_too_long, numbers, pieces, reading, scores
 from influence.data.rewards import advantages
+from influence.data.sizes import LARGEST
 from influence.data.tokenized import Tokenized, join
 
 SLICE = 1000
@@ -28,6 +29,7 @@ def tokenize(
     reward_column: str | None = None,
     advantage_column: str | None = None,
     skip_nan_rewards: bool = False,
+    max_document_bytes: int = LARGEST,
 ) -> Tokenized:
     """Tokenise a dataset.
 
@@ -42,6 +44,7 @@ def tokenize(
         reward_column: weigh each example's loss by its Dr. GRPO advantage over the other answers to its prompt.
         advantage_column: weigh each example's loss by this column.
         skip_nan_rewards: give rows with a NaN reward the weight 0 instead of refusing them.
+        max_document_bytes: refuse documents whose text has more bytes: a tokenizer takes many times as much memory.
 
     Returns:
         The tokens; `report()` says what was counted. Every row keeps its number, empty ones too.
@@ -57,7 +60,8 @@ def tokenize(
     """
     scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
-    how = reading(dataset, tokenizer, form, limit if truncation else None, chunk_length is not None, scored)
+    cut, separate = limit if truncation else None, chunk_length is not None
+    how = reading(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
     read: list[Tokenized] = []
     known: list[Tensor] = []
     prompts: list[str] = []

@@ -6,7 +6,7 @@ edited constant shows, or another function of the same name. They are compared w
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,13 @@ KEPT = 1 << 16
 """Most characters of examples that are kept, as JSON has them."""
 TOKENS = 8
 """Positions of the token ids that are made up for a language model."""
-ROUNDING = 1e-3
-"""How far numbers may lie apart relatively, the largest of them being 1: another machine, batch size or kernel."""
-STEPS = 8
-"""How many units in the last place of the weights' type they may, where that is more: 6 % for bfloat16."""
+ROUNDING = 5e-4
+"""How far numbers may lie apart, the largest of them being 1: another machine or kernel. In float32 it was 4e-6."""
+STEPS = {"outputs": 16, "losses": 4}
+"""How many units in the last place of the arithmetic's type they may, where that is more. Losses are means of many
+numbers: of bfloat16 models of 48 layers they moved by 0.7 % between kernels, outputs by 2 %, by 4 % from float64."""
+TF32 = 2.0**-10
+"""A unit in the last place of products in TF32."""
 ROWS = 16
 """Rows of outputs that are looked at."""
 DTYPES: Mapping[str, torch.dtype] = {
@@ -38,6 +41,24 @@ DTYPES: Mapping[str, torch.dtype] = {
     )
 }
 """Types that kept examples may have."""
+
+
+class Tolerance(NamedTuple):
+    """How far numbers of two trials may lie apart, the largest of them being 1."""
+
+    outputs: float
+    losses: float
+
+
+class Trial(NamedTuple):
+    """What a file holds of a trial, as `tried` returns it."""
+
+    on: dict[str, Any]
+    outputs: list[float | str] | None
+    losses: list[float | str]
+    tolerance: Tolerance
+    floor: float
+    note: str | None = None
 
 
 def tried(loss_fn: LossFn, params: Params, batch: Batch) -> dict[str, Any]:
@@ -52,7 +73,7 @@ def tried(loss_fn: LossFn, params: Params, batch: Batch) -> dict[str, Any]:
 
     Returns:
         `on` (what it was tried on), `losses`, `outputs` (`None` of a function that has no model), and how far they may
-        lie apart from another trial's: `tolerance` relatively, and `floor`.
+        lie apart from another trial's: `tolerance` relatively, of both, and `floor`.
     """
     why: dict[str, Any] = {}
     if isinstance(loss_fn, ModuleLoss) and (vocabulary := loss_fn.vocabulary) is not None:
@@ -89,7 +110,7 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any], what: str) -> bool:
     """Whether the `outputs` or the `losses` of two trials on the same examples lie further apart than by rounding.
 
     Example:
-        >>> trial = {"losses": [1.0, 2.0], "tolerance": 1e-3, "floor": 1e-9}
+        >>> trial = {"losses": [1.0, 2.0], "tolerance": {"losses": 2e-3}, "floor": 1e-9}
         >>> apart(trial, {**trial, "losses": [1.0, 2.001]}, "losses")
         False
         >>> apart(trial, {**trial, "losses": [1.0, 2.01]}, "losses")
@@ -105,7 +126,7 @@ def apart(one: Mapping[str, Any], other: Mapping[str, Any], what: str) -> bool:
         return True
     numbers = [(a, b) for a, b in pairs if not isinstance(a, str)]
     largest = max((abs(x) for pair in numbers for x in pair), default=0.0)
-    most = max(one["tolerance"], other["tolerance"]) * largest + max(one["floor"], other["floor"])
+    most = max(one["tolerance"][what], other["tolerance"][what]) * largest + max(one["floor"], other["floor"])
     return any(abs(a - b) > most for a, b in numbers)
 
 
@@ -118,9 +139,15 @@ def measured(loss_fn: LossFn, params: Params, batch: Batch, losses: bool = True)
         seen = None if model is None else _summary(model.outputs(params, batch), batch)
         said = _numbers(loss_fn(params, batch).flatten()) if losses else None
     whole = params if model is None else {**model.frozen, **params}
-    kinds = [p.dtype for p in whole.values() if p.is_floating_point()]
-    tolerance = max([ROUNDING, *(STEPS * torch.finfo(dtype).eps for dtype in {*kinds} if dtype.itemsize > 1)])
-    floor = tolerance if getattr(loss_fn, "name", None) == "kl" else 1e-9  # of two models that are alike it is zero
+    kinds = {p.dtype for p in whole.values() if p.is_floating_point()}
+    coarsest = max((torch.finfo(dtype).eps for dtype in kinds if dtype.itemsize > 1), default=0.0)
+    if device.type == "cuda" and torch.float32 in kinds:
+        convolves = any(p.ndim > 2 for p in whole.values())  # by default in TF32
+        coarse = convolves or torch.get_float32_matmul_precision() != "highest"
+        coarsest = max(coarsest, TF32) if coarse else coarsest
+    tolerance = {what: max(ROUNDING, steps * coarsest) for what, steps in STEPS.items()}
+    alike = getattr(loss_fn, "name", None) == "kl"  # of two models that may be the same: zero, but for rounding
+    floor = tolerance["losses"] if alike else 1e-9
     return {"outputs": seen, "losses": said, "tolerance": tolerance, "floor": floor}
 
 

@@ -22,6 +22,7 @@ from influence.func.plan import human
 from influence.func.transform import Transform, unblock
 from influence.hessians.labels import Labels
 from influence.types import LossFn, Params, Rows
+from influence.visible import visible
 
 SCHEMA = 1
 
@@ -74,12 +75,14 @@ class Factors:
         """Return a table of every block's spectrum, the units and what is not covered."""
         source = self.labels
         drawn = f", seed {source.seed}, {source.draws} per position" if source.source == "sampled" else ""
+        shown = {name: visible(name, lines=False) for name in (*self.blocks, *self.notes)}
         lines = [
             f"{self.method}: curvature per document (mean over N = {self.documents:,}) of the loss as reduced "
             f"({self.reduction}); labels: {source.source}{drawn}",
             f"rows: {self.description}",
         ]
-        width = max([5, *(len(name) for name in self.blocks)])
+        lines = [visible(line, lines=False) for line in lines]  # a file says them
+        width = max([5, *(len(shown[name]) for name in self.blocks)])
         lines.append(
             f"{'block':{width}}  {'shape':>12}  {'kind':10} {'positions':>9}  {'trace':>9} {'largest':>9} "
             f"{'condition':>9} {'eff. rank':>9}"
@@ -88,12 +91,13 @@ class Factors:
             shape = "×".join(map(str, c.shape))
             seen = human(self.positions[name]) if name in self.positions else ""
             lines.append(
-                f"{name:{width}}  {shape:>12}  {c.kind:10} {seen:>9}  {c.moment(1):9.3g} {c.extremes[1]:9.3g} "
+                f"{shown[name]:{width}}  {shape:>12}  {c.kind:10} {seen:>9}  {c.moment(1):9.3g} {c.extremes[1]:9.3g} "
                 f"{c.condition:9.2g} {c.effective_rank:9.1f}"
             )
         whole = sum(prod(c.shape) for c in self.blocks.values())
         lines.append(f"{len(self.blocks)} blocks, {human(whole)} directions, trace {self.trace:.4g}")
-        return "\n".join([*lines, *(f"note: {name}: {why}" for name, why in self.notes.items())])
+        notes = (f"note: {shown[name]}: {visible(why, lines=False)}" for name, why in self.notes.items())
+        return "\n".join([*lines, *notes])
 
     @property
     def trace(self) -> float:
@@ -235,23 +239,17 @@ def load(path: str | Path, run: str | None = None) -> Factors:
         needed, and is checked against the fingerprint.
 
     Raises:
-        ValueError: if the file is no file of factors, or is damaged.
+        BadFileError: if the file is no file of factors, is damaged, or its blocks are no curvature.
     """
     from influence import store
     from influence.store.schema import conform
 
     arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
     held: FactorFacts = conform(about, FactorFacts, str(path))
-
-    def get(name: str | None) -> Any:
-        return None if name is None else arrays[name]
-
-    blocks = {}
-    for name, block in held.blocks.items():
-        bases = tuple(Basis(get(basis.vectors), arrays[basis.values]) for basis in block.bases)
-        blocks[name] = Curvature(block.shape, bases, get(block.corrected))
-        if not _fits(blocks[name]):
-            raise store.BadFileError(f"{path} is not what it says: the factors of {name!r} are none of {block.shape}")
+    if not held.blocks or any(name not in held.blocks for name in held.positions):
+        raise store.BadFileError(f"{path} is not what it says: it has no blocks, or positions of others")
+    where = f"{path} is not what it says: its block"
+    blocks = {name: _curvature(block, arrays, f"{where} {name[:200]!r}") for name, block in held.blocks.items()}
     known = (as_blocks(bias=bias) for bias in (False, True))
     transform = next((t for t in known if t.fingerprint == held.under), None)
     return Factors(**{**held._asdict(), "blocks": blocks, "transform": transform})
@@ -288,10 +286,28 @@ class FactorFacts(NamedTuple):
     blocks: dict[str, BlockFacts]
 
 
-def _fits(curvature: Curvature) -> bool:
-    """Whether bases and corrected eigenvalues have a block's shape: one basis a side, or one of the whole row."""
-    sides = [basis.values.shape[0] if basis.values.ndim == 1 else -1 for basis in curvature.bases]
-    square = all(b.vectors is None or b.vectors.shape == (n, n) for b, n in zip(curvature.bases, sides, strict=True))
-    whole = tuple(sides) == curvature.shape or sides == [prod(curvature.shape)]
-    grid = curvature.corrected is None or tuple(curvature.corrected.shape) == tuple(sides)
-    return square and whole and grid
+def _curvature(said: BlockFacts, arrays: Mapping[str, Tensor], where: str) -> Curvature:
+    """Return a block's curvature from a file, checked: what it is made of fits together, and is a curvature.
+
+    Raises:
+        BadFileError: naming the file and the block.
+    """
+    from influence.store import BadFileError
+
+    def get(name: str, shape: tuple[int, ...], eigenvalues: bool) -> Tensor:
+        tensor = arrays[name]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise BadFileError(f"{where} has {name!r} as {tensor.dtype} {list(tensor.shape)}; expected {list(shape)}")
+        if not bool(tensor.isfinite().all()) or (eigenvalues and tensor.numel() and bool(tensor.amin() < 0)):
+            raise BadFileError(f"{where} has numbers in {name!r} that are not finite, or negative eigenvalues")
+        return tensor
+
+    sides = said.shape if len(said.bases) == len(said.shape) else (prod(said.shape),)
+    if len(said.bases) != len(sides) or not said.shape or min(said.shape) < 1:
+        raise BadFileError(f"{where} has the shape {list(said.shape)} and {len(said.bases)} bases")
+    bases = tuple(
+        Basis(None if each.vectors is None else get(each.vectors, (d, d), False), get(each.values, (d,), True))
+        for each, d in zip(said.bases, sides, strict=True)
+    )
+    corrected = None if said.corrected is None else get(said.corrected, tuple(sides), True)
+    return Curvature(said.shape, bases, corrected)

@@ -14,7 +14,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.layout import Layout
 from influence.func.nested import unprojected
 from influence.func.transform import CollectedRows, Step, Transform
-from influence.func.trial import tried
+from influence.func.trial import Trial, tried
 from influence.index.recipe import recipe
 from influence.store.schema import conform
 from influence.types import Batch, LossFn, Params
@@ -52,6 +52,8 @@ class Fingerprint:
     def from_json(cls, fields: Mapping[str, Any], live: tuple[LossFn, Params] | None = None) -> "Fingerprint":
         """Return a fingerprint from its JSON, and from the function where it is at hand."""
         held = conform(fields, FingerprintFacts, "a fingerprint")
+        if "trial" in held.recorded:
+            conform(held.recorded["trial"], Trial, "the trial of a fingerprint")
         return cls(held.must_match, held.complement, held.recorded, live)
 
     @property

@@ -1,10 +1,11 @@
 """What is in an index, as text."""
 
 import json
-import shlex
 from typing import TYPE_CHECKING
 
 from influence.func.plan import human
+from influence.index.run import made_by
+from influence.visible import visible
 
 if TYPE_CHECKING:
     from influence.index.reading import Index
@@ -19,7 +20,7 @@ def describe(index: "Index") -> str:
     where = "in memory" if index.path is None else str(index.path)
     unit = "tokens" if index.per_token else "examples"
     lines = [
-        f"{about.kind} at {where}" if index.path else f"{about.kind} {where}",
+        visible(f"{about.kind} at {where}" if index.path else f"{about.kind} {where}", lines=False),
         f"{len(index):,} rows ({unit}) of {index.examples:,} examples × {index.dim:,} columns in {index.dtype}",
     ]
     if index.examples:
@@ -27,12 +28,13 @@ def describe(index: "Index") -> str:
             f"loss: mean {index.loss.double().mean():.4g}, from {index.loss.min():.4g} to {index.loss.max():.4g}; "
             f"{int(index.length.sum()):,} tokens, {int((index.length == 0).sum()):,} empty examples"
         )
-    lines.append(f"made by: {shlex.join(about.command) or 'a call from Python'}")
+    lines.append(f"made by: {made_by(about.command)}")
     for change in about.appended:
-        lines.append(f"appended from shard {change['first']}: {shlex.join(change['command']) or 'a call from Python'}")
+        lines.append(f"appended from shard {change['first']}: {made_by(change['command'])}")
     for title, fields in index.fingerprint.json().items():
         lines.append(f"{title.replace('_', ' ')}:")
-        lines += [f"  {name}: {_short(value)}" for name, value in fields.items() if name != "blocks"]
+        shown = {visible(name, lines=False): value for name, value in fields.items() if name != "blocks"}
+        lines += [f"  {name}: {_short(value)}" for name, value in shown.items()]
     lines.append(f"configuration: {_short(about.config, 400)}")
     lines += ["", *_table(["block", "shape", "columns"], [_block(index, name) for name in index.blocks])]
     if about.shards:
@@ -44,7 +46,7 @@ def describe(index: "Index") -> str:
 
 def _block(index: "Index", name: str) -> list[str]:
     begin, end = index.columns.spans[name]
-    return [name, "×".join(map(str, index.blocks[name])) or "1", f"{begin}:{end}"]
+    return [visible(name, lines=False), "×".join(map(str, index.blocks[name])) or "1", f"{begin}:{end}"]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -21,6 +21,7 @@ from influence.index.run import ROOT, way_on, what_is_there
 from influence.store import BadFileError
 from influence.store.folder import RUN, run_id
 from influence.types import Rows
+from influence.visible import visible
 
 __all__ = ["Held", "Index", "Mapped", "Part", "Piece", "Place", "open_index"]
 
@@ -291,7 +292,8 @@ class Index:
     def __repr__(self) -> str:
         """Return the index in a line."""
         where = "in memory" if self.path is None else f"at {self.path}"
-        return f"<{self.about.kind} of {len(self):,} rows × {self.dim:,} in {self.dtype}, {where}>"
+        text = f"<{self.about.kind} of {len(self):,} rows × {self.dim:,} in {self.dtype}, {where}>"
+        return visible(text, lines=False)
 
 
 def open_index(path: str | Path, verify: bool = True) -> Index:

@@ -10,6 +10,7 @@ from influence import store
 from influence.store import BadFileError, Lock
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
+from influence.visible import visible
 
 ROOT = "index.h5"
 SHARDS, PARTIALS = "shard-#.h5", "partial-#.h5"
@@ -127,6 +128,8 @@ def rooted(directory: Path, manifest: Manifest) -> int | None:
 
 def way_on(directory: Path) -> str:
     """Say what to do about a run that is not finished."""
+    if read_manifest(directory).kind == "training":
+        return "it is the directory of a training, whose indexes are in it: open epoch-0, …, or what sum_epochs makes"
     if planned_shards(read_manifest(directory)) is None:
         return "its shards came as their batches came, so it cannot be resumed: begin again with overwrite=True"
     return "run the same command again to resume it"
@@ -149,4 +152,4 @@ def what_is_there(directory: str | Path) -> str:
 
 def made_by(command: Sequence[str]) -> str:
     """Return a command as one may type it again."""
-    return shlex.join(command) or "a call from Python"
+    return visible(shlex.join(command), lines=False) or "a call from Python"

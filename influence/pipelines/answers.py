@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from influence.pipelines.cells import as_row
 from influence.pipelines.outcome import table
 from influence.pipelines.texts import short
 
@@ -61,9 +62,9 @@ def as_facts(answer: Answer) -> dict[str, Any]:
 
 
 def record(path: str | Path, answers: Sequence[Answer]) -> None:
-    """Append answers to a CSV file, with a head if it is new."""
+    """Append answers to a CSV file, with a head if it is new; texts as `as_cell` writes them."""
     fresh = not Path(path).exists() or not Path(path).stat().st_size
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
@@ -71,7 +72,8 @@ def record(path: str | Path, answers: Sequence[Answer]) -> None:
             for direction in ("best", "worst"):
                 for rank, hit in enumerate(getattr(answer, direction)):
                     place = "" if hit.position is None else hit.position
-                    writer.writerow([answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text])
+                    row = [answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text]
+                    writer.writerow(as_row(row))
 
 
 def check_record(path: str | Path) -> None:

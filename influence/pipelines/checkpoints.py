@@ -8,6 +8,7 @@ from typing import Any
 
 from influence.data.parsing import json_of
 from influence.pipelines.configs import ModelConfig
+from influence.store import BadFileError
 
 STATE = "trainer_state.json"
 
@@ -56,7 +57,7 @@ def _trainer_state(checkpoint: str) -> Mapping[str, Any]:
     path = Path(checkpoint).expanduser() / STATE
     state = json_of(path) if path.is_file() else {}
     if not _is_state(state):
-        raise ValueError(
+        raise BadFileError(
             f"{path} is no state of a Trainer: expected a global_step and a log_history of steps and learning rates, "
             "all finite and at least 0. It is damaged: take another checkpoint, or pass --learning-rates"
         )

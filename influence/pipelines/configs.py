@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
+from influence.data.sizes import LARGEST
 from influence.index.neighbours import FaissConfig
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp64", "int8", "int4"]
@@ -93,6 +94,7 @@ class DataConfig:
         reward_column: weigh each example by its Dr. GRPO advantage over the other answers to its prompt.
         advantage_column: weigh each example by this column.
         skip_nan_rewards: rows with a NaN reward weigh 0 instead of being refused.
+        max_document_bytes: refuse larger documents, which may take more memory than there is.
     """
 
     dataset: str
@@ -112,10 +114,11 @@ class DataConfig:
     reward_column: str | None = None
     advantage_column: str | None = None
     skip_nan_rewards: bool = False
+    max_document_bytes: int = LARGEST
 
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
-        at_least(self, 1, "max_examples", "max_length", "max_tokens", "chunk_length")
+        at_least(self, 1, "max_examples", "max_length", "max_tokens", "chunk_length", "max_document_bytes")
 
 
 @dataclass(frozen=True)

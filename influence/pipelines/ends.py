@@ -15,6 +15,7 @@ from influence.pipelines.outcome import Outcome, table
 from influence.pipelines.queries import column
 from influence.pipelines.topk import best
 from influence.store.folder import run_id
+from influence.visible import visible
 
 AT_ONCE = 1 << 14
 """Scores that are looked through at once."""
@@ -37,8 +38,15 @@ def read_best(path: str | Path) -> dict[str, Top]:
 
     file = Path(path) / BEST if Path(path).is_dir() else Path(path)
     tensors, _ = store.read(file, kind="best", schema=1, run=run_id(file.parent))
-    names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-    return {name: Top(tensors[f"{name}/values"], tensors[f"{name}/indices"]) for name in names}
+    names = [f"{column(number)}/{end}" for number in range(len(tensors) // 4) for end in ("best", "worst")]
+    if not names or {*tensors} != {f"{name}/{key}" for name in names for key in Top._fields}:
+        raise store.BadFileError(f"{file} is not what it says: its tensors are {', '.join(sorted(tensors)[:5])} …")
+    heaps = {name: Top(tensors[f"{name}/values"], tensors[f"{name}/indices"]) for name in names}
+    for name, heap in heaps.items():
+        fits = heap.values.ndim == 2 and heap.values.shape == heap.indices.shape
+        if not (fits and heap.values.is_floating_point() and heap.indices.dtype == torch.int64):
+            raise store.BadFileError(f"{file} is not what it says: {name} has no scores and examples of one shape")
+    return heaps
 
 
 class End(NamedTuple):
@@ -104,5 +112,5 @@ def outcome_of(run: str | Path) -> Outcome:
             for rank in range(min(SHOWN, top.values.shape[1]))
         ]
         head = ["query", "rank", "score", "example", *(["token"] if top.positions is not None else [])]
-        lines += [f"{name}: {len(top.values):,} query rows", table(head, rows, "  ")]
+        lines += [f"{visible(name, lines=False)}: {len(top.values):,} query rows", table(head, rows, "  ")]
     return Outcome(str(run), facts, "\n".join([*lines, f"scores in {run}"]))

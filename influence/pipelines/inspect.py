@@ -20,6 +20,7 @@ from influence.pipelines.sampled import read_samples, shares_in
 from influence.pipelines.views import load_factors
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
+from influence.visible import visible
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,20 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         found = hessian.outcome(config.run, factors)
         kind = "mix" if "mix" in factors.notes else "hessian"
         facts |= {**found.facts, "kind": kind, "finished": True}
-        text = f"{kind} at {directory}\n{found.text}"
+        text = f"{_at(kind, directory)}\n{found.text}"
     elif (directory / "best.h5").exists():
         facts |= {"kind": "scores", "finished": True}
         rows = [[name, *heap.values.shape] for name, heap in read_best(directory).items()]
-        text = f"scores at {directory}\n" + table(["heap", "queries", "kept"], rows)
+        text = f"{_at('scores', directory)}\n" + table(["heap", "queries", "kept"], rows)
     elif (directory / "run.h5").exists():
         found = sample.outcome(read_samples(directory))
         facts |= {**found.facts, "kind": _command(directory), "finished": True}
-        text = f"chains at {directory}\n{found.text}"
+        text = f"{_at('chains', directory)}\n{found.text}"
     elif shares := [path.name for path in shares_in(directory)]:
         facts |= {"kind": _command(directory), "finished": False, "shares": shares}
-        text = f"chains at {directory}: not finished ({', '.join(shares)})"
+        text = f"{_at('chains', directory)}: not finished ({', '.join(shares)})"
+    elif (directory / RUN).exists() and read_manifest(directory).kind == "training":
+        text = _training(directory, config.verify, facts)
     elif (directory / RUN).exists():
         text = _unfinished(directory, config.verify, facts)
     else:
@@ -83,7 +86,8 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         text += "\nverified: every checksum holds"
     if (directory / CONFIG).exists():
         file = shlex.quote(str(directory / CONFIG))
-        text += f"\nreplay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
+        replay = f"replay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
+        text += f"\n{visible(replay, lines=False)}"
         facts["config"] = config_of(directory)
     return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")
 
@@ -108,6 +112,28 @@ def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
     return str(index)
 
 
+def _training(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
+    from influence.train.reading import progress
+
+    found = progress(directory)
+    facts |= {"kind": "training", **found}
+    for epoch, about in found["epochs"].items():
+        if verify and about["index"]:
+            open_index(directory / f"epoch-{epoch}").verify()
+    rows = [
+        [
+            f"epoch-{epoch}",
+            f"{about['steps'][0]} … {about['steps'][1] - 1}",
+            about["visits"],
+            "yes" if about["index"] else "not yet",
+        ]
+        for epoch, about in found["epochs"].items()
+    ]
+    state = "ended" if found["finished"] else "not ended"
+    head = f"rows of a training at {directory}: {state}, {found['examples']:,} examples\n"
+    return head + table(["epoch", "steps", "visits", "index"], rows)
+
+
 def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
     about = read_manifest(directory)
     steps = sorted(path.parent.name for path in directory.glob(f"*/{RUN}"))
@@ -118,15 +144,19 @@ def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
         for name in [name for name, ready in states.items() if verify and ready]:
             run(InspectConfig(str(directory / name), verify))
         rows = [[name, "finished" if ready else "not finished"] for name, ready in states.items()]
-        return f"{about.kind} at {directory}\n" + table(["step", "state"], rows)
+        return f"{_at(about.kind, directory)}\n" + table(["step", "state"], rows)
     planned, finished = planned_shards(about) or [], sorted(done(directory))
     facts |= {"finished": False, "shards": len(planned), "done": finished}
     for number in finished if verify else []:
         store.read(directory / shard_name(number), kind=KIND, schema=SCHEMA)
     return (
-        f"{about.kind} at {directory}: not finished, {len(finished)} of {len(planned)} shards\n"
+        f"{_at(about.kind, directory)}: not finished, {len(finished)} of {len(planned)} shards\n"
         f"made by: {made_by(about.command)}\nconfiguration: {json.dumps(about.config)[:400]}"
     )
+
+
+def _at(kind: str, directory: Path) -> str:
+    return visible(f"{kind} at {directory}", lines=False)
 
 
 def steps_of(manifest: Manifest) -> list[str]:

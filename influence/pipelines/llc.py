@@ -12,6 +12,7 @@ from influence.pipelines.outcome import Outcome, Say, quiet, table
 from influence.pipelines.sampled import Samples, sampled
 from influence.sgmcmc import llc
 from influence.sgmcmc.llc import LLC
+from influence.visible import visible
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def table_of(found: Mapping[str, LLC]) -> str:
     if len(found) == 1:
         (name, only), *_ = found.items()
         chains = ", ".join(f"{x:.4g}" for x in only.per_chain.tolist())
-        where = "" if name == "full" else f"{name}: "
+        where = "" if name == "full" else f"{visible(name, lines=False)}: "
         acceptance = "" if math.isnan(only.acceptance) else f"\nacceptance {only.acceptance:.2f}"
         return f"{where}{only}\nper chain: {chains}{acceptance}"
     rows = [[name, e.mean, f"± {e.stderr:.2g}", round(e.ess), f"{e.rhat:.3f}", e.verdict] for name, e in found.items()]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from influence.visible import visible
+
 Say: TypeAlias = Callable[[str], None]
 """Where a pipeline's lines go: `print`, or nowhere."""
 
@@ -58,4 +60,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], indent: str = "
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
+    return " ".join(visible(value).split()) if isinstance(value, str) else visible(str(value), lines=False)

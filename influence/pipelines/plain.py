@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 from influence.data.parsing import shortly, text_of, yaml_of
-from influence.store import write_text
+from influence.store import BadFileError, write_text
+from influence.visible import visible
 
 C = TypeVar("C")
 
@@ -120,7 +121,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no configuration file {path}")
     read = yaml_of(text_of(path), str(path))
     if not isinstance(read, Mapping):
-        raise ValueError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
+        raise BadFileError(f"{path} must hold a mapping of fields; it holds a {type(read).__name__}")
     return dict(read)
 
 
@@ -129,5 +130,6 @@ def write_config(path: str | Path, config: Any, command: str, run: str = "") -> 
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
-    head = f"# influence {command} --config {shlex.quote(str(path))} --run ANOTHER_RUN\n"
+    place = visible(shlex.quote(str(path)), lines=False)  # a newline would end the comment
+    head = f"# influence {command} --config {place} --run ANOTHER_RUN\n"
     write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)

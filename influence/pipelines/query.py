@@ -98,7 +98,8 @@ class Session(NamedTuple):
         data: how the index's examples became tokens.
         task: of the model.
         weights: the hash of the model's weights.
-        recorded: what else a query's fingerprint says: the tokenizer's vocabulary, and the reference of a KL.
+        recorded: what else a query's fingerprint says: the tokenizer's vocabulary, the loss as the index names it, and
+            the reference of a KL.
         texts: what examples say.
         marked: what they say around a token.
         greeting: what to say first.
@@ -163,7 +164,7 @@ def open_session(config: QueryConfig) -> Session:
     texts, marked = (by_part(begins, [make(*each) for each in shown]) for make in (texts_of, highlighted))
     weights = weights_hash(measured.loss_fn, measured.params)
     greeting = f"{index!r}; type a text, or exit"
-    known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer)}
+    known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer), "loss": loss.loss}
     if (reference := measured.loss_fn.reference) is not None:
         known["reference"] = reference
     asked = Attributor(config.index, faiss=config.faiss.made())

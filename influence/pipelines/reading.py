@@ -35,7 +35,13 @@ def load_rows(config: DataConfig) -> Any:
         ValueError: if there is no such dataset.
     """
     with _read(config.dataset):
-        rows = data.load(config.dataset, split=config.split, subset=config.subset, data_kwargs=config.data_kwargs)
+        rows = data.load(
+            config.dataset,
+            split=config.split,
+            subset=config.subset,
+            data_kwargs=config.data_kwargs,
+            max_document_bytes=config.max_document_bytes,
+        )
     return rows if config.max_examples is None else rows.select(range(min(config.max_examples, len(rows))))
 
 
@@ -83,6 +89,7 @@ def tokens_of(config: DataConfig, rows: Any, tokenizer: Any, model: Any) -> data
         reward_column=config.reward_column,
         advantage_column=config.advantage_column,
         skip_nan_rewards=config.skip_nan_rewards,
+        max_document_bytes=config.max_document_bytes,
     )
     return within(tokens, vocabulary_of(model), tokenizer)
 

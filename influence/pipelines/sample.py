@@ -10,6 +10,7 @@ from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
 from influence.pipelines.sampled import Samples, sampled
 from influence.sgmcmc.traces import RESULT
+from influence.visible import visible
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def run(config: SampleConfig, say: Say = quiet) -> Outcome:
 def outcome(samples: Samples) -> Outcome:
     """Return what there is to say of finished chains."""
     found = estimates(samples, "paired")
-    named = ", ".join(f"{name} ({n:,} examples)" for name, n in samples.facts["observables"].items())
+    named = ", ".join(
+        f"{visible(name, lines=False)} ({n:,} examples)" for name, n in samples.facts["observables"].items()
+    )
     steps, burn_in = samples.facts["steps"], samples.facts["burn_in"]
     several = next(iter(samples.runs.values())).loss.shape[0]
     text = (

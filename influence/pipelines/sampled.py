@@ -129,7 +129,7 @@ def tokenizer_of(what: Sampling) -> Any:
         stored = config_of(what.run)
         if "model" not in stored:
             return None
-        model = recorded.tokenizer_of(stored["model"], Path(what.run) / CONFIG, model.trust_remote_code)
+        model = recorded.tokenizer_of(stored["model"], what.run, model.trust_remote_code)
     return load_tokenizer(model)
 
 

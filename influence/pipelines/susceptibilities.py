@@ -11,6 +11,7 @@ import torch
 
 from influence import viz
 from influence.data.reading import pad_of
+from influence.pipelines.cells import as_row
 from influence.pipelines.chains import SamplingConfig, sampling_of
 from influence.pipelines.configs import at_least
 from influence.pipelines.outcome import Outcome, Say, quiet, table
@@ -158,14 +159,15 @@ def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str,
 def _save(path: str, found: Mapping[str, Susceptibility], said: Mapping[str, list[Example]]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     names = list(next(iter(found.values())).restrictions)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["observable", "index", "position", "token", *names, *(f"{name} s.e." for name in names)])
+        head = ["observable", "index", "position", "token", *names, *(f"{name} s.e." for name in names)]
+        writer.writerow(as_row(head))
         for name, each in found.items():
             for row, example in enumerate(said[name]):
                 for position, token in zip(example.labelled, example.tokens, strict=True):
                     values = [*each.value[row, position].tolist(), *each.stderr[row, position].tolist()]
-                    writer.writerow([name, example.number, position, token, *values])
+                    writer.writerow(as_row([name, example.number, position, token, *values]))
 
 
 def _check(config: SusceptibilitiesConfig) -> None:

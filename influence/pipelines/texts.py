@@ -6,10 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 from influence.data import Tokenized
-from influence.data.documents import Document, reader
+from influence.data.documents import Document, read_documents, reader
 from influence.data.sources import column_names
 from influence.pipelines.configs import DataConfig
 from influence.pipelines.reading import load_rows, text_format, tokens_of
+from influence.visible import visible
 
 
 def texts_of(
@@ -53,8 +54,9 @@ def texts_of(
         if "input_ids" in columns and config.prompt_column is None and config.template is None:
             ids = [row["input_ids"] or [] for row in found]
             return [str(row) if tokenizer is None else tokenizer.decode(row) for row in ids]
-        _, document_of = reader(text_format(config), columns)
-        return [_said(document_of(row)) for row in found]
+        form = text_format(config)
+        _, document_of = reader(form, columns)
+        return [_said(document) for document in read_documents(document_of, found, form)]
 
     return _read if strict else texts
 
@@ -173,16 +175,18 @@ def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) ->
     """
 
     def texts(numbers: Sequence[int], *more: Sequence[int]) -> list[str]:
-        found = []
-        for k, number in enumerate(numbers):
-            part = bisect_right(begins, number) - 1
-            found += parts[part]([number - begins[part]], *([values[k]] for values in more))
-        return found
+        places = [bisect_right(begins, number) - 1 for number in numbers]
+        found: dict[int, str] = {}
+        for part in dict.fromkeys(places):
+            own = [k for k, place in enumerate(places) if place == part]
+            asked = [numbers[k] - begins[part] for k in own]
+            found |= zip(own, parts[part](asked, *([values[k] for k in own] for values in more)), strict=True)
+        return [found[k] for k in range(len(numbers))]
 
     return texts
 
 
 def short(text: str, most: int) -> str:
     """Return a text in one line of at most so many characters."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"

@@ -122,10 +122,11 @@ def _facts(
     sampler = options.sampler
     settings = dict(getattr(sampler, "keywords", {}))
     function = getattr(sampler, "func", sampler)
+    described = getattr(target.loss_fn, "function", None)
     return {
         "groups": {name: dict(said) for name, said in own.items()},
         "weights": weights_hash(target.loss_fn, {**target.frozen, **target.anchor}),
-        "function": getattr(target.loss_fn, "function", None),
+        **({} if described is None else {"function": described}),
         "masks": fingerprint({**dict.fromkeys(target.anchor, True), **target.mask}),
         "data": None if source is None else source.identity,
         "size": None if source is None else source.size,

@@ -103,7 +103,10 @@ class Growing:
 
     def read(self, begin: int, size: int) -> bytes:
         """Return bytes of the file, fewer where it ends."""
-        return os.pread(self.handle, size, begin)
+        found = bytearray()
+        while len(found) < size and (piece := os.pread(self.handle, size - len(found), begin + len(found))):
+            found += piece  # the kernel gives 2 GiB at once, and no more
+        return bytes(found)
 
     def cut(self, size: int) -> None:
         """Cut off what is behind some bytes, for good."""
@@ -126,7 +129,7 @@ class Growing:
 
 
 def make(path: Path, *, kind: str, run: str, about: Mapping[str, Any], data: Any = b"", needed: int = 0) -> None:
-    """Make a growing file, or another in its place: there at once with its beginning, and on the disk.
+    """Make a growing file, or another in the place of one of the run: at once with its beginning, and on the disk.
 
     Args:
         path: the file.
@@ -135,7 +138,12 @@ def make(path: Path, *, kind: str, run: str, about: Mapping[str, Any], data: Any
         about: its facts.
         data: pieces of what comes behind the beginning at once: bytes, or an iterable of them.
         needed: their bytes, for the message when the disk is full.
+
+    Raises:
+        BadFileError: if something else is there.
     """
+    if path.exists() or path.is_symlink():
+        Growing(path, kind=kind, run=run).close()
     text = json.dumps({"kind": kind, "run": run, "about": about}).encode()
     line = f"{hashlib.sha256(text).hexdigest()} {len(text) + 1:020}\n".encode()
     with replacing(path, needed, run) as name, open(name, "wb") as file:

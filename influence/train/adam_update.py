@@ -38,6 +38,9 @@ def adam_update(state: OptimizerState) -> Transform:
             f"adam_update: {', '.join(doing[:3])} is trained with amsgrad, whose update needs the largest moment and "
             "the running one: use scale_by_optimizer, or train without amsgrad"
         )
+    without = [name for name in state.entries if state.settings[name].get("betas") is None]
+    if without:
+        raise ValueError(f"adam_update: the source says no betas of {', '.join(without[:3])}: it has no param_groups")
     first, second = state.first(), {name: unfactor(v) for name, v in state.moments().second.items()}
     settings = {
         "first": first,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from influence.store import BadFileError
 from influence.train.contents import CONTENTS
 from influence.train.shards import plain, read_shards
 
@@ -45,7 +46,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no optimizer in the folder; saying what was looked for.
-        ValueError: if the file holds something else.
+        BadFileError: if the file holds something else, or is damaged.
     """
     path = find_state(path)
     if path.is_dir():
@@ -59,14 +60,14 @@ def read_state(path: str | Path) -> dict[str, Any]:
             found = found[name]
     if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):
         held = ", ".join(sorted(map(str, found))[:5]) if isinstance(found, Mapping) else type(found).__name__
-        raise ValueError(f"{path} holds {held}, and no optimizer: expected 'state' and 'param_groups'")
+        raise BadFileError(f"{path} holds {held}, and no optimizer: expected 'state' and 'param_groups'")
     state, groups = dict(found["state"]), found.get("param_groups", ())
     if not isinstance(groups, list | tuple) or not all(
         isinstance(each, Mapping) for each in (*groups, *state.values())
     ):
-        raise ValueError(f"{path} holds no optimizer: its groups and the entries of its state must be dictionaries")
+        raise BadFileError(f"{path} holds no optimizer: its groups and the entries of its state must be dictionaries")
     if any("params" in group and not isinstance(group["params"], list | tuple) for group in groups):
-        raise ValueError(f"{path} holds no optimizer: 'params' of its groups must be lists")
+        raise BadFileError(f"{path} holds no optimizer: 'params' of its groups must be lists")
     return {"state": state, "param_groups": list(groups)}
 
 
@@ -84,5 +85,5 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
                 state.setdefault(number, {})[entry] = file.get_tensor(key)
             groups = json.loads((file.metadata() or {}).get("param_groups", "[]"))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors: {' '.join(str(error).split())[:200]}") from error
+        raise BadFileError(f"{path} is damaged, or no safetensors: {' '.join(str(error).split())[:200]}") from error
     return {"state": state, "param_groups": groups}

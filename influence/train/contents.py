@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from influence.store import BadFileError
+
 CONTENTS = ".metadata"
 """The file's name."""
 LARGEST = 1 << 28
@@ -123,16 +125,16 @@ def read_contents(folder: Path) -> Contents:
     """Read a table of contents.
 
     Raises:
-        ValueError: if it is none, or asks for anything but plain values; naming the file.
+        BadFileError: if it is none, or asks for anything but plain values; naming the file.
     """
     path = folder / CONTENTS
     if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a table of contents has at most {LARGEST:,}")
+        raise BadFileError(f"{path} has {path.stat().st_size:,} bytes; a table of contents has at most {LARGEST:,}")
     try:
         return _contents(unpacked(path.read_bytes()), folder)
     except (ValueError, TypeError, KeyError, IndexError) as error:  # whatever a broken table leads to
         said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"the table of contents {path}: {said}: not read") from error
+        raise BadFileError(f"the table of contents {path}: {said}: not read") from error
 
 
 def unpacked(raw: bytes) -> Any:
@@ -295,6 +297,8 @@ def _bytes(folder: Path, name: str) -> int:
 def _fields(made: Any, kind: str) -> dict[str, Any]:
     if not isinstance(made, Made) or made.kind != kind or not isinstance(made.state, dict):
         raise ValueError(f"expected a {kind.rpartition('.')[2]}; got {_said(made)}")
+    if not all(isinstance(name, str) for name in made.state):
+        raise ValueError(f"a {kind.rpartition('.')[2]} has fields without a name")
     return made.state
 
 

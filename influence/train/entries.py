@@ -10,6 +10,7 @@ from torch import Tensor
 
 from influence.func.normalize import Factored, check_second
 from influence.func.numbers import check_number
+from influence.store import BadFileError
 
 QUANTISED = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes keeps what FSDP cannot shard."""
@@ -94,6 +95,59 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> 
         )
 
 
+ADAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+EIGHT_BIT = ("state1", "state2", "absmax1", "absmax2", "max1", "max2", "qmap1", "qmap2")
+TENSORS = (*ADAM, *EIGHT_BIT, *(key for keys in FACTORS for key in keys), "variance")
+"""Parts of an entry that are tensors."""
+
+
+def checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return an optimizer's state dict whose every part that is read is of its type.
+
+    Args:
+        found: the state dict.
+        where: the source, for messages.
+
+    Raises:
+        BadFileError: naming the source and the part.
+    """
+
+    def refuse(what: str, got: Any) -> BadFileError:
+        return BadFileError(f"{where} is no state of an optimizer: {what}; it is a {type(got).__name__}")
+
+    def check(entry: Any, key: Any) -> None:
+        if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
+            raise refuse(f"the entry {key!r} must be a mapping", entry)
+        for name in TENSORS:
+            if not isinstance(entry.get(name), Tensor | None) or (name != "exp_avg" and entry.get(name, 0) is None):
+                raise refuse(f"{name} of the entry {key!r} must be a tensor", entry[name])
+        step = entry.get("step")
+        if not isinstance(step, Tensor | float | int | None) or (isinstance(step, Tensor) and step.numel() != 1):
+            raise refuse(f"the step of the entry {key!r} must be a number", step)
+        if QUANTISED in entry:
+            check(entry[QUANTISED], key)
+
+    state, groups = found.get("state"), found.get("param_groups", ())
+    if not isinstance(state, Mapping) or not all(isinstance(key, int | str) for key in state):
+        raise refuse("state must be a mapping of entries, by number or name", state)
+    for key, entry in state.items():
+        check(entry, key)
+    if not isinstance(groups, list | tuple):
+        raise refuse("param_groups must be a list", groups)
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            raise refuse(f"group {number} must be a mapping", group)
+        names = ("params", *(name for name in ("param_names",) if name in group))
+        for name in names:
+            listed = group.get(name)
+            if not isinstance(listed, list | tuple) or not all(isinstance(one, int | str) for one in listed):
+                raise refuse(f"{name} of group {number} must be a list of numbers or names", listed)
+        betas = group.get("betas", (0.0, 0.0))
+        if not isinstance(betas, list | tuple) or not all(isinstance(one, Tensor | float | int) for one in betas):
+            raise refuse(f"betas of group {number} must be two numbers", betas)
+    return {"state": dict(state), "param_groups": list(groups)}
+
+
 def check_numbers(where: str, name: str, entry: Entry, settings: Mapping[str, Any]) -> None:
     """Refuse moments and settings that no training leaves behind.
 
@@ -115,8 +169,11 @@ def check_numbers(where: str, name: str, entry: Entry, settings: Mapping[str, An
     if entry.step is not None:
         check_number(f"{where}: the number of updates of {name!r}", entry.step, 0)
     for key in ("lr", "eps"):
-        if isinstance(settings.get(key), float | int | Tensor):  # Adafactor has two eps, and a rate of its own
-            check_number(f"{where}: {key} of the group of {name!r}", float(settings[key]), 0)
+        said = settings.get(key)
+        if isinstance(said, Tensor | float | int):
+            check_number(f"{where}: {key} of the group of {name!r}", float(said), 0)
+        elif entry.kind != "adafactor" and (said is not None or (key == "eps" and key in settings)):  # it has two
+            raise ValueError(f"{where}: {key} of the group of {name!r} must be a number; got {said!r:.60}")
     betas = settings.get("betas")
     if betas is not None and not (len(betas) >= 2 and all(0 <= float(beta) < 1 for beta in betas)):
         raise ValueError(f"{where}: betas of the group of {name!r} must be two numbers in [0, 1); got {betas!r}")

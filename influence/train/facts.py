@@ -7,6 +7,7 @@ from influence.func.layout import Layout
 from influence.func.transform import Transform
 from influence.index import Columns, Fingerprint, fingerprint_of
 from influence.index.columns import from_json
+from influence.index.encoding import DTYPES
 from influence.store import BadFileError
 from influence.store.folder import Manifest, manifest_of, read_manifest
 from influence.store.schema import conform
@@ -14,6 +15,8 @@ from influence.train.scratch import Stored
 
 RUN_KIND = "training"
 ENDED, SUM = "ended.log", "sum"
+MOST = 1 << 16
+"""More processes than anyone trains with."""
 WEIGHTS = "those of each step of a training run"
 """What the fingerprint says of the weights: rows of one index are of many."""
 
@@ -85,10 +88,10 @@ class Facts(NamedTuple):
     def manifest(self) -> Manifest:
         """Return the run's manifest."""
         config = {key: getattr(self.plan, key) for key in ("share", "scale", "reduction")}
-        print_ = self.fingerprint(config).json()
+        fields = self.fingerprint(config).json()
         ranks = [f"order-{rank}.jsonl" for rank in range(self.plan.world)]
         files = [ENDED, f"{SUM}/", "epoch-#/", *ranks]
-        return manifest_of(RUN_KIND, config, (), self.plan._asdict(), print_, files, ["rows-#-#.bin"])
+        return manifest_of(RUN_KIND, config, (), self.plan._asdict(), fields, files, ["rows-#-#.bin"])
 
     def fingerprint(self, config: dict[str, Any]) -> Fingerprint:
         """Return the fingerprint of the rows; an optimizer's live scale counts as one on the training side."""
@@ -119,6 +122,11 @@ def training_of(path: Path, manifest: Manifest) -> Training:
     if manifest.kind != RUN_KIND:
         raise BadFileError(f"{path} holds a run of kind {manifest.kind!r}, and no rows of a training run")
     plan = conform(manifest.plan, Plan, f"{path}: the plan")
+    if plan.dtype not in DTYPES or plan.shard_size < 1 or not 0 < plan.world <= MOST:
+        raise BadFileError(
+            f"{path} is not what it says: no training has dtype={plan.dtype!r}, shard_size={plan.shard_size} and "
+            f"world={plan.world}"
+        )
     return Training(path, manifest, plan, Stored(plan.dtype, from_json(plan.blocks, str(path))))
 
 

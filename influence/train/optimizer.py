@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from influence.func.functionalize import select
 from influence.func.normalize import Factored, Moments, unfactor
 from influence.train.checkpoints import read_state
-from influence.train.entries import Entry, check_numbers, read_entry
+from influence.train.entries import Entry, check_numbers, checked, read_entry
 from influence.train.naming import name_entries, name_live
 from influence.types import Params
 
@@ -158,7 +158,7 @@ def read_optimizer(
         live, numbers = name_live(model, groups)
         kept = {name: inner.state.get(p, {}) for name, p in live.items()}
     else:
-        held = inner if isinstance(inner, Mapping) else read_state(inner)
+        held = checked(inner if isinstance(inner, Mapping) else read_state(inner), where)
         groups = held["param_groups"]
         entries, numbers = name_entries(model, held["state"], groups, where)
         kept = {name: held["state"].get(key, {}) for name, key in entries.items()}

@@ -10,7 +10,6 @@ The log is what counts: a row that no line speaks of was never collected, and a 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +52,8 @@ class Line(NamedTuple):
     crc: list[int]
 
 
+LARGEST = 1 << 53
+"""No number of a line is larger."""
 NUMBERS = (int,)
 KINDS: dict[str, Any] = {"step": int, "epoch": int, "rate": float, "scaled": int} | {
     "micro": NUMBERS,
@@ -216,13 +217,17 @@ def missing(logs: Sequence[Log], end: int) -> list[str]:
     began = min((log.began for log in logs if log.began is not None), default=end)
     found = []
     for rank, log in enumerate(logs):
-        there = [line.step for line in log.lines if line.step < end]
-        lost = sorted({*range(began, end)} - {*there})
-        if lost:
+        spans, wanted = [], began
+        for step in [*(line.step for line in log.lines if line.step < end), end]:
+            if step < wanted:
+                spans.append(f"{step}, which comes twice,")
+            elif step > wanted:
+                spans.append(f"{wanted} to {step - 1}" if step - wanted > 1 else f"{wanted}")
+            wanted = step + 1
+        if spans and began < end:
             why = ", damaged" if log.damaged else "" if log.began is not None else ", which is gone"
-            found.append(f"{_spans(lost)} of rank {rank} ({log.path.name}{why})")
-        elif there != sorted({*there}):
-            found.append(f"steps of rank {rank} that come twice ({log.path.name})")
+            listed = ", ".join(spans[:5]) + ("…" if len(spans) > 5 else "")
+            found.append(f"steps {listed} of rank {rank} ({log.path.name}{why})")
     return found
 
 
@@ -269,6 +274,9 @@ def _line(text: bytes, path: Path) -> Line:
     if not isinstance(held, dict) or held.keys() != KINDS.keys() or not all(map(_fits, held.values(), KINDS.values())):
         raise BadFileError(f"{path} is not what it says: a line is no step of a training")
     line = Line(**held)
+    every = (line.step, line.epoch, *line.micro, *line.example, *line.length, *line.crc)
+    if min(every) < 0 or max(every) > LARGEST:
+        raise BadFileError(f"{path} is not what it says: a line has the number {min(every)} or {max(every)}")
     if not (sum(line.micro) == len(line.example) == len(line.loss) == len(line.length) == len(line.crc)):
         raise BadFileError(f"{path} is not what it says: step {line.step} has lists of unequal lengths")
     return line
@@ -285,12 +293,3 @@ def _seed(run: str, rank: int, began: int | None) -> str:
 
 def _chained(before: str, text: bytes) -> str:
     return hashlib.sha256(before.encode() + text).hexdigest()
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """Say which numbers: "steps 3, 5 to 7"."""
-    runs: list[str] = []
-    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        first, *rest = [number for _, number in group]
-        runs.append(f"{first} to {rest[-1]}" if rest else f"{first}")
-    return f"step{'s' if len(numbers) > 1 else ''} {', '.join(runs[:5])}{'…' if len(runs) > 5 else ''}"

@@ -1,6 +1,7 @@
 """What a training run has to say: the order of its examples, and the sum of its epochs."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,27 @@ def sum_epochs(path: str | Path, partial: bool = False) -> Index:
 
     write_index(training, training.path / SUM, examples, more, said, part)
     return open_index(training.path / SUM)
+
+
+def progress(path: str | Path) -> dict[str, Any]:
+    """Return how far a training's rows are: whether it has ended, its steps, and each epoch's, visits and index.
+
+    Args:
+        path: the `path` of a `GradientCollectorCallback`.
+
+    Raises:
+        BadFileError: if visits are missing, or an index is not of these visits; naming them.
+    """
+    training, order = read_training(path), read_order(path)
+    epochs = {
+        epoch: {
+            "steps": [int(order.step[order.epoch == epoch].min()), int(order.step[order.epoch == epoch].max()) + 1],
+            "visits": int((order.epoch == epoch).sum()),
+            "index": is_indexed(training, epoch),
+        }
+        for epoch in order.epoch.unique().tolist()
+    }
+    return {"finished": read_ended(training) is not None, "examples": training.plan.examples, "epochs": epochs}
 
 
 def _numbers(training: Training, partial: bool) -> list[int]:

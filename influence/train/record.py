@@ -66,11 +66,7 @@ def check(path: Path, step: int, world: int, overwrite: bool) -> None:
     refuse_foreign(path)
     if not (path / RUN).exists():
         if step:
-            warnings.warn(
-                f"{path} holds no rows yet, and this training goes on from step {step}: the rows of the steps before "
-                "are not collected. If they are in another directory, give that one",
-                stacklevel=2,
-            )
+            _warn_late(path, step)
         return
     if not step:
         if not overwrite:
@@ -85,7 +81,8 @@ def check(path: Path, step: int, world: int, overwrite: bool) -> None:
             f"{path} was collected by {training.plan.world} processes, and this run has {world}: resume with as many, "
             "or write to another directory"
         )
-    _check_steps(training, step)
+    if all(log.began is None for log in _check_steps(training, step)):
+        _warn_late(path, step)  # a start was cut off before it had a row
 
 
 def last_epoch(path: Path, rank: int, step: int) -> int:
@@ -124,7 +121,8 @@ def go_on(training: Training, step: int, epoch: int | None) -> None:
         ValueError: if rows of steps before it are not there.
     """
     logs = _check_steps(training, step)
-    (training.path / ENDED).unlink(missing_ok=True)
+    if read_ended(training) is not None:
+        (training.path / ENDED).unlink()
     if index_of(training, training.path / SUM) is not None:
         let_go(training.path / SUM)
     for rank, log in enumerate(logs):
@@ -158,6 +156,8 @@ def end(training: Training, track_order: bool) -> None:
     logs = read_logs(training.path, training.id, training.plan.world)
     for epoch in epochs_of(logs):
         finish_epoch(training, logs, epoch)
+    if not epochs_of(logs):
+        return  # nothing was collected
     began = min((log.began for log in logs if log.began is not None), default=0)
     steps = (began, max((log.end for log in logs), default=0))
     epochs = tuple((epoch, tuple(heads(logs, epoch))) for epoch in epochs_of(logs))
@@ -230,6 +230,14 @@ def refuse_missing(training: Training, ended: Ended) -> None:
 
 
 _WAY_ON = ". Resume the training from a checkpoint before them, which collects them again, or restore the files"
+
+
+def _warn_late(path: Path, step: int) -> None:
+    warnings.warn(
+        f"{path} holds no rows yet, and this training goes on from step {step}: the rows of the steps before are not "
+        "collected. If they are in another directory, give that one",
+        stacklevel=2,
+    )
 
 
 def is_indexed(training: Training, epoch: int) -> bool:

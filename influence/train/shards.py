@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from influence.store import BadFileError
 from influence.train.contents import Contents, Piece, read_contents
 
 
@@ -16,14 +17,14 @@ def read_shards(path: Path) -> dict[str, Any]:
     """Return the state that shards hold together; every rank's are read here.
 
     Raises:
-        ValueError: if they hold no optimizer, or a part is missing or no tensor; naming the file.
+        BadFileError: if they hold no optimizer, or a part is missing or no tensor; naming the file.
     """
     contents = read_contents(path)
     keys = [*contents.tensors, *contents.others]
     wanted = [key for key in keys if {"state", "param_groups"} & {*_path_of(contents, key)}]
     if not wanted:
         held = ", ".join(keys[:5])
-        raise ValueError(f"the shards in {path} hold {held} …, and no optimizer: expected 'state' and 'param_groups'")
+        raise BadFileError(f"the shards in {path} hold {held} …, and no optimizer: expected 'state' and 'param_groups'")
     pieces: dict[str, list[Piece]] = {key: [] for key in wanted}
     for piece in contents.pieces:
         pieces.get(piece.key, []).append(piece)
@@ -48,20 +49,24 @@ def _tensor(path: Path, contents: Contents, key: str, pieces: list[Piece]) -> Te
         part, offsets = _loaded(path, piece), piece.offsets or (0,) * len(size)
         fits = isinstance(part, Tensor) and (part.dtype, part.layout) == (dtype, torch.strided)
         if not fits or not len(offsets) == len(part.shape) == len(size):
-            raise ValueError(f"{path / piece.file} has no part of {key!r}, which is {list(size)} of {dtype}")
+            raise BadFileError(f"{path / piece.file} has no part of {key!r}, which is {list(size)} of {dtype}")
         place = tuple(slice(begin, begin + length) for begin, length in zip(offsets, part.shape, strict=True))
         if any(one.stop > most for one, most in zip(place, size, strict=True)):
-            raise ValueError(f"{path / piece.file} has a part of {key!r} that ends behind its {list(size)}")
+            raise BadFileError(f"{path / piece.file} has a part of {key!r} that ends behind its {list(size)}")
         whole[place], missing[place] = part.detach(), False
     if missing.any():
-        raise ValueError(f"the shards in {path} lack {int(missing.sum()):,} of {missing.numel():,} entries of {key!r}")
+        raise BadFileError(
+            f"the shards in {path} lack {int(missing.sum()):,} of {missing.numel():,} entries of {key!r}"
+        )
     return whole
 
 
 def _other(path: Path, key: str, pieces: list[Piece]) -> Any:
     """Return an entry that is no tensor."""
     if len(pieces) != 1:
-        raise ValueError(f"the shards in {path} have {len(pieces)} parts of {key!r}, which is no tensor: expected one")
+        raise BadFileError(
+            f"the shards in {path} have {len(pieces)} parts of {key!r}, which is no tensor: expected one"
+        )
     return _loaded(path, pieces[0])
 
 
@@ -80,18 +85,18 @@ def plain(source: Any, name: str) -> Any:
         name: what messages call it.
 
     Raises:
-        ValueError: if it holds more, or is damaged.
+        BadFileError: if it holds more, or is damaged.
     """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise BadFileError(
             f"{name} holds more than tensors and numbers, and is not unpickled: save optimizer.state_dict() alone"
         ) from error
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises whatever a broken file leads it to
-        raise ValueError(
+        raise BadFileError(
             f"{name} is damaged, or torch did not save it: {' '.join(str(error).split())[:200]}"
         ) from error
 
