@@ -69,9 +69,10 @@ def commands(root: Path) -> list[Case]:
     """
     model, corpus, questions = (str(root / name) for name in ("model", "corpus.jsonl", "questions.jsonl"))
     made = {
-        name: str(root / "made" / name) for name in ("build", "reduce", "hessian autocorrelation", "fitted", "sample")
+        name: str(root / "made" / name / "run")
+        for name in ("build", "reduce", "hessian autocorrelation", "fitted", "sample")
     }
-    saved = [str(root / "made/checkpoints" / f"checkpoint-{step}") for step in (1, 2)]
+    saved = [str(root / "made/checkpoints/trainer" / f"checkpoint-{step}") for step in (1, 2)]
 
     def of(data: str, shard: int, *more: str) -> list[str]:
         known = ["--model", model, "--token-budget", "256", "--dtype", "float64", "--progress", "False"]
@@ -170,6 +171,7 @@ def inputs(root: Path) -> dict[str, Case]:
         "reduce other": other("reduce", "--method", "sum"),
         "score other": other("score", "--dataset", reverse),
         "sample other": other("sample", "--seed", "1"),
+        "callback other": Case("callback other", "", lambda: callback(learning_rate=0.06), writes="rows"),
         "checkpoints": Case("checkpoints", "", lambda: _checkpoints(root), writes="trainer"),
     }
 
@@ -197,7 +199,7 @@ def python_sample(seed: int = 0) -> None:
                   output_path="run", progress=False)  # fmt: skip
 
 
-def callback() -> None:
+def callback(**settings: Any) -> None:
     """Train, from the last checkpoint if there is one, and add up what was collected."""
     import warnings
 
@@ -205,7 +207,7 @@ def callback() -> None:
     from tests import training_world
 
     warnings.simplefilter("ignore")
-    training_world.train(Path(), resume=True, num_train_epochs=2)
+    training_world.train(Path(), resume=True, num_train_epochs=2, **settings)
     sum_epochs("rows")
 
 

@@ -83,7 +83,8 @@ def readers(world: World) -> dict[str, Reader]:
             Reader("query faiss", "faiss", {"run": "query faiss"}, ("faiss/*/*",),
                    [*_typed(world, "query faiss"), "--json"]),
             Reader("order", "callback", {"rows": "callback"},
-                   ("visits-0.h5", "training.json", "epoch-0/*.h5", "epoch-0/run.json"), _ordered),
+                   ("order-0.jsonl", "ended.log", "run.json", "epoch-0/*.h5", "epoch-0/run.json", "epoch-1/index.h5"),
+                   _ordered),
             Reader("resume build", "index", {"run": "build at shard-00002.h5"},
                    ("shard-*.h5", "run.json", "config.yaml"), _typed(world, "build"),
                    {"run": "build other at shard-00002.h5"}, resumes="build"),
@@ -95,6 +96,9 @@ def readers(world: World) -> dict[str, Reader]:
             Reader("resume ekfac", "factors", {"run": "hessian ekfac at eigenvalues-00000.h5"},
                    ("kfac.h5", "eigenvalues-*.h5", "partial-*.h5"), _typed(world, "hessian ekfac"),
                    {"run": "hessian ekfac other at eigenvalues-00000.h5"}, resumes="hessian ekfac"),
+            Reader("resume callback", "callback", {"rows": "callback at order-0.jsonl"},
+                   ("order-0.jsonl", "rows-1-0.bin", "run.json"),
+                   world.cases()["callback"].work, {"rows": "callback other at order-0.jsonl"}, resumes="callback"),
             Reader("resume sample", "chains", {"run": "sample at state.h5"},
                    ("chains-*/state.h5", "chains-*/segment-*.h5", "run.json", "config.yaml"), _typed(world, "sample"),
                    {"run": "sample other at state.h5"}, resumes="sample"),
@@ -277,7 +281,7 @@ def _asked(world: World, reader: Reader, folder: Path) -> tuple[Ended, Any]:
     ended = world.do(called(reader.work), folder, memory=MEMORY)
     if reader.resumes:
         unequal = kills.reference(world, world.cases()[reader.resumes]).unequal
-        return ended, {name: it for name, it in tree(folder).items() if name not in unequal}
+        return ended, {name: it for name, it in kills.compared(folder).items() if name not in unequal}
     if ended.value is not None:
         return ended, ended.value
     made = {name: it for name, it in tree(folder).items() if "/" not in name and it != "folder"}

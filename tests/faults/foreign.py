@@ -6,12 +6,12 @@ from pathlib import Path
 
 from tests.faults.commands import Case
 from tests.faults.results import Result, Task
-from tests.faults.world import World, differing, remove, tree
+from tests.faults.world import TRAINER, World, differing, remove, tree
 
 NAMES = (
     "run.json config.yaml config.partial index.h5 shard-00000.h5 shard-00007.h5 partial-00000.h5 factors.h5 kfac.h5 "
-    "best.h5 run.h5 state.h5 segment-00000.h5 visits-0.h5 scratch-0.bin training.json .x.partial .run.json.0.partial "
-    "about.json .lock "
+    "best.h5 run.h5 state.h5 segment-00000.h5 order-0.jsonl rows-0-0.bin ended.log .x.partial .run.json.0.partial "
+    "about.json eigenvalues-00000.h5 .lock "
     "eigenvalues/ faiss/ chains-0-2/ chains-0-4/ chains-final-v2/ epoch-0/ sum/ query/ corpus/ scores/ mix/ index/ "
     "checkpoint0-rows/ hessian/"
 )
@@ -116,8 +116,8 @@ def _added(world: World, task: Task) -> Result:
 
 
 def _all(folder: Path) -> dict[str, str]:
-    """Return what lies there, locks too, with the times at which files were changed."""
-    found = tree(folder)
+    """Return what lies there, locks too, but for what a Trainer writes."""
+    found = {name: it for name, it in tree(folder).items() if Path(name).parts[0] != TRAINER}
     for path in folder.rglob(".lock"):
         name = str(path.relative_to(folder))
         found[name] = (

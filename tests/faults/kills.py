@@ -51,7 +51,7 @@ def _made(world: World, case: Case) -> Reference:
     folders = [world.folder_for(case) for _ in range(2)]
     before = world.do(lambda: answers(folders[0]), folders[0])
     first, second = (world.do(case.call(), folder, Kill(later=n * 100_000)) for n, folder in enumerate(folders))
-    trees = [_compared(folder) for folder in folders]
+    trees = [compared(folder) for folder in folders]
     read = world.do(lambda: answers(folders[0]), folders[0])
     for folder in folders:
         remove(folder)
@@ -123,11 +123,11 @@ def _killed(world: World, case: Case, expected: Reference, folder: Path, what: s
         between = any(part.startswith("chains-") for part in Path(name).parts)  # a share, before it is joined
         if not between and ": " not in said and said not in (expected.answers.get(name), expected.before.get(name)):
             return "wrong", f"{at}; {name} is read, and is not what it should be"
-    there = _compared(folder)
+    there = compared(folder)
     again = world.do(case.call_again(), folder)
     if again.fault:
         return again.fault, f"{at}; again: {again.brief()}"
-    found = _compared(folder)
+    found = compared(folder)
     other = [name for name in differing(found, expected.tree) if name not in expected.unequal]
     if not other and expected.unequal:
         read = world.do(lambda: answers(folder), folder)
@@ -139,6 +139,6 @@ def _killed(world: World, case: Case, expected: Reference, folder: Path, what: s
     return "left" if whole and more else "lost", f"{at}; again: {again.brief()}; other: {other[:6]}"
 
 
-def _compared(folder: Path) -> dict[str, str]:
+def compared(folder: Path) -> dict[str, str]:
     """Return what of a folder must be the same."""
     return {name: it for name, it in tree(folder).items() if Path(name).parts[0] != TRAINER}

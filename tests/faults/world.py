@@ -84,7 +84,10 @@ class World:
         """Return a new folder with what a case is given."""
         folder = self.fresh()
         for name, made in case.given.items():
-            shutil.copytree(self.made(made), folder / name, symlinks=True)
+            place = self.made(made)
+            shutil.copytree(place, folder / name, symlinks=True)
+            if (place.parent / TRAINER).is_dir() and place.name != TRAINER:  # what a training goes on from
+                shutil.copytree(place.parent / TRAINER, folder / TRAINER)
         return folder
 
     def prepare(self, case: Given) -> None:
@@ -93,28 +96,27 @@ class World:
             self.made(name)
 
     def made(self, name: str) -> Path:
-        """Return a finished run, or one that was killed as it put a file there: `build at shard-00002.h5`.
+        """Return a finished run, or one that was killed as it last wrote a file: `build at shard-00002.h5`.
 
         It is made if it is not there.
         """
-        place = self.root / "made" / name
+        whole, _, file = name.partition(" at ")
+        case, place = (self.cases() | inputs(self.root))[whole], self.root / "made" / name
         if not place.exists():
-            whole, _, file = name.partition(" at ")
-            case = (self.cases() | inputs(self.root))[whole]
             self.prepare(case)
             folder = self.folder_for(case)
             ended = self.do(case.call(), folder)
             if ended.status != 0:
                 raise RuntimeError(f"the run {whole!r} that others need failed: {ended.said}")
             if file:
-                puts = [n for n, event in enumerate(ended.events, 1) if " rename" in event and event.endswith(file)]
-                if not puts:
-                    raise RuntimeError(f"{whole!r} never puts {file} there")
+                there = [n for n, event in enumerate(ended.events, 1) if event.endswith(f"/{file}")]
+                if not there:
+                    raise RuntimeError(f"{whole!r} never writes {file}")
                 folder = self.folder_for(case)
-                self.do(case.call(), folder, Kill(puts[-1]))
+                self.do(case.call(), folder, Kill(there[-1]))
             place.parent.mkdir(parents=True, exist_ok=True)
-            (folder / case.writes).rename(place)
-        return place
+            folder.rename(place)
+        return place / case.writes
 
     def start(self, work: Callable[[], Any], folder: Path, kill: Kill = COUNT, **limits: Any) -> Child:
         """Do something in a child."""
