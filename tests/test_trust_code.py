@@ -38,7 +38,7 @@ from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
 from influence.pipelines.plain import to_mapping
 from influence.pipelines.sampled import tokenizer_of
 from influence.store import BadFileError
-from influence.store.folder import manifest_of
+from influence.store.folder import manifest_of, write_manifest
 from influence.train import contents, load_from_optimizer, read_optimizer
 from influence.train.checkpoints import read_state
 from tests.pipeline_world import build_config, corpus, lines, model_config, world
@@ -492,7 +492,7 @@ def test_a_finished_run_of_chains_runs_no_code(ran: Path, tmp_path: Path) -> Non
     run = tmp_path / "chains"
     run.mkdir()
     config = to_mapping(Sampling(str(run), ModelConfig(str(tmp_path / "own"), trust_remote_code=True)))
-    (run / "run.json").write_text(json.dumps(manifest_of("bif", config, [], {}, {}, [])._asdict()))
+    write_manifest(run, manifest_of("bif", config, [], {}, {}, []))
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         tokenizer_of(Sampling(str(run)))
     assert not ran.exists()

@@ -47,7 +47,7 @@ class Run:
     @property
     def todo(self) -> list[int]:
         """Numbers of the planned shards that are not there yet."""
-        finished = done(self.directory)
+        finished = done(self.directory, self.first)
         return [number for number in range(self.first, self.last or self.first) if number not in finished]
 
     def close(self) -> None:
@@ -63,11 +63,12 @@ class Run:
         self.close()
 
 
-def done(directory: str | Path) -> set[int]:
-    """Return the numbers of the shards of a run that are there and whole.
+def done(directory: str | Path, first: int = 0) -> set[int]:
+    """Return the numbers of the shards of a run that are there and whole: every byte of them is read.
 
     Args:
         directory: the run.
+        first: the first that is looked at: those before it are an index's, to which others are appended.
 
     Returns:
         The numbers.
@@ -79,13 +80,18 @@ def done(directory: str | Path) -> set[int]:
 
     manifest = read_manifest(directory) if (Path(directory) / RUN).exists() else None
     finished = set()
-    for path in shard_paths(directory):
+    for path in [path for path in shard_paths(directory) if number_of(path) >= first]:
+        number = number_of(path)
         try:
-            head = store.any_head(path)
+            store.any_head(path)
         except BadFileError:
             continue  # cut off or damaged: it is made again
-        number = number_of(path)
-        store.read_head(path, kind=KIND, schema=SCHEMA, run="" if manifest is None else owner(manifest, number))
+        run = "" if manifest is None else owner(manifest, number)
+        head = store.read_head(path, kind=KIND, schema=SCHEMA, run=run)
+        try:
+            store.check_whole(path, kind=KIND, schema=SCHEMA, run=run)
+        except BadFileError:
+            continue
         if head.about["number"] == number:
             finished.add(number)
     return finished

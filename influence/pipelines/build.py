@@ -105,7 +105,7 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
 
             work = Work(shards, batches, step.see, own_device(execution.device))
             sinks: dict[str, Placed | Summed] = {
-                "index": Placed(lambda: {number - written for number in done(at)}, rows),
+                "index": Placed(lambda: {number - written for number in done(at, written)}, rows),
                 **(also or {}),
             }
             results = collect(work, sinks, at, place, what="build", shown=execution.progress)

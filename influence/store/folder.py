@@ -24,6 +24,8 @@ from influence.store.schema import conform
 RUN = "run.json"
 FORMAT: Literal["influence run"] = "influence run"
 SCHEMA = 1
+SUM = "sha256"
+"""The field with the checksum of all others."""
 
 
 class Manifest(NamedTuple):
@@ -100,7 +102,13 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise BadFileError(
             f"{path} has schema {held.get('schema')}, this version reads {SCHEMA}: use the version that wrote it"
         )
+    said = held.pop(SUM, None)
     manifest = conform(held, Manifest, str(path))
+    if hash_of(held) != said:
+        raise BadFileError(
+            f"{path} is damaged, or was edited: its checksum differs. Restore it; settings are changed on the command "
+            "line or in a copy of config.yaml"
+        )
     if not all(isinstance(change.get("id"), str) for change in manifest.appended):
         raise BadFileError(f"{path} is not what it says: an entry of appended has no id")
     return manifest
@@ -108,7 +116,9 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write a directory's manifest, atomically."""
-    write_text(directory / RUN, json.dumps(manifest._asdict(), indent=1) + "\n", manifest.id)
+    held = manifest._asdict()
+    text = json.dumps({**held, SUM: hash_of(held)}, indent=1) + "\n"
+    write_text(directory / RUN, text, manifest.id)
 
 
 def take(directory: str | Path, wanted: Manifest, overwrite: bool = False) -> tuple[Lock, Manifest | None]:

@@ -4,7 +4,8 @@ A file begins with a block of plain text (an HDF5 user block), which says everyt
 
     influence store 1
     <sha256 of the next line> <its bytes>
-    {"kind": …, "schema": …, "run": …, "bytes": …, "tensors": {name: [offset, shape, dtype, sha256]}, "about": …}
+    {"kind": …, "schema": …, "run": …, "bytes": …, "tables": …, "tensors": {name: [offset, shape, dtype, sha256]},
+    "about": …}                                       (one line)
 
 Our readers take the facts and the tensors from there and never let the HDF5 library parse a file: its tables, when
 damaged, can make the library loop for ever. For whoever has h5py alone, each tensor is a contiguous dataset under its
@@ -16,8 +17,9 @@ readers know the axes.
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -34,6 +36,8 @@ from influence.store.schema import conform
 ALIGNMENT = 64
 """Bytes that every dataset's offset is a multiple of."""
 MAGIC = b"influence store 1\n"
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+"""How HDF5's own part begins."""
 FIRST = len(MAGIC) + 64 + 1 + 20 + 1
 """Bytes of the first two lines: the number of bytes is padded."""
 DTYPES: dict[str, torch.dtype] = {
@@ -80,6 +84,7 @@ class Head(NamedTuple):
         schema: version of its layout.
         run: the id of the run that it belongs to; empty for a file of its own.
         bytes: its size.
+        tables: the checksum of what is neither this block nor a tensor: HDF5's own tables.
         tensors: where its tensors are.
         about: its facts.
     """
@@ -88,6 +93,7 @@ class Head(NamedTuple):
     schema: int
     run: str
     bytes: int
+    tables: str
     tensors: dict[str, Place]
     about: Any
 
@@ -147,13 +153,13 @@ def write(
     types = {key: str(each[0].dtype).removeprefix("torch.") for key, each in pieces.items()}
     text = json.dumps(about)
 
-    def head(offsets: Mapping[str, int], digests: Mapping[str, str], size: int) -> bytes:
+    def head(offsets: Mapping[str, int], digests: Mapping[str, str], size: int, tables: str) -> bytes:
         places = {key: (offsets[key], shapes[key], types[key], digests[key]) for key in arrays}
-        known = {"kind": kind, "schema": schema, "run": run, "bytes": size, "tensors": places}
+        known = {"kind": kind, "schema": schema, "run": run, "bytes": size, "tables": tables, "tensors": places}
         return json.dumps(known)[:-1].encode() + b', "about": ' + text.encode() + b"}"
 
     large = 1 << 62  # numbers of this size leave room for any
-    room = FIRST + len(head(dict.fromkeys(arrays, large), dict.fromkeys(arrays, "0" * 64), large)) + 1
+    room = FIRST + len(head(dict.fromkeys(arrays, large), dict.fromkeys(arrays, "0" * 64), large, "0" * 64)) + 1
     block = max(512, 1 << (room - 1).bit_length())
     with replacing(path, sum(array.nbytes for each in arrays.values() for array in each) + block, run) as name:
         offsets = {}
@@ -180,7 +186,8 @@ def write(
             for key, digest in taken.items():
                 file[key].attrs["sha256"] = digest
             _name_dimensions(file, dims or {})
-        facts = head(offsets, taken, name.stat().st_size)
+        places = [Place(offsets[key], shapes[key], types[key], "") for key in arrays]
+        facts = head(offsets, taken, name.stat().st_size, _tables(name, block, places))
         with open(name, "r+b", buffering=0) as raw:
             line = f"{hashlib.sha256(facts).hexdigest()} {len(facts):020}\n".encode()
             _write_all(raw, MAGIC + line + facts + b"\n")
@@ -249,6 +256,38 @@ def read_head(path: str | Path, *, kind: str, schema: int, run: str | None = Non
             "put here from elsewhere. Move it away and run the same command again, or write to another directory"
         )
     return head
+
+
+def check_whole(path: str | Path, *, kind: str, schema: int, run: str | None = None) -> Head:
+    """Read every byte of a file, and return what it says of itself.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        BadFileError: as `read_facts`; or if a tensor, or HDF5's own tables, are damaged.
+    """
+    head = read_head(path, kind=kind, schema=schema, run=run)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as held:
+        for key, place in head.tensors.items():
+            with memoryview(held) as view, view[place.offset : place.offset + place.bytes] as part:
+                if sha256([part]) != place.sha256:
+                    raise BadFileError(f"{path} is damaged: the checksum of {key!r} differs")
+        block = held.find(SIGNATURE)
+    if _tables(path, block, head.tensors.values()) != head.tables:
+        raise BadFileError(f"{path} is damaged: the checksum of its HDF5 tables differs")
+    return head
+
+
+def _tables(path: str | Path, block: int, places: Iterable[Place]) -> str:
+    """Return the checksum of a file's bytes behind its plain block and outside its tensors."""
+    digest, end = hashlib.sha256(), block
+    with open(path, "rb") as file:
+        for place in sorted(place for place in places if place.bytes):
+            file.seek(end)
+            digest.update(file.read(max(0, place.offset - end)))
+            end = place.offset + place.bytes
+        file.seek(end)
+        digest.update(file.read())
+    return digest.hexdigest()
 
 
 def digest_of(path: str | Path) -> str:

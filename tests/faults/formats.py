@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from influence.func.fingerprint import fingerprint
+
 MAGIC = b"influence store 1\n"
 FREE = ("config", "command", "recorded", "must_match", "complement", "function", "facts")
 """Attributes under which anything may stand: it is shown, and compared with what a query or a resume has there."""
@@ -30,6 +32,8 @@ def rewrite(path: Path, said: Any) -> None:
 
         path.write_text(yaml.safe_dump(said))
     elif path.suffix == ".json":
+        if path.name == "run.json" and isinstance(said, dict) and "sha256" in said:
+            said["sha256"] = fingerprint({name: value for name, value in said.items() if name != "sha256"})
         path.write_text(json.dumps(said, indent=1) + "\n")
     else:
         _write_block(path, said)
