@@ -1,6 +1,7 @@
 """Models and tokenizers, from a folder or the Hub."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from influence import models
 from influence.data.sources import mapping_of
 from influence.pipelines.configs import ModelConfig
 from influence.pipelines.hub import looked_up
+from influence.store import BadFileError
 
 
 def usable(device: str) -> str:
@@ -67,6 +69,8 @@ def _found(path: str, what: str) -> Iterator[None]:
             yield
     except ValueError as error:
         if "custom code" not in str(error) or "trust_remote_code" not in str(error):
+            if isinstance(error, json.JSONDecodeError) or (what == "tokenizer" and path not in str(error)):
+                raise _unreadable(path, what, error) from error
             raise
         raise ValueError(
             f"the {what} {path!r} comes with code of its maker's, which would run here as you: look at it, and if you "
@@ -79,3 +83,15 @@ def _found(path: str, what: str) -> Iterator[None]:
             f"no {what} {path!r}: it is no folder here, and the Hub has none that can be reached "
             f"({str(error).splitlines()[0]}). Give a folder which save_pretrained wrote, or the id of a Hub model"
         ) from error
+    except (ImportError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a file that is cut off, or an argument that is none, transformers raises anything
+        raise _unreadable(path, what, error) from error
+
+
+def _unreadable(path: str, what: str, error: Exception) -> BadFileError:
+    said = " ".join(str(error).split())[:300]
+    return BadFileError(
+        f"the {what} {path!r} cannot be loaded ({type(error).__name__}: {said}): one of its files is damaged or cut "
+        "off, or an argument of model_kwargs or peft_init_kwargs is not for it"
+    )
