@@ -96,7 +96,7 @@ class World:
             self.made(name)
 
     def made(self, name: str) -> Path:
-        """Return a finished run, or one that was killed once it had last written a file: `build at shard-00002.h5`.
+        """Return a finished run, or one that was killed at an event, the last such: `build at rename shard-00002.h5`.
 
         It is made if it is not there.
         """
@@ -109,12 +109,12 @@ class World:
             if ended.status != 0:
                 raise RuntimeError(f"the run {whole!r} that others need failed: {ended.said}")
             if file:
-                events = [event.split(" ", 2) for event in ended.events]  # number, what, path
-                there = [int(n) for n, what, path in events if path.endswith(f"/{file}") and "unlink" not in what]
+                what, file = file.split()
+                there = [n for n, event in enumerate(ended.events, 1) if f" {what} " in event and event.endswith(file)]
                 if not there:
-                    raise RuntimeError(f"{whole!r} never writes {file}")
+                    raise RuntimeError(f"{whole!r} never comes to {name}")
                 folder = self.folder_for(case)
-                self.do(case.call(), folder, Kill(there[-1] + 1))
+                self.do(case.call(), folder, Kill(there[-1]))
             place.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(place)
         return place / case.writes
