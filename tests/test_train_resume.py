@@ -127,6 +127,26 @@ def test_killed_in_a_resume_from_an_older_checkpoint(window: str) -> None:
         assert whole("steps").differing(directory) == []
 
 
+def test_another_training_from_an_older_checkpoint(tmp_path: Path) -> None:
+    """With other settings: what was trained before is dropped, and nothing of it is readable beside what is new."""
+    old, new, changed = lambda found: 2, lambda found: 4, {"max_grad_norm": 0.01}
+    for name in ("once", "killed"):
+        shutil.copytree(whole("steps").directory, tmp_path / name)
+        sum_epochs(tmp_path / name / "rows")
+    status, events = child(tmp_path / "once", True, at=old, **changed)
+    assert status == 0
+    kill = event(events, r"written rows/rows-1-0")
+    assert child(tmp_path / "killed", True, kill, at=old, **changed)[0] == -9
+    rows = tmp_path / "killed/rows"
+    assert torch.equal(open_index(rows / "epoch-0").matrix(), open_index(tmp_path / "once/rows/epoch-0").matrix())
+    for reader in (lambda: open_index(rows / "epoch-1"), lambda: sum_epochs(rows), lambda: open_index(rows / "sum")):
+        with pytest.raises(ValueError, match=r"not finished|not ended"):
+            reader()
+    assert child(tmp_path / "killed", True, at=new, **changed)[0] == 0
+    assert training_kills.files_of(tmp_path / "killed") == training_kills.files_of(tmp_path / "once")
+    assert whole("steps").differing(tmp_path / "once") != []
+
+
 WIPES = {
     "nothing is gone": (r"os\.remove rows/ended", True),
     "the sum is": (r"os\.rmdir rows/sum", True),
