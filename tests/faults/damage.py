@@ -230,7 +230,7 @@ def _zero(path: Path, draw: Random) -> str:
 
 def _cut(path: Path, draw: Random) -> str:
     held = path.read_bytes()
-    size = draw.choice([0, len(held) - 1, draw.randrange(len(held)), draw.randrange(len(held))])
+    size = draw.choice([0, len(held.rstrip()) - 1, draw.randrange(len(held)), draw.randrange(len(held))])
     path.write_bytes(held[:size])
     return f"is cut to {size} of {len(held)} bytes"
 
