@@ -120,7 +120,11 @@ def test_nothing_runs_where_no_types_are_checked(tmp_path: Path) -> None:
 
 
 ALONE = """
-import pathlib, sys
+import pathlib, sys, types
+import influence
+room = types.ModuleType("influence.train")  # without what its __init__ imports, which takes long
+room.__path__ = [str(pathlib.Path(influence.__file__).parent / "train")]
+sys.modules["influence.train"] = room
 from influence.train.checkpoints import read_state
 refused = 0
 for folder in pathlib.Path(sys.argv[1]).iterdir():
@@ -284,7 +288,7 @@ def test_damaged_tables_and_parts_are_refused_or_read(tmp_path: Path) -> None:
     """Bytes that changed: an answer, or a refusal that names the file; torch keeps no checksum that says which."""
     saved(tmp_path)
     draw, folder = random.Random(0), tmp_path / "optimizer_0"
-    for name, count in ((".metadata", 300), ("__0_0.distcp", 60)):
+    for name, count in ((".metadata", 150), ("__0_0.distcp", 30)):
         whole = (folder / name).read_bytes()
         for _ in range(count):
             broken, at = bytearray(whole), draw.randrange(len(whole))
