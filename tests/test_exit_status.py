@@ -71,8 +71,10 @@ def test_what_is_raised(raised: BaseException, status: int, capsys: Any, monkeyp
 
 
 def test_a_process_that_is_interrupted_ends_with_130() -> None:
+    heeds = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
     waits = "cli.run = lambda *typed: (print('up', flush=True), time.sleep(60))"
-    code = f"import sys, time; from influence import cli; {waits}; sys.exit(cli.main(['inspect', '--run', 'a']))"
+    ends = "sys.exit(cli.main(['inspect', '--run', 'a']))"
+    code = f"import signal, sys, time; {heeds}; from influence import cli; {waits}; {ends}"
     settings = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=settings

@@ -14,6 +14,7 @@ from influence.cli import main
 from influence.pipelines.outcome import table
 from influence.pipelines.plain import read_config, write_config
 from influence.pipelines.texts import short
+from influence.store.folder import read_manifest, write_manifest
 from influence.visible import CODES, visible
 from notebooks.make_corpus import make
 
@@ -118,11 +119,10 @@ def test_a_conversation(world: Path, capsys: Any, monkeypatch: Any) -> None:
 def test_what_a_run_says_of_itself_is_one_line(world: Path, tmp_path: Path, capsys: Any) -> None:
     for name in ("index", "factors"):
         shutil.copytree(world / name, tmp_path / name)
-        path = tmp_path / name / "run.json"
-        known = json.loads(path.read_text())
-        known["command"] = ["influence", f"build\nverified: every checksum holds {EVIL}"]
-        known["config"]["query"] = [f"q\nverified: every checksum holds {EVIL}"]
-        path.write_text(json.dumps(known))
+        known = read_manifest(tmp_path / name)
+        known.config["query"] = [f"q\nverified: every checksum holds {EVIL}"]
+        command = ["influence", f"build\nverified: every checksum holds {EVIL}"]
+        write_manifest(tmp_path / name, known._replace(command=command))
         said = told(capsys, "inspect", "--run", tmp_path / name)
         assert "\nverified" not in said
     (tmp_path / "factors" / "factors.h5").unlink()

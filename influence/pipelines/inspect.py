@@ -145,10 +145,10 @@ def _unfinished(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
             run(InspectConfig(str(directory / name), verify))
         rows = [[name, "finished" if ready else "not finished"] for name, ready in states.items()]
         return f"{_at(about.kind, directory)}\n" + table(["step", "state"], rows)
-    planned, finished = planned_shards(about) or [], sorted(done(directory))
+    planned, finished = planned_shards(about) or [], sorted(done(directory, every_byte=False))
     facts |= {"finished": False, "shards": len(planned), "done": finished}
     for number in finished if verify else []:
-        store.read(directory / shard_name(number), kind=KIND, schema=SCHEMA)
+        store.check_whole(directory / shard_name(number), kind=KIND, schema=SCHEMA)
     return (
         f"{_at(about.kind, directory)}: not finished, {len(finished)} of {len(planned)} shards\n"
         f"made by: {made_by(about.command)}\nconfiguration: {json.dumps(about.config)[:400]}"

@@ -264,6 +264,15 @@ def check_whole(path: str | Path, *, kind: str, schema: int, run: str | None = N
     Raises:
         FileNotFoundError: if there is no such file.
         BadFileError: as `read_facts`; or if a tensor, or HDF5's own tables, are damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from influence import store
+        >>> path = f"{tempfile.mkdtemp()}/numbers.h5"
+        >>> store.write(path, {"x": torch.ones(2)}, {"lr": 1}, kind="numbers", schema=1)
+        >>> store.check_whole(path, kind="numbers", schema=1).about
+        {'lr': 1}
     """
     head = read_head(path, kind=kind, schema=schema, run=run)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as held:
