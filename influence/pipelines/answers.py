@@ -1,6 +1,7 @@
 """What was found for a text: shown in a terminal, written as JSON, recorded as CSV."""
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,18 +63,22 @@ def as_facts(answer: Answer) -> dict[str, Any]:
 
 
 def record(path: str | Path, answers: Sequence[Answer]) -> None:
-    """Append answers to a CSV file, with a head if it is new; texts as `as_cell` writes them."""
-    fresh = not Path(path).exists() or not Path(path).stat().st_size
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
-        for answer in answers:
-            for direction in ("best", "worst"):
-                for rank, hit in enumerate(getattr(answer, direction)):
-                    place = "" if hit.position is None else hit.position
-                    row = [answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text]
-                    writer.writerow(as_row(row))
+    """Append answers to a CSV file, with a head if it is new; texts as `as_cell` writes them.
+
+    All in one write, so that a kill leaves all of its lines or none.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    if not Path(path).exists() or not Path(path).stat().st_size:
+        writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
+    for answer in answers:
+        for direction in ("best", "worst"):
+            for rank, hit in enumerate(getattr(answer, direction)):
+                place = "" if hit.position is None else hit.position
+                row = [answer.query, direction, rank + 1, hit.score, hit.example, place, hit.text]
+                writer.writerow(as_row(row))
+    with open(path, "ab") as file:
+        file.write(text.getvalue().encode())
 
 
 def check_record(path: str | Path) -> None:

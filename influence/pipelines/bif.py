@@ -19,6 +19,7 @@ from influence.pipelines.texts import short
 from influence.pipelines.words import examples, words_of
 from influence.sgmcmc import Run as Sampled
 from influence.sgmcmc import bif
+from influence.store import output_file
 
 SHOWN = 3
 """Queries that are shown, unless some are named."""
@@ -219,8 +220,9 @@ def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
 def _save(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:
     import numpy
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    numpy.save(path, estimated(config, run, average=config.average).influences.numpy())
+    influences = estimated(config, run, average=config.average).influences.numpy()
+    with output_file(path) as name, open(name, "wb") as file:
+        numpy.save(file, influences)
 
 
 def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, words: Any) -> None:

@@ -17,7 +17,7 @@ from influence.pipelines.prepare import check_gradients
 from influence.pipelines.reading_texts import Texts, texts_for
 from influence.pipelines.score_panels import of_scores
 from influence.pipelines.serve import serve
-from influence.store import replacing
+from influence.store import output_file
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def run(config: ExploreConfig, say: Say = quiet) -> Outcome:
     if config.serve:
         serve(text, config.port, say)
         return Outcome(config.run, facts, "stopped")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as name:
+    with output_file(path) as name:
         name.write_text(text, encoding="utf-8")
     bytes_ = path.stat().st_size
     return Outcome(

@@ -13,7 +13,7 @@ from influence.index.chosen import choose
 from influence.pipelines.configs import Run
 from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import size
-from influence.store import replacing
+from influence.store import output_file
 
 AT_ONCE = 1 << 24
 """Numbers that are decoded at once."""
@@ -66,9 +66,8 @@ def run(config: ExportConfig, say: Say = quiet) -> Outcome:
     if (Path(config.run) / "best.h5").exists():
         raise ValueError(f"{config.run} keeps the best and worst of its scores alone: score again without --top-k")
     index = open_index(config.run)
-    path.parent.mkdir(parents=True, exist_ok=True)
     blocks = list(choose(index.blocks, config.blocks or None).names)
-    with replacing(path) as name:
+    with output_file(path) as name:
         WRITERS[kind](index, blocks, name)
     facts = {"run": config.run, "file": str(path), "rows": len(index), "bytes": path.stat().st_size}
     return Outcome(str(path), facts, f"{len(index):,} rows in {path}, {size(path.stat().st_size)}")

@@ -20,6 +20,7 @@ from influence.pipelines.texts import short
 from influence.pipelines.words import Example, examples, words_of
 from influence.sgmcmc import susceptibility
 from influence.sgmcmc.susceptibility import Susceptibility
+from influence.store import output_file
 
 WIDTH = 40
 """Characters of an example that are shown, where the loss is one per example."""
@@ -157,9 +158,8 @@ def outcome(config: SusceptibilitiesConfig, samples: Samples, said: Mapping[str,
 
 
 def _save(path: str, found: Mapping[str, Susceptibility], said: Mapping[str, list[Example]]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     names = list(next(iter(found.values())).restrictions)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with output_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         head = ["observable", "index", "position", "token", *names, *(f"{name} s.e." for name in names)]
         writer.writerow(as_row(head))

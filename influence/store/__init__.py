@@ -15,7 +15,7 @@ from influence.store.hdf5 import (
 )
 from influence.store.lock import Lock
 from influence.store.mapping import checksum, map_file, mapped
-from influence.store.replacing import replacing, sync, write_text
+from influence.store.replacing import output_file, replacing, sync, write_text
 
 __all__ = [
     "BadFileError",
@@ -29,6 +29,7 @@ __all__ = [
     "locate",
     "map_file",
     "mapped",
+    "output_file",
     "read",
     "read_facts",
     "read_head",

@@ -1,6 +1,7 @@
 """Files which are there whole or not at all."""
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -54,6 +55,39 @@ def write_text(path: Path, text: str, run: str = "") -> None:
     """Write a text file, atomically."""
     with replacing(path, len(text), run) as name:
         name.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def output_file(path: str | Path) -> Iterator[Path]:
+    """Write a file that the user named, and that belongs to no run; its folder is made.
+
+    As `replacing`, whose temporary file nobody who resumes a run would remove. So whoever writes the same file next
+    removes what a killed writer left; one that still writes holds a lock on its own.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in temporaries(path.parent, [NO_RUN]):
+        if left.name.startswith(f".{path.name}.{NO_RUN}."):
+            _remove_abandoned(left)
+    with replacing(path) as name, open(name, "rb") as held:
+        _try_lock(held.fileno())
+        yield name
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove a temporary file, unless its writer lives, or the file system cannot say."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as held:
+        if _try_lock(held.fileno()):
+            path.unlink()
+
+
+def _try_lock(handle: int) -> bool:
+    """Take a file's lock and say whether that went; without locks on its file system it did not."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def temporaries(directory: Path, runs: Iterable[str]) -> list[Path]:

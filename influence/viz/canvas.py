@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from influence.store import output_file
+
 Figure: TypeAlias = Any
 """`matplotlib.figure.Figure`."""
 
@@ -60,8 +62,9 @@ def save(figure: Figure, path: str | Path) -> None:
         ValueError: if matplotlib does not know the ending.
     """
     check(path)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    path = Path(path)
+    with output_file(path) as name:
+        figure.savefig(name, dpi=160, format=path.suffix.lstrip(".").lower())
 
 
 def check(path: str | Path) -> None:
