@@ -355,6 +355,8 @@ def test_examples_are_appended_behind_those_that_are_there(tmp_path: Path) -> No
     build.run(config)
     more = replace(config, data=questions(), append=True)
     build.run(more)
+    with pytest.raises(FileExistsError, match="has these data already, appended from shard"):
+        build.run(more)
     index = open_index(tmp_path / "a")
     both = [flat(sketched(oracle(name), 4)) for name in ("corpus.jsonl", "questions.jsonl")]
     close(index.matrix(), torch.cat(both))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from influence.func.fold import Sink
-from influence.index import Columns, done, finish, open_index, shard_sink
+from influence.index import Columns, Index, done, finish, open_index, shard_sink
 from influence.pipelines.collect import Placed, Summed, Work, collect
 from influence.pipelines.configs import PassConfig
 from influence.pipelines.directory import refuse_finished, run_directory
@@ -16,7 +16,7 @@ from influence.pipelines.outcome import Outcome, Say, quiet
 from influence.pipelines.planning import first_batch, predict, shard_ranges
 from influence.pipelines.prepare import batches_of, float_size, measure, own_shards
 from influence.pipelines.ranks import among_ranks, own_device, ranks
-from influence.pipelines.reading import read_data
+from influence.pipelines.reading import data_hash, read_data
 from influence.pipelines.seen import collected, plan_step, total_dim
 
 
@@ -61,10 +61,14 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
     execution, directory = config.execution, Path(config.run)
     if not config.append:
         refuse_finished(config)
-    behind, written = _behind(directory) if config.append else (0, 0)
+    there = open_index(directory) if config.append else None
     measured = measure(config.model, config.loss, config.transform, execution)
     tokens = read_data(config.data, measured)
-    tokens = replace(tokens, index=tokens.index + behind)
+    behind, written = 0, 0
+    if there is not None:
+        _refuse_twice(there, data_hash(tokens), directory)
+        behind, written = int(there.index.max()) + 1 if there.examples else 0, len(there.about.shards)
+        tokens = replace(tokens, index=tokens.index + behind)
     shards, batches = own_shards(tokens, execution), batches_of(execution)
     first = first_batch(shards, batches)
     step = plan_step(measured, first, execution, tokens, config.model.task, config.per_token)
@@ -117,7 +121,11 @@ def run(config: BuildConfig, say: Say = quiet, also: Mapping[str, Summed] | None
     return Outcome(config.run, facts, f"{len(index):,} rows of {index.dim:,} numbers ({index.dtype}) in {directory}")
 
 
-def _behind(directory: Path) -> tuple[int, int]:
-    """Return the first row and the first shard that an index does not have."""
-    index = open_index(directory)
-    return int(index.index.max()) + 1 if index.examples else 0, len(index.about.shards)
+def _refuse_twice(index: Index, data: str, directory: Path) -> None:
+    """Refuse data that an append has added: the same command typed again after a kill, most likely."""
+    for change in index.about.appended:
+        if change["recorded"].get("data") == data:
+            raise FileExistsError(
+                f"{directory} has these data already, appended from shard {change['first']}: nothing was added; "
+                "append other data, or build them into another --run"
+            )
