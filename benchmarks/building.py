@@ -57,7 +57,7 @@ def prepare(scratch: Path, documents: int) -> tuple[dict[str, Callable[[], objec
     from influence.data import batches, load, shards, tokenize
     from influence.models import layer_matrices
     from influence.pipelines import build as command
-    from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig
+    from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -33,7 +33,7 @@ class Bench:
     @cached_property
     def matrices(self) -> baselines.Matrices:
         """The library's own `(L, R)` per block."""
-        from influence.func.project import sketch
+        from influence.func.transform.project import sketch
 
         sizes = {name: module.weight.flatten(1).shape for name, module in self.work.blocks.items()}
         return {

@@ -212,7 +212,7 @@ def whiten(bench: Bench) -> Prepared:
     step = bench.collected(kfac_whiten(bench.factors, damping=DAMPING, dim=DIM, seed=0))
 
     def error(rows: baselines.Rows) -> float:
-        from influence.func.project import sketch
+        from influence.func.transform.project import sketch
 
         matrices = {}
         for name, c in bench.factors.blocks.items():

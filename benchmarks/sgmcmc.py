@@ -84,7 +84,8 @@ def chain_steps(quick: bool) -> dict[str, Callable[[], object]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from influence import functionalize
-    from influence.sgmcmc import Options, drive, local_posterior, planning
+    from influence.sgmcmc import Options, local_posterior
+    from influence.sgmcmc.runner import loop, schedule
 
     def made(n: int, s: int) -> tuple[Any, Any, dict]:
         with torch.random.fork_rng(devices=[]):
@@ -103,12 +104,12 @@ def chain_steps(quick: bool) -> dict[str, Callable[[], object]]:
         )
         probe = {"input_ids": data["input_ids"][:n]}
         target = local_posterior(loss_fn, params, 30.0, 300.0)
-        plan = planning.make_plan(target, params, data, {"probe": probe}, 1e-6, {"": {}}, 0, options)
-        progress, record = drive.begin(plan, params)
+        plan = schedule.make_plan(target, params, data, {"probe": probe}, 1e-6, {"": {}}, 0, options)
+        progress, record = loop.begin(plan, params)
         state = [progress]
 
         def step() -> None:
-            state[0] = drive.advance(plan, state[0], record, state[0].step + 5, lambda t, record: None)
+            state[0] = loop.advance(plan, state[0], record, state[0].step + 5, lambda t, record: None)
 
         return step
 

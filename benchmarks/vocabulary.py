@@ -65,7 +65,7 @@ def prepare(variant: str, quick: bool) -> Callable[[], dict[str, torch.Tensor]]:
 @contextmanager
 def switched(variant: str) -> Iterator[None]:
     """Let logits of any size exist whole, or not."""
-    from influence.func import module_loss
+    from influence.func.loss import module_loss
 
     before = module_loss.ENTRIES
     module_loss.ENTRIES = 1 << 60 if variant == "whole" else before

@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import Any
 
 from influence.func import similarity, sinks
-from influence.func.blocks import as_blocks, split_heads
+from influence.func.engine.per_example import explain, per_example_grads, per_example_grads_fn
+from influence.func.engine.per_token import per_token_grads
 from influence.func.fold import Sink, fold
-from influence.func.functionalize import functionalize
-from influence.func.layout import Heads
-from influence.func.nested import down_project
-from influence.func.normalize import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
-from influence.func.per_example import explain, per_example_grads, per_example_grads_fn
-from influence.func.per_token import per_token_grads
-from influence.func.precondition import precondition
-from influence.func.project import project
-from influence.func.score import Sides, one_sided, two_sided
-from influence.func.transform import Transform, chain
-from influence.func.whiten import eigen_whiten, kept_energy, kfac_whiten
+from influence.func.loss.functionalize import functionalize
+from influence.func.transform.blocks import as_blocks, split_heads
+from influence.func.transform.chain import Transform, chain
+from influence.func.transform.layout import Heads
+from influence.func.transform.nested import down_project
+from influence.func.transform.precondition import precondition
+from influence.func.transform.project import project
+from influence.func.transform.scale import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
+from influence.func.transform.score import Sides, one_sided, two_sided
+from influence.func.transform.whiten import eigen_whiten, kept_energy, kfac_whiten
 
 __all__ = [
     "Attributor",

@@ -171,7 +171,7 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     """
     import tyro
 
-    from influence.pipelines.plain import FieldError, from_mapping, read_config
+    from influence.pipelines.frame.config_file import FieldError, from_mapping, read_config
 
     default = None
     if options.config is not None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from influence.func.layout import Heads
+from influence.func.transform.layout import Heads
 
 LAYERS = ("h", "layers", "layer", "block", "blocks")
 """Names of lists of repeated layers. A list of another name is known by its items: they have parameters in common."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from influence import functionalize, sgmcmc, viz
 from influence.func.retrieval import first_gold, recall
-from influence.sgmcmc.llc import LLC
+from influence.sgmcmc.estimators.llc import LLC
 from notebooks.report import page
 from notebooks.tracing import MODELS, Lesson, Traced, averaged, last_word, learn, right, trace
 

@@ -21,7 +21,7 @@ import torch
 from influence.index import open_index
 from influence.pipelines import build
 from influence.pipelines.build import BuildConfig
-from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
 from notebooks.make_corpus import make
 
 

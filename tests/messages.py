@@ -32,7 +32,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
 
 W = {"w": torch.tensor([[1.0, -2.0], [0.5, 3.0], [2.0, 1.0]])}
 X = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [3.0, 0.0, 1.0]])

@@ -10,9 +10,9 @@ from torch import nn
 
 from influence import as_blocks, chain, functionalize, per_example_grads, project
 from influence.pipelines import less, tracin
-from influence.pipelines.checkpoints import learning_rates
-from influence.pipelines.configs import DataConfig, ModelConfig, TransformConfig
-from influence.pipelines.views import transform_of
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.prepare import transform_of
+from influence.pipelines.recipes.checkpoint_sums import learning_rates
 from influence.train import (
     Checkpoint,
     GradientCollectorCallback,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from influence.models import layer_matrices
 from influence.pipelines.build import BuildConfig
-from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
 from notebooks.make_corpus import make
 
 DOCUMENTS = 25
@@ -77,7 +77,7 @@ def flat(rows: dict[str, Tensor]) -> Tensor:
 
 def sketched(rows: dict[str, Tensor], p: int) -> dict[str, Tensor]:
     """Project rows block by block with the library's own matrices, by dense products."""
-    from influence.func.sketch import sketch
+    from influence.func.transform.project import sketch
 
     out = {}
     for name, g in rows.items():

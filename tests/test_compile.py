@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import influence.func.compiled as compiled
+import influence.func.engine.compiled as compiled
 from influence import as_blocks, chain, functionalize, per_example_grads, per_example_grads_fn, project, unit_norm
 
 pytestmark = pytest.mark.compile
@@ -71,8 +71,8 @@ def test_a_transformer_compiles_whole_and_serves_other_batches_of_its_shape() ->
 
 def test_logits_in_pieces_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     # the pieces are an autograd.Function around torch.func transforms: recorded, not called
-    import influence.func.module_loss as module_loss
-    from influence.func import unembedding
+    import influence.func.loss.module_loss as module_loss
+    from influence.func.loss import unembedding
 
     sketch = chain(as_blocks(), project(3))
     loss_fn, params, batch = llama(words=unembedding.LARGE, targets="*.layers.*_proj.weight")

@@ -20,7 +20,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.covariates import Affine, Dense, symmetric_product
+from influence.func.engine.factor_sums import Affine, Dense, symmetric_product
 from influence.hessians.labels import Labels
 from tests import cases
 from tests.oracles import kronecker

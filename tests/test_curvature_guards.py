@@ -22,7 +22,7 @@ from influence import (
     similarity,
     two_sided,
 )
-from influence.func.curvature import Basis, Curvature, decompose, inverse_weights
+from influence.func.transform.curvature import Basis, Curvature, decompose, inverse_weights
 from tests import cases
 from tests.test_curvature import BLOCKS, FITS, classes, data, error, functions, mlp, net, with_index
 
@@ -288,7 +288,7 @@ def test_rows_of_the_dataset_are_whole_numbers(index: Tensor, fits: bool) -> Non
 def test_a_long_diagonal_side_is_cut_without_a_square_matrix() -> None:
     spectrum = torch.rand(50_000, generator=torch.Generator().manual_seed(0)) + 0.1
     curvature = Curvature((50_000, 3), (Basis(None, spectrum), decompose(torch.eye(3), "a")))
-    from influence.func.whiten import _rows_of, strongest
+    from influence.func.transform.whiten import _rows_of, strongest
 
     (kept, _) = strongest(curvature, 0.1, "damped", 4)
     rows = _rows_of(None, kept, spectrum)

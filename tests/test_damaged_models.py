@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from influence.pipelines.configs import ModelConfig
-from influence.pipelines.loading import load_model, load_tokenizer
+from influence.pipelines.frame.configs import ModelConfig
+from influence.pipelines.frame.loading import load_model, load_tokenizer
 from tests.pipeline_world import world
 
 DAMAGE: dict[str, Any] = {

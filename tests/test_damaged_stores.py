@@ -13,7 +13,7 @@ from influence import as_blocks, chain, functionalize, hessians, per_example_gra
 from influence.cli import main
 from influence.func.top import Top
 from influence.hessians.factors import SCHEMA
-from influence.pipelines.ends import read_best, write_best
+from influence.pipelines.passes.best import read_best, write_best
 from influence.store import BadFileError
 from tests.damage import changes
 

@@ -12,12 +12,12 @@ from benchmarks import page
 from influence.cli import Options, main, parsed
 from influence.data import Tokenized, auto_token_budget, templates
 from influence.data.sources import mapping_of
-from influence.pipelines import plain
 from influence.pipelines.build import BuildConfig
-from influence.pipelines.checkpoints import learning_rates
+from influence.pipelines.frame import config_file
 from influence.pipelines.query import QueryConfig
 from influence.pipelines.query import run as ask
 from influence.pipelines.recall import read_gold
+from influence.pipelines.recipes.checkpoint_sums import learning_rates
 from influence.store.folder import read_manifest
 from tests.damage import changes
 
@@ -182,7 +182,7 @@ def test_a_configuration_of_every_wrong_type_is_a_paragraph(tmp_path: Path, caps
     for number, config in enumerate(changes(good)):
         path.write_text(json.dumps(config))
         try:
-            plain.from_mapping(BuildConfig, plain.read_config(path))
+            config_file.from_mapping(BuildConfig, config_file.read_config(path))
         except ValueError as refused:
             assert len(str(refused)) < 1000  # noqa: PT017 -- or it is a configuration
         if number % 25 == 0:

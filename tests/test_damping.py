@@ -21,11 +21,10 @@ from influence import (
     project,
     unit_norm,
 )
-from influence.func.curvature import Basis, Curvature, inverse_weights
-from influence.hessians.damping import DampingCurve, select_damping, stein
+from influence.func.transform.curvature import Basis, Curvature, inverse_weights
+from influence.hessians.damping import DampingCurve, implied_regularization, select_damping, stein
 from influence.hessians.factors import Factors
 from influence.hessians.labels import Labels
-from influence.hessians.regularization import implied_regularization
 
 BLOCKS = as_blocks(bias=True)
 GRID = torch.logspace(-4, 1, 21, dtype=torch.float64)

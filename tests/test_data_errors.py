@@ -262,7 +262,7 @@ def test_tokens_that_a_model_does_not_know() -> None:
     """A Qwen2 with a tokenizer of one's own is loaded with a padding token more than it has: an IndexError."""
     from types import SimpleNamespace
 
-    from influence.pipelines.reading import vocabulary_of, within
+    from influence.pipelines.frame.tokens import vocabulary_of, within
 
     config = SimpleNamespace(vocab_size=9)
     assert vocabulary_of(SimpleNamespace(get_text_config=lambda: config)) == vocabulary_of(config) == 9

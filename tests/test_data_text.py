@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence.data import TextFormat, load, tokenize
-from influence.data.apart import each
+from influence.data.templates import each
 from tests import tokenizers_zoo as zoo
 
 NO = -100
@@ -331,7 +331,7 @@ def test_any_conversation_has_its_answers_labelled(chat: str, end_of_turn: bool,
     said = any(content for _, content in talk)
     expected = (ids, labels) if said else ([], [])
     form = TextFormat(conversation_column="m", end_of_turn=end_of_turn)
-    with mock.patch("influence.data.reading.apart", here):  # a child for each is slow
+    with mock.patch("influence.data.slices.apart", here):  # a child for each is slow
         assert tokens(Golden("", tokenizer, row, form, *expected)) == expected
 
 

@@ -124,7 +124,7 @@ def test_the_command_writes_the_page(
 
 
 def _llc():
-    from influence.sgmcmc.llc import LLC
+    from influence.sgmcmc.estimators.llc import LLC
 
     return LLC(1.0, 0.1, torch.ones(1), 0.1, torch.ones(1, 2), 2.0, 1.0, 0.0, 1.0, "no fault found")
 

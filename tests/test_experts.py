@@ -31,8 +31,8 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.layout import Layout, ParamLayout
-from influence.func.sketch import sketch
+from influence.func.transform.layout import Layout, ParamLayout
+from influence.func.transform.project import sketch
 from influence.models import describe, layer_matrices
 from tests.cases import LLAMA, causal_batch, hf
 from tests.oracles import error, per_example

@@ -16,11 +16,11 @@ from torch import Tensor
 from influence.cli import main
 from influence.index import open_index
 from influence.pipelines import build, reduce, score
-from influence.pipelines.configs import TransformConfig
 from influence.pipelines.explore import ExploreConfig, page_of
 from influence.pipelines.explore import run as explore
+from influence.pipelines.frame.configs import TransformConfig
+from influence.pipelines.frame.texts import cut
 from influence.pipelines.serve import server
-from influence.pipelines.texts import cut
 from tests.browser import Browser, chromium
 from tests.many_examples import page_of_many
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, lines, model_config, questions, world

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from influence import as_blocks, chain, functionalize, per_example_grads, split_heads
 from influence.families import ATTENTION, Place, heads_of, places
-from influence.func.blocks import head_slices
-from influence.func.layout import block_name
+from influence.func.transform.blocks import head_slices
+from influence.func.transform.layout import block_name
 from influence.models import layer_matrices
 from tests.cases import BERT, GEMMA, GPT2, LLAMA, T5, TINY, VOCAB, hf, labels_nll, moe
 

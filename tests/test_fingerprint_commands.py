@@ -15,9 +15,9 @@ import pytest
 
 from influence.index import FingerprintError
 from influence.pipelines import build, hessian, score
-from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
-from influence.pipelines.loading import load_model
-from influence.pipelines.prepare import measure
+from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.loading import load_model
+from influence.pipelines.frame.prepare import measure
 from tests.pipeline_world import FAST, build_config, corpus, model_config, questions, world
 
 OWN = """

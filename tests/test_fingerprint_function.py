@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence import Attributor, as_blocks, build, chain, functionalize, hessians, per_example_grads, project, sgmcmc
-from influence.func.described import described
-from influence.func.functionalize import make_skeleton
-from influence.func.trial import KEPT, apart, tried
+from influence.func.loss.described import described
+from influence.func.loss.functionalize import make_skeleton
+from influence.func.loss.trial import KEPT, apart, tried
 from influence.index import Fingerprint, FingerprintError, fingerprint_of, open_index, provenance, start
-from influence.index.agreement import trials_apart
-from influence.index.chosen import choose
+from influence.index.choosing import choose
 from influence.index.matching import matched
+from influence.index.provenance import trials_apart
 from influence.store import BadFileError
 from tests.cases import CASES
 
@@ -592,7 +592,7 @@ def test_examples_are_kept_only_where_they_must_be_and_are_small() -> None:
 
 def test_examples_come_back_as_they_were() -> None:
     """Every type, exactly; and what is no tensor, or not finite, is not kept."""
-    from influence.func.trial import DTYPES, _decoded, _encoded, batch_of
+    from influence.func.loss.trial import DTYPES, _decoded, _encoded, batch_of
 
     for dtype in DTYPES.values():
         x = (torch.rand(2, 0) if dtype == torch.bool else torch.tensor([[0.1, 3.0]])).to(dtype)

@@ -35,14 +35,15 @@ from influence import (
 )
 from influence.cli import main
 from influence.index import FingerprintError, Index, open_index, provenance
-from influence.pipelines import hessian, queries, score
-from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
-from influence.pipelines.directory import fingerprint_for
-from influence.pipelines.loading import load_model
-from influence.pipelines.planning import first_batch
-from influence.pipelines.prepare import Measured, batches_of, load_factors, measure, transform_of
-from influence.pipelines.reading import read_data
-from influence.pipelines.seen import plan_step
+from influence.pipelines import hessian, score
+from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.directory import fingerprint_for
+from influence.pipelines.frame.loading import load_model
+from influence.pipelines.frame.planning import first_batch
+from influence.pipelines.frame.prepare import Measured, batches_of, load_factors, measure, transform_of
+from influence.pipelines.frame.tokens import read_data
+from influence.pipelines.passes import queries
+from influence.pipelines.passes.steps import plan_step
 from tests.pipeline_world import FAST, build_config, corpus, flat, lines, model_config, questions, world
 
 PLAIN = TransformConfig(projection_dim=4)

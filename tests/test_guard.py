@@ -15,8 +15,8 @@ from influence import (
     project,
     unit_norm,
 )
-from influence.func.guard import CHECKED, GUARD_TOLERANCE
-from influence.func.per_token import per_token_grads_fn
+from influence.func.engine.per_token import per_token_grads_fn
+from influence.func.engine.plan import CHECKED, GUARD_TOLERANCE
 
 WRONG = "plan of the first batch is wrong for this one"
 LIMIT = GUARD_TOLERANCE[torch.float64][0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import influence
 from influence import as_blocks, chain, fold, functionalize, per_example_grads_fn, per_token_grads, project, sinks
-from influence.func.per_token import per_token_grads_fn
+from influence.func.engine.per_token import per_token_grads_fn
 from influence.index import Columns, Index, build, memory_sink, open_index, root, step_of
 from tests.cases import CASES
 from tests.oracles import loop

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence.index.columns import Columns
-from influence.index.encoding import DTYPES, Encoded, Unstorable, decode, encode
+from influence.index.columns import DTYPES, Columns, Encoded, Unstorable, decode, encode
 
 COLUMNS = Columns({"a": (8, 16), "b": (32,), "c": ()})
 

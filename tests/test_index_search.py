@@ -36,9 +36,9 @@ from influence import (
     two_sided,
     unit_norm,
 )
-from influence.func.nested import raise_project, unprojected
-from influence.func.transform import CollectedRows, Transform
-from influence.index import FingerprintError, Index, fingerprint_of, neighbours, provenance
+from influence.func.transform.chain import CollectedRows, Transform
+from influence.func.transform.nested import raise_project, unprojected
+from influence.index import FingerprintError, Index, faiss_search, fingerprint_of, provenance
 from influence.index.recipe import rebuild, recipe
 from tests.cases import GPT2, VOCAB, hf
 from tests.tokenizers_zoo import bpe, wordpiece
@@ -613,7 +613,7 @@ def test_bad_faiss_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         Attributor(index, faiss=FaissConfig("IVF100,Flat")).search(query, unchecked=True)
     with pytest.raises(ValueError, match="nprobe=0"):
         FaissConfig(nprobe=0)
-    monkeypatch.setattr(neighbours, "available_memory", lambda: 1000)
+    monkeypatch.setattr(faiss_search, "available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r"1kB are available\. Use mmap_index=True"):
         Attributor(index, faiss=FaissConfig()).search(query, unchecked=True)
 

@@ -32,10 +32,10 @@ from influence.index import (
     shard_sink,
     start,
 )
-from influence.index.encoding import DTYPES, Encoded, decode
+from influence.index.columns import DTYPES, Encoded, decode
 from influence.index.root import About, Shard, write_root
-from influence.store.checksums import sha256
 from influence.store.folder import read_manifest
+from influence.store.hdf5 import sha256
 
 COLUMNS = Columns({"a": (3, 4), "b": (5,)})
 PRINT = Fingerprint({"weights": "abc"}, {"curvature": [], "scaling": None}, {"data": "none"})

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence import as_blocks, chain, explain, functionalize, hessians, per_example_grads, per_token_grads, project
-from influence.func import unembedding
-from influence.func.by_chunks import by_chunks
-from influence.func.losses import IGNORED, cross_entropy, kl_divergence, log_odds
+from influence.func.loss import unembedding
+from influence.func.loss.losses import IGNORED, cross_entropy, kl_divergence, log_odds
+from influence.func.loss.unembedding import by_chunks
 from tests.oracles import error, per_example
 
 V = unembedding.LARGE
@@ -58,7 +58,7 @@ def batch_of(n: int = 3, s: int = 6) -> dict[str, Tensor]:
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Let only a few positions' logits exist at a time."""
-    import influence.func.module_loss as module_loss
+    import influence.func.loss.module_loss as module_loss
 
     def set_positions(count: int) -> None:
         monkeypatch.setattr(unembedding, "ENTRIES", count * V)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence import functionalize, per_example_grads
-from influence.func.losses import cross_entropy, kl_divergence, log_odds, reduce_positions
+from influence.func.loss.losses import cross_entropy, kl_divergence, log_odds, reduce_positions
 from tests.cases import BERT, GPT2, LLAMA, hf, lora
 from tests.oracles import error
 

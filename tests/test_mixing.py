@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from influence import as_blocks, chain, functionalize, hessians, project
-from influence.func.curvature import Basis, Curvature
+from influence.func.transform.curvature import Basis, Curvature
 from influence.hessians.factors import Factors
 from influence.hessians.labels import Labels
 from influence.hessians.mixing import mix, mixing_weight, pooled

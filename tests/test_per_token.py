@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence import as_blocks, chain, functionalize, per_example_grads, per_token_grads, project, unit_norm
-from influence.func.per_token import TokenRows
+from influence.func.engine.per_token import TokenRows
 from tests.cases import GPT2, LLAMA, VOCAB, hf
 from tests.oracles import error
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from influence import functionalize, sinks
-from influence.func.module_loss import ModuleLoss
+from influence.func.loss.module_loss import ModuleLoss
 from influence.index import build as build_index
 from influence.index import open_index
-from influence.pipelines import build, ekfac, ends, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
-from influence.pipelines.collect import Summed
-from influence.pipelines.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.loading import load_model
-from influence.pipelines.plain import from_mapping, read_config, to_mapping
-from influence.pipelines.seen import of_rows
-from influence.pipelines.views import load_factors, transform_of
+from influence.pipelines import build, ekfac, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
+from influence.pipelines.frame.config_file import from_mapping, read_config, to_mapping
+from influence.pipelines.frame.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.frame.loading import load_model
+from influence.pipelines.frame.prepare import load_factors, transform_of
+from influence.pipelines.passes import best as ends
+from influence.pipelines.passes.collect import Summed
+from influence.pipelines.passes.steps import of_rows
 from tests.pipeline_world import (
     DOCUMENTS,
     FAST,
@@ -70,8 +71,8 @@ def test_an_index_holds_the_oracles_rows_in_the_datasets_order(tmp_path: Path) -
 
 def test_the_same_rows_in_memory(tmp_path: Path) -> None:
     from influence import data
-    from influence.pipelines.prepare import measure
-    from influence.pipelines.reading import read_data
+    from influence.pipelines.frame.prepare import measure
+    from influence.pipelines.frame.tokens import read_data
 
     config = build_config(tmp_path / "a")
     build.run(config)
@@ -183,8 +184,8 @@ def test_some_blocks_and_a_heap_instead_of_all_scores(tmp_path: Path, asked: Pat
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "tkfac", "shampoo", "autocorrelation"])
 def test_a_hessian_is_what_fit_returns(tmp_path: Path, method: Any) -> None:
     from influence import data, hessians
-    from influence.pipelines.prepare import measure
-    from influence.pipelines.reading import read_data
+    from influence.pipelines.frame.prepare import measure
+    from influence.pipelines.frame.tokens import read_data
 
     view = replace(WHOLE, projection_dim=4 if method == "autocorrelation" else 0)
     config = hessian.HessianConfig(str(tmp_path / "h"), model_config(), corpus(), method, "data", transform=view)
@@ -291,8 +292,8 @@ def test_trak_averages_checkpoints(tmp_path: Path) -> None:
 
 def test_query_trace_search_and_score_agree(tmp_path: Path, asked: Path) -> None:
     from influence import Attributor, data
-    from influence.pipelines.prepare import measure
-    from influence.pipelines.reading import read_data
+    from influence.pipelines.frame.prepare import measure
+    from influence.pipelines.frame.tokens import read_data
 
     build.run(build_config(tmp_path / "c", transform=WHOLE))
     expected = flat(oracle("questions.jsonl")) @ flat(oracle("corpus.jsonl")).mT

@@ -13,8 +13,8 @@ from influence import hessians, store
 from influence.index import open_index
 from influence.models import load
 from influence.pipelines import build, hessian, reduce, score, trackstar
-from influence.pipelines.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.views import load_factors
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
+from influence.pipelines.frame.prepare import load_factors
 from influence.store.lock import Lock
 from tests.pipeline_world import FAST, build_config, corpus, lines, model_config, questions, world
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from influence import as_blocks, chain, project
 from influence.cli import main
-from influence.func.layout import bare_layout
+from influence.func.transform.layout import bare_layout
 from influence.index import open_index
 from influence.models import layer_matrices
 from influence.pipelines import build, inspect, less, query, reduce, score, tracin, trackstar
-from influence.pipelines.checkpoints import learning_rates
-from influence.pipelines.configs import ModelConfig, TransformConfig
-from influence.pipelines.plain import from_mapping
+from influence.pipelines.frame.config_file import from_mapping
+from influence.pipelines.frame.configs import ModelConfig, TransformConfig
+from influence.pipelines.recipes.checkpoint_sums import learning_rates
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, power_of, questions, world
 from tests.pipeline_world import sketched as by_block
 

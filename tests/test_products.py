@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence import functionalize
-from influence.func.batches import take
-from influence.hessians import cg, linearize, lissa, products
+from influence.func.engine.batch import take
+from influence.hessians import cg, lissa, products
+from influence.hessians import products as linearize
 from tests.cases import CASES
 
 KINDS = ("hessian", "ggn", "fisher")

@@ -19,11 +19,11 @@ from influence import (
     scale_by_adam,
     unit_norm,
 )
-from influence.func import sketch as room
-from influence.func.layout import bare_layout
-from influence.func.normalize import Moments
-from influence.func.sketch import sketch
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
+from influence.func.transform.chain import project as room
+from influence.func.transform.layout import bare_layout
+from influence.func.transform.project import sketch
+from influence.func.transform.scale import Moments
 from tests.oracles import error
 
 KINDS = {"rademacher": 1, "normal": 1, "sparse": 1, "sparse of 3": 3, "srht": 1}

@@ -30,7 +30,7 @@ from influence import (
     two_sided,
     unit_norm,
 )
-from influence.func.engines import TORCH_MESSAGES
+from influence.func.engine.reference import TORCH_MESSAGES
 
 
 def gpt2() -> nn.Module:

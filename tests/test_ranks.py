@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from influence.index import open_index
-from influence.pipelines import build, collect, ends, hessian, reduce, score
-from influence.pipelines.configs import LossConfig, TransformConfig
-from influence.pipelines.ranks import launched
-from influence.pipelines.views import load_factors
+from influence.pipelines import build, hessian, reduce, score
+from influence.pipelines.frame.configs import LossConfig, TransformConfig
+from influence.pipelines.frame.prepare import load_factors
+from influence.pipelines.frame.ranks import launched
+from influence.pipelines.passes import best, collect
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, model_config, questions, world
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +106,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     for name in ("reduce", "mean"):
         a, b = (open_index(place / name).matrix() for place in (one, two))
         assert float((a - b).norm() / a.norm()) <= 1e-12
-    heaps = [ends.read_best(place / "heap") for place in (one, two)]
+    heaps = [best.read_best(place / "heap") for place in (one, two)]
     for name, heap in heaps[0].items():
         assert torch.equal(heap.indices, heaps[1][name].indices)
         assert torch.equal(heap.values, heaps[1][name].values)
@@ -148,7 +149,8 @@ def test_an_error_before_the_pass_is_heard_too(tmp_path: Path) -> None:
     """Only what failed inside `with ranks()` reached the others; torchrun alone noticed the rest."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import time, pathlib\nfrom influence.pipelines import build\nfrom influence.pipelines.ranks import launched\n"
+        "import time, pathlib\nfrom influence.pipelines import build\n"
+        "from influence.pipelines.frame.ranks import launched\n"
         "from tests import pipeline_world\nfrom tests.test_ranks import ROOT\n"
         f"pipeline_world.world = lambda: pathlib.Path({str(world())!r})\n"
         "def failing(*args):\n"
@@ -167,8 +169,8 @@ def test_a_sum_resumed_by_another_number_of_ranks_counts_each_shard_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three processes die one after the other, each as another rank of another number; the rest is done alone."""
-    from influence.func.per_example import PlannedRows
-    from influence.pipelines import ranks as room
+    from influence.func.engine.per_example import PlannedRows
+    from influence.pipelines.frame import ranks as room
 
     class Died(Exception):
         pass

@@ -14,7 +14,7 @@ import torch
 
 from influence import sgmcmc
 from influence.cli import main
-from influence.sgmcmc import traces
+from influence.sgmcmc.runner import traces
 from tests.pipeline_world import world
 from tests.test_ranks import ROOT, torchrun
 from tests.test_sgmcmc_runs import same

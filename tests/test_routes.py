@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from influence import explain, functionalize, per_example_grads, per_example_grads_fn
-from influence.func import attention, batched, rules
-from influence.func.plan import Plan
+from influence.func.engine import attention, batched, rules
+from influence.func.engine.plan import Plan
 from tests.cases import CASES, Case, images, labelled_tokens, labels_nll, sequences
 from tests.oracles import error, per_example
 from tests.worst import ENGINES, function_of, measure, model_of, truth_of

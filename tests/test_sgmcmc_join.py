@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from influence import sgmcmc
-from influence.sgmcmc import joining, llc, mala
+from influence.sgmcmc import llc, mala
+from influence.sgmcmc.runner import joining
 from tests.test_sgmcmc_runs import SETTINGS, bowl_until, classifier, same
 
 

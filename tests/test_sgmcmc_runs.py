@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from influence import functionalize, sgmcmc
-from influence.sgmcmc import drive, llc, mala, planning, sghmc, traces
+from influence.sgmcmc import llc, mala, sghmc
+from influence.sgmcmc.runner import loop, schedule, traces
 from tests.agreement import Group, check, exact, worst
 from tests.cases import LLAMA, VOCAB, hf
 
@@ -188,7 +189,7 @@ def test_a_killed_run_goes_on_bit_by_bit(
     resumed = sgmcmc.sample(loss_fn, params, data, {"few": few}, **arguments, output_path=tmp_path / "run")
     same(whole, resumed)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "run.h5", "run.json"]
-    monkeypatch.setattr(drive, "advance", None)  # a complete run is read, not run
+    monkeypatch.setattr(loop, "advance", None)  # a complete run is read, not run
     same(whole, sgmcmc.sample(loss_fn, params, data, {"few": few}, **arguments, output_path=tmp_path / "run"))
     loaded = sgmcmc.load(tmp_path / "run")
     assert isinstance(loaded, sgmcmc.Run)
@@ -204,7 +205,7 @@ def test_a_killed_run_goes_on_in_other_chunks(tmp_path: Path, monkeypatch: pytes
     go = functools.partial(sgmcmc.sample, loss_fn, params, data, **arguments, output_path=tmp_path / "run")
     for chunk in (2, 1):  # each starts from what the other chunks left
         with monkeypatch.context() as patch:
-            patch.setattr(drive, "advance", _once(drive.advance))
+            patch.setattr(loop, "advance", _once(loop.advance))
             with pytest.raises(Killed):
                 go(chain_chunk=chunk)
     resumed = go(chain_chunk=3)
@@ -327,7 +328,7 @@ def test_a_grid_without_its_groups_is_refused() -> None:
     loss_fn, params, data = classifier()
     target = sgmcmc.local_posterior(loss_fn, params, 1.0, torch.ones(2))
     with pytest.raises(ValueError, match="localization has 2 entries, for 1 groups"):
-        planning.make_plan(target, params, data, {}, 1e-4, {"": {}}, 0, sgmcmc.Options(batch_size=5))
+        schedule.make_plan(target, params, data, {}, 1e-4, {"": {}}, 0, sgmcmc.Options(batch_size=5))
 
 
 def test_a_loss_that_vmap_refuses_runs_one_by_one_and_says_so() -> None:
@@ -337,7 +338,7 @@ def test_a_loss_that_vmap_refuses_runs_one_by_one_and_says_so() -> None:
     data, start = torch.ones(4), {"w": torch.zeros(())}
     target = sgmcmc.local_posterior(loss, start, 1.0)
     options = sgmcmc.Options(num_draws=3, batch_size=2, num_chains=2, progress=False)
-    plan = planning.make_plan(target, start, data, {}, 1e-3, {"": {}}, 0, options)
+    plan = schedule.make_plan(target, start, data, {}, 1e-3, {"": {}}, 0, options)
     assert "one by one, since vmap refuses this loss" in str(plan)
     assert [len(chunk.replicas) for chunk in plan.chunks] == [1, 1]
     with pytest.raises(ValueError, match="cannot be run for several chains at once"):
@@ -366,7 +367,7 @@ def test_the_plan_says_what_will_be_kept_and_small_moments_replace_long_traces()
                 for run in (small, traced)
             )
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    plan = planning.make_plan(
+    plan = schedule.make_plan(
         sgmcmc.local_posterior(loss, start, 5.0), start, data, {"all": data}, 1e-2, {"": {}}, 0,
         sgmcmc.Options(num_draws=60, batch_size=None),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence import sgmcmc
 from influence.sgmcmc import adam_sgld, leimkuhler_matthews, mala, rmsprop_sgld, sghmc, sgld, sgnht
-from influence.sgmcmc.metrics import NAMES
+from influence.sgmcmc.samplers.overdamped import NAMES
 from tests.agreement import Group, Row, check, exact, worst
 
 F64 = torch.float64

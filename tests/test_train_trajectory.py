@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from influence import as_blocks, chain, functionalize, per_example_grads, project
 from influence.index import build, open_index
 from influence.pipelines import less as recipe
-from influence.pipelines.configs import DataConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, TransformConfig
 from influence.train import (
     Checkpoint,
     GradientCollectorCallback,

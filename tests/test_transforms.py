@@ -37,9 +37,9 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.layout import ParamLayout, bare_layout
-from influence.func.sketch import sketch
-from influence.func.transform import Layout
+from influence.func.transform.chain import Layout
+from influence.func.transform.layout import ParamLayout, bare_layout
+from influence.func.transform.project import sketch
 from tests.cases import CASES, GPT2, LLAMA, hf
 from tests.oracles import error
 from tests.worst import function_of

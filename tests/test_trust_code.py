@@ -29,14 +29,15 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from influence import data, models
 from influence.cli import COMMANDS, _kind, main
-from influence.data import apart, parsing, sizes
+from influence.data import parsing, templates
+from influence.data import parsing as sizes
 from influence.flags import names_of
-from influence.index import reading
+from influence.index import rows as reading
 from influence.pipelines import build
-from influence.pipelines.chains import Sampling
-from influence.pipelines.configs import LossConfig, ModelConfig, TransformConfig
-from influence.pipelines.plain import to_mapping
-from influence.pipelines.sampled import tokenizer_of
+from influence.pipelines.chains.finished import tokenizer_of
+from influence.pipelines.chains.settings import Sampling
+from influence.pipelines.frame.config_file import to_mapping
+from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
 from influence.store import BadFileError
 from influence.store.folder import manifest_of, write_manifest
 from influence.train import contents, load_from_optimizer, read_optimizer
@@ -589,22 +590,22 @@ def test_an_adapter_imports_no_module(ran: Path, tmp_path: Path) -> None:
 
 ROOT = Path(__file__).parent.parent
 SITES = {
-    "torch.load": {"train/shards.py"},
+    "torch.load": {"train/contents.py"},
     "import_module": {
         "__init__.py",
         "cli.py",
         "models/quantised.py",
-        "pipelines/posterior.py",
-        "pipelines/prepare.py",
+        "pipelines/chains/posterior.py",
+        "pipelines/frame/prepare.py",
     },
-    "getattr of a library": {"index/encoding.py", "models/load.py", "train/epochs.py"},
+    "getattr of a library": {"index/columns.py", "models/load.py", "train/epochs.py"},
     "load_dataset": {"data/sources.py"},
     "load_from_disk": {"data/sources.py"},
     "safe_load": {"data/parsing.py"},
     "render_jinja_template": {"data/chat.py"},
     "from_string": {"data/templates.py"},
-    "read_index": {"index/keeping.py"},
-    "from_pretrained": {"models/load.py", "pipelines/loading.py", "pipelines/reading_texts.py"},
+    "read_index": {"index/faiss_search.py"},
+    "from_pretrained": {"models/load.py", "pipelines/frame/loading.py", "pipelines/reading_texts.py"},
 }
 """Where files, or names from files, may lead to code; each is a line of docs/trust.md. Nothing else may be added."""
 PICKLES = {"pickle", "numpy", "np", "marshal", "joblib", "dill", "shelve"}
@@ -643,7 +644,7 @@ def test_code_is_reached_from_nowhere_else() -> None:
     assert not NEVER & where.keys(), {name: where[name] for name in NEVER & where.keys()}
     new = {name: places - SITES.get(name, set()) for name, places in where.items() if places - SITES.get(name, set())}
     assert not new, f"say in docs/trust.md why these are safe: {new}"
-    assert "weights_only=True" in (ROOT / "influence/train/shards.py").read_text()
+    assert "weights_only=True" in (ROOT / "influence/train/contents.py").read_text()
 
 
 def test_a_new_site_would_be_found() -> None:
@@ -671,7 +672,7 @@ def test_what_is_said_to_type_can_be_typed() -> None:
         assert command in COMMANDS
     for module in re.findall(r"`(influence(?:\.\w+)+)`", text):
         assert pkgutil.resolve_name(module)
-    assert f"{sizes.LARGEST >> 20} MiB; {sizes.DEEPEST} brackets" in text
-    assert f"{apart.LIMITS.seconds:g} s of a processor, {apart.LIMITS.memory >> 30} GiB" in text
+    assert f"{sizes.LARGEST_ROW >> 20} MiB; {sizes.DEEPEST} brackets" in text
+    assert f"{templates.LIMITS.seconds:g} s of a processor, {templates.LIMITS.memory >> 30} GiB" in text
     assert f"{parsing.LARGEST >> 20} MiB, {parsing.VALUES:,} values" in text
     assert f"{contents.LARGEST >> 20} MiB; its tensors" in text

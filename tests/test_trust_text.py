@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence.cli import main
-from influence.data import TextFormat, apart, load, sizes, templates, tokenize
-from influence.data.apart import ItemError, Limits
+from influence.data import TextFormat, load, parsing, templates, tokenize
+from influence.data import templates as apart
 from influence.data.parsing import yaml_of
-from influence.data.templates import Template
-from influence.pipelines.configs import DataConfig
-from influence.pipelines.plain import read_config
-from influence.pipelines.texts import texts_of
+from influence.data.templates import ItemError, Limits, Template
+from influence.pipelines.frame.config_file import read_config
+from influence.pipelines.frame.configs import DataConfig
+from influence.pipelines.frame.texts import texts_of
 from tests import tokenizers_zoo as zoo
 from tests.pipeline_world import world
 
@@ -81,7 +81,7 @@ def test_a_chat_template_is_stopped_too(source: str, quick: None) -> None:
 def test_prompts_and_the_texts_of_a_query_are_rendered_apart_too(quick: None, tmp_path: Path) -> None:
     endless = Template(ENDLESS["loops in loops"], "b")
     rows = load([{"a": "ok", "b": "yes", "r": 1.0}])
-    from influence.data.reading import reading
+    from influence.data.slices import reading
 
     with pytest.raises(ValueError, match="the template was stopped"):
         reading(rows, zoo.bpe(), TextFormat(template=endless), None, False, "r").prompts([*rows])
@@ -130,7 +130,7 @@ def test_no_child_is_left_and_no_file_is_open() -> None:
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """A parent that is killed leaves nobody behind who holds its locks."""
     script = (
-        "import os, signal, sys\nfrom influence.data.apart import Limits, apart\n"
+        "import os, signal, sys\nfrom influence.data.templates import Limits, apart\n"
         "def work(item):\n    open(sys.argv[1], 'w').write(str(os.getpid()))\n"
         "    os.kill(os.getppid(), signal.SIGKILL)\n    while True: pass\n"
         "apart(work, [0], 'it', Limits(seconds=600))\n"
@@ -225,20 +225,20 @@ def test_rows_are_measured_as_they_are(rows: list[Any], data: Any) -> None:
     else:
         raw = json.dumps(rows, indent=2 if kind == "indented list" else None).encode()
     deepest, longest = oracle(raw)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sizes, "AT_ONCE", data.draw(st.integers(1, 40))):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(parsing, "AT_ONCE", data.draw(st.integers(1, 40))):
         path = Path(folder) / "rows.json"
         path.write_bytes(raw)
-        with mock.patch.object(sizes, "DEEPEST", deepest):
-            sizes.check_files([path], max(longest, 1))
+        with mock.patch.object(parsing, "DEEPEST", deepest):
+            parsing.check_files([path], max(longest, 1))
             if longest > 1:
                 with pytest.raises(ValueError, match=r"rows\.json has a row of .* max_document_bytes="):
-                    sizes.check_files([path], longest - 1)
+                    parsing.check_files([path], longest - 1)
         if deepest:
             with (
-                mock.patch.object(sizes, "DEEPEST", deepest - 1),
+                mock.patch.object(parsing, "DEEPEST", deepest - 1),
                 pytest.raises(ValueError, match=r"rows\.json, line \d+, is nested too deeply"),
             ):
-                sizes.check_files([path], max(longest, 1))
+                parsing.check_files([path], max(longest, 1))
 
 
 DEEP = {

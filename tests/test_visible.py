@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from influence.cli import main
-from influence.pipelines.outcome import table
-from influence.pipelines.plain import read_config, write_config
-from influence.pipelines.texts import short
+from influence.pipelines.frame.config_file import read_config, write_config
+from influence.pipelines.frame.outcome import table
+from influence.pipelines.frame.texts import short
 from influence.store.folder import read_manifest, write_manifest
 from influence.visible import CODES, visible
 from notebooks.make_corpus import make
@@ -144,7 +144,7 @@ def test_a_path_to_write_has_no_codes(name: str, world: Path, tmp_path: Path, ca
 
 
 def test_a_config_in_a_folder_with_a_newline_replays(tmp_path: Path) -> None:
-    from influence.pipelines.configs import DataConfig
+    from influence.pipelines.frame.configs import DataConfig
 
     folder = tmp_path / "a\nsplit: b\x85\u2028"
     folder.mkdir()

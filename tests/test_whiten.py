@@ -29,7 +29,7 @@ from influence import (
     two_sided,
     unit_norm,
 )
-from influence.func.curvature import INVERSIONS, Basis, Curvature, decompose, inverse_weights
+from influence.func.transform.curvature import INVERSIONS, Basis, Curvature, decompose, inverse_weights
 from tests.test_curvature import BLOCKS, data, error, functions, mlp, net, with_index
 
 SEPARABLE = ("kronecker", "dense", "diagonal")

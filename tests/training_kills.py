@@ -14,7 +14,7 @@ from influence.index.run import ROOT
 from influence.store import any_head
 from influence.store.lock import LOCK
 from influence.train import read_order, sum_epochs
-from influence.train.visits import Visits
+from influence.train.order import Visits
 from tests import training_world
 from tests.killing import in_child
 

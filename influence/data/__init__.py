@@ -1,17 +1,15 @@
 """Datasets to token batches: sources, text, chat, templates, chunks, rewards, packing."""
 
-from influence.data.batches import batches, collate
+from influence.data.batches import batches, collate, pack
 from influence.data.budget import auto_token_budget
-from influence.data.chunking import chunk
-from influence.data.context import context_length
 from influence.data.documents import TextFormat
-from influence.data.packing import pack
 from influence.data.rewards import advantages
+from influence.data.slices import context_length
 from influence.data.sources import load
 from influence.data.stream import stream
 from influence.data.templates import Template
 from influence.data.tokenize import tokenize
-from influence.data.tokenized import Counts, Tokenized, shards
+from influence.data.tokenized import Counts, Tokenized, chunk, shards
 
 __all__ = [
     "Counts",

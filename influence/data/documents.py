@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from influence.data import templates
-from influence.data.apart import apart, each
-from influence.data.templates import Template
+from influence.data.templates import Template, apart, each
 
 Message: TypeAlias = dict[str, Any]
 """A turn of a conversation: `role`, `content`, and whatever else the chat template reads."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from influence.data.chat import Marked, Span
-from influence.func.losses import IGNORED
+from influence.func.loss.losses import IGNORED
 
 
 class Encoded(NamedTuple):

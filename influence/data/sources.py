@@ -8,9 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from influence.data.damaged import said, unreadable
-from influence.data.parsing import shortly, yaml_of
-from influence.data.sizes import LARGEST, check_files
+from influence.data.parsing import LARGEST_ROW, check_files, said, shortly, unreadable, yaml_of
 from influence.store import BadFileError
 
 Rows: TypeAlias = list[dict[str, Any]]
@@ -27,7 +25,7 @@ def load(
     subset: str | None = None,
     data_kwargs: str | Mapping[str, Any] | None = None,
     streaming: bool = False,
-    max_document_bytes: int = LARGEST,
+    max_document_bytes: int = LARGEST_ROW,
 ) -> Any:
     """Load a dataset.
 

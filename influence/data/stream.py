@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.data.chunking import chunk
 from influence.data.documents import TextFormat
-from influence.data.reading import (
+from influence.data.parsing import LARGEST_ROW
+from influence.data.rewards import advantages
+from influence.data.slices import (
     PLAIN,
     Reading,
     all_finite,
@@ -22,10 +23,8 @@ from influence.data.reading import (
     reading,
     scores,
 )
-from influence.data.rewards import advantages
-from influence.data.sizes import LARGEST
 from influence.data.sources import Rows, slices
-from influence.data.tokenized import NOTHING, Tokenized, check_shards, join
+from influence.data.tokenized import NOTHING, Tokenized, check_shards, chunk, join
 
 
 def stream(
@@ -43,7 +42,7 @@ def stream(
     reward_column: str | None = None,
     advantage_column: str | None = None,
     skip_nan_rewards: bool = False,
-    max_document_bytes: int = LARGEST,
+    max_document_bytes: int = LARGEST_ROW,
 ) -> Iterator[Tokenized]:
     """Tokenise a dataset shard by shard: the shards that `shards(tokenize(…), shard_size)` would have.
 

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence.data.chunking import chunk
 from influence.data.documents import TextFormat
-from influence.data.reading import PLAIN, all_finite, longest, none_too_long, numbers, pieces, reading, scores
+from influence.data.parsing import LARGEST_ROW
 from influence.data.rewards import advantages
-from influence.data.sizes import LARGEST
-from influence.data.tokenized import Tokenized, join
+from influence.data.slices import PLAIN, all_finite, longest, none_too_long, numbers, pieces, reading, scores
+from influence.data.tokenized import Tokenized, chunk, join
 
 SLICE = 1000
 """Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough to be nothing in memory."""
@@ -29,7 +28,7 @@ def tokenize(
     reward_column: str | None = None,
     advantage_column: str | None = None,
     skip_nan_rewards: bool = False,
-    max_document_bytes: int = LARGEST,
+    max_document_bytes: int = LARGEST_ROW,
 ) -> Tokenized:
     """Tokenise a dataset.
 

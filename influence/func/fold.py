@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from influence.func.batches import batch_size
+from influence.func.engine.batch import batch_size
 from influence.types import Batch
 
 

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.func.capture import Captured, capture
-from influence.func.folding import flat, same_dtype, vectors
-from influence.func.losses import widen
+from influence.func.engine.capture import Captured, capture
+from influence.func.engine.plan import EngineError, make_plan
+from influence.func.loss.losses import widen
 from influence.func.numbers import check_number
-from influence.func.plan import EngineError, make_plan
-from influence.func.transform import CollectedRows
+from influence.func.transform.chain import CollectedRows
+from influence.func.transform.folding import flat, same_dtype, vectors
 from influence.types import Batch, LossFn, Params, Rows
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.fold import Sink
-from influence.func.folding import flat, same_dtype, vectors
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
+from influence.func.transform.folding import flat, same_dtype, vectors
 from influence.types import Rows
 
 

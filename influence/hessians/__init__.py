@@ -1,10 +1,9 @@
 """Curvature: one method a file, each with `fit`; what a fit returns; exact products and solvers to judge them by."""
 
 from influence.hessians import autocorrelation, cg, ekfac, kfac, lissa, products, shampoo, tkfac
-from influence.hessians.damping import DampingCurve, select_damping
+from influence.hessians.damping import DampingCurve, implied_regularization, select_damping
 from influence.hessians.factors import Factors, load
 from influence.hessians.mixing import mix, mixing_weight
-from influence.hessians.regularization import implied_regularization
 
 __all__ = [
     "DampingCurve",

@@ -13,15 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from influence.func.curvature import Curvature, decompose
+from influence.func.engine.plan import Plan, make_plan
 from influence.func.fold import Sink
-from influence.func.folding import vectors
-from influence.func.plan import Plan, make_plan
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
+from influence.func.transform.curvature import Curvature, decompose
+from influence.func.transform.folding import vectors
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, BlockSums, FitStep, Sums, describe, run, sum_sink
+from influence.hessians.fitting import About, BlockSums, FitStep, Sums, describe, run, sum_sink, sums_of_rows
 from influence.hessians.labels import Labels
-from influence.hessians.rows import sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 MAX_ROW = 16384

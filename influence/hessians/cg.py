@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from influence.func.losses import widen
-from influence.hessians.linearize import Vectors
-from influence.hessians.products import Product, add, inner, norms, scale
+from influence.func.loss.losses import widen
+from influence.hessians.products import Product, Vectors, add, inner, norms, scale
 
 
 class NotConverged(RuntimeError):

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from influence.func.anchored import watched
-from influence.func.batched import make_feeds
-from influence.func.batches import batch_size
-from influence.func.curvature import replaced
+from influence.func.engine.batch import batch_size
+from influence.func.engine.batched import make_feeds
+from influence.func.engine.plan import Plan, make_plan
+from influence.func.engine.row_sums import Reduce, piecewise, squares, watched
 from influence.func.fold import Sink
-from influence.func.folding import Block, Folded, Part, with_sides
-from influence.func.plan import Plan, make_plan
-from influence.func.precondition import fitted_under
-from influence.func.reduce import Reduce, piecewise, squares
-from influence.func.transform import Step, Transform, chain
+from influence.func.transform.chain import Step, Transform, chain
+from influence.func.transform.curvature import replaced
+from influence.func.transform.folding import Block, Folded, Part, with_sides
+from influence.func.transform.precondition import fitted_under
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import (
@@ -35,9 +34,10 @@ from influence.hessians.fitting import (
     describe,
     lasts,
     run,
+    squares_of,
     sum_sink,
+    sums_of_rows,
 )
-from influence.hessians.rows import squares_of, sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.func.likelihood import Likelihood, Natural, keyed_uniform
-from influence.func.sketch import key_of
+from influence.func.loss.likelihood import Likelihood, Natural, keyed_uniform
+from influence.func.transform.project import key_of
 from influence.types import Batch, LossFn, Params
 
 SOURCES = ("sampled", "data", "exact")

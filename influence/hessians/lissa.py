@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
 from influence.hessians.cg import NotConverged, Solution
-from influence.hessians.linearize import Vectors
-from influence.hessians.products import Product, add, largest_eigenvalue, norms
+from influence.hessians.products import Product, Vectors, add, largest_eigenvalue, norms
 
 ROUNDING = 1e-3
 """By how much rounding may lengthen a residual that should only shrink."""

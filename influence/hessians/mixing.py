@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.curvature import Basis, Curvature, decompose
+from influence.func.transform.curvature import Basis, Curvature, decompose
 from influence.hessians.factors import Factors
 
 

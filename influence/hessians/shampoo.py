@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from influence.func.engine.plan import Plan, make_plan
 from influence.func.fold import Sink
-from influence.func.folding import vectors
 from influence.func.numbers import check_number
-from influence.func.plan import Plan, make_plan
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
+from influence.func.transform.folding import vectors
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import (
     About,
@@ -28,10 +28,10 @@ from influence.hessians.fitting import (
     kronecker,
     run,
     sum_sink,
+    sums_of_rows,
 )
 from influence.hessians.kfac import MAX_SIDE
 from influence.hessians.labels import Labels
-from influence.hessians.rows import sums_of_rows
 from influence.types import Batch, LossFn, Params
 
 

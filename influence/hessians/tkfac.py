@@ -15,10 +15,9 @@ from functools import partial, reduce
 
 import torch
 
-from influence.func.covariates import add_grams
+from influence.func.engine.factor_sums import BlockSums, Pair, add_grams
 from influence.func.fold import Sink
-from influence.func.gather import BlockSums, Pair
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import About, FitStep, Sums, kronecker, run, sum_sink

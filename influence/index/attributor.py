@@ -10,23 +10,113 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.func.layout import Layout
-from influence.func.normalize import Moments
-from influence.func.per_example import per_example_grads
-from influence.func.precondition import BlockCurvature
-from influence.func.transform import CollectedRows, Transform
+from influence.func.engine.per_example import per_example_grads
+from influence.func.loss.losses import IGNORED
+from influence.func.transform.chain import CollectedRows, Transform
+from influence.func.transform.layout import Layout
+from influence.func.transform.precondition import BlockCurvature
+from influence.func.transform.scale import Moments
 from influence.index import scan
-from influence.index.agreement import check
-from influence.index.approximate import approximate, neighbours_of
-from influence.index.chosen import Chosen, choose
-from influence.index.fingerprints import Fingerprint, fingerprint_of
-from influence.index.hits import Hits
+from influence.index.choosing import Chosen, choose
+from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours_of
 from influence.index.matching import matched, query_matrix
-from influence.index.neighbours import FaissConfig, Neighbours
-from influence.index.reading import Index, Piece, open_index
+from influence.index.provenance import Fingerprint, check, fingerprint_of
 from influence.index.recipe import loss_of, rebuild
-from influence.index.texts import as_batch
+from influence.index.rows import Index, Piece, open_index
 from influence.types import Batch, LossFn, Params, Rows
+
+SHOWN = 10
+"""Queries, and hits of a query, that `repr` shows."""
+
+
+@dataclass(frozen=True, repr=False)
+class Hits:
+    """The rows that were found for each query, best first (with `reverse`, worst first); equal scores by row.
+
+    Attributes:
+        values: the scores; positive where the row helps the query.
+        indices: numbers of rows in the index; summed by document, the documents.
+        documents: the row of the dataset that each is from: for a chunk its first document, for a token its own.
+        positions: of tokens, the position in the example's `input_ids`.
+
+    Example:
+        >>> import torch
+        >>> Hits(torch.tensor([[0.5, -1.0]]), torch.tensor([[7, 2]]), torch.tensor([[70, 20]]))
+        query  rank    score  row  document
+            0     0      0.5    7        70
+            0     1       -1    2        20
+    """
+
+    values: Float[Tensor, "q k"]
+    indices: Int[Tensor, "q k"]
+    documents: Int[Tensor, "q k"]
+    positions: Int[Tensor, "q k"] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of queries."""
+        return self.values.shape[0]
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return columns, one entry per query and hit: `pandas.DataFrame(hits.to_dict())`."""
+        q, k = self.values.shape
+        columns: dict[str, list[Any]] = {
+            "query": [query for query in range(q) for _ in range(k)],
+            "rank": [*range(k)] * q,
+            "score": self.values.flatten().tolist(),
+            "row": self.indices.flatten().tolist(),
+            "document": self.documents.flatten().tolist(),
+        }
+        return columns if self.positions is None else columns | {"position": self.positions.flatten().tolist()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dictionary per query and hit."""
+        columns = self.to_dict()
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def __repr__(self) -> str:
+        """Return the first hits as a table."""
+        q, k = self.values.shape
+        if not q or not k:
+            return f"no hits ({q} queries, k = {k})"
+        shown = [row for row in self.rows() if row["query"] < SHOWN and row["rank"] < SHOWN]
+        header = list(shown[0])
+        cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in shown]
+        widths = [max(len(line[c]) for line in [header, *cells]) for c in range(len(header))]
+        widths[2] = max(widths[2], 7)
+        lines = ["  ".join(map(str.rjust, line, widths)) for line in [header, *cells]]
+        more = "" if q <= SHOWN and k <= SHOWN else f"\n… of {q} queries with {k} hits each"
+        return "\n".join(lines) + more
+
+
+def as_batch(texts: Sequence[str], tokenizer: Any) -> Batch:
+    """Return texts as one batch, padded on the right, every token labelled.
+
+    Args:
+        texts: the texts.
+        tokenizer: as `transformers` loads it.
+
+    Returns:
+        `{"input_ids", "attention_mask", "labels"}`.
+
+    Raises:
+        ValueError: if there is no tokenizer, no text, or one of fewer than two tokens.
+    """
+    if tokenizer is None:
+        raise ValueError("texts need tokenizer=, or tokenize=: a function from texts to a batch")
+    if not texts:
+        raise ValueError("the query is empty: it has no text")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    short = [i for i, tokens in enumerate(ids) if len(tokens) < 2]
+    if short:
+        raise ValueError(
+            f"text {short[0]}, {texts[short[0]]!r}, has {len(ids[short[0]])} tokens: a language model's loss needs two"
+        )
+    fill = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = torch.full(real.shape, fill)
+    padded[real] = torch.tensor([number for tokens in ids for number in tokens])
+    return {"input_ids": padded, "attention_mask": real.long(), "labels": padded.where(real, IGNORED)}
 
 
 @dataclass(frozen=True)

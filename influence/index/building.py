@@ -9,17 +9,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from influence.func.batches import batch_size
+from influence.func.engine.batch import batch_size
+from influence.func.engine.per_example import per_example_grads_fn
+from influence.func.engine.per_token import per_token_grads_fn, real_positions
+from influence.func.engine.plan import Plan
 from influence.func.numbers import check_number
-from influence.func.per_example import per_example_grads_fn
-from influence.func.per_token import per_token_grads_fn, real_positions
-from influence.func.plan import Plan
-from influence.func.transform import Transform
-from influence.index.columns import Columns
-from influence.index.encoding import check_dtype
-from influence.index.fingerprints import fingerprint_of
-from influence.index.reading import Held, Index, open_index
+from influence.func.transform.chain import Transform
+from influence.index.columns import Columns, check_dtype
+from influence.index.provenance import fingerprint_of
 from influence.index.root import About, finish
+from influence.index.rows import Held, Index, open_index
 from influence.index.shards import Collected, memory_sink, shard_sink
 from influence.index.starting import start
 from influence.store.folder import refuse_foreign

@@ -1,4 +1,10 @@
-"""Columns: where each block lies in a stored row."""
+r"""How numbers are stored: wide as they are, half precision with a power of two per row, int8 with a step per block.
+
+A stored row is read as `stored · scale`. float16 scales each row so that its largest entry is in `[2^14, 2^15)`, near
+the top of its range: a row of magnitude 1e-12 is as exact as one of magnitude 1, and entries down to 2^-28 of the
+largest keep 11 bits. bfloat16 has float32's range, so its scale is 1 and its bits are the row's own, unless the row's
+largest entry is outside 2^±64. int8 has a step of `max|block| / 127` per row and block.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,10 +12,11 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from influence.func.folding import flat
+from influence.func.transform.folding import flat
 from influence.store import BadFileError
 from influence.store.schema import conform
 from influence.types import Rows
@@ -124,3 +131,143 @@ def from_json(blocks: Any, where: str) -> Columns:
     ]:
         raise BadFileError(f"{where} is not what it says: its blocks do not lie side by side")
     return columns
+
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "int8")
+TOP = 15
+"""Exponent that the largest entry of a float16 row is below."""
+
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Encoded(NamedTuple):
+    """Rows as they are stored.
+
+    Attributes:
+        values: in the stored type.
+        scale: what to multiply them with: one per row (half precision), one per row and block (int8), or nothing.
+    """
+
+    values: Shaped[Tensor, "r d"]
+    scale: Float[Tensor, "r b"] | None
+
+
+class Unstorable(ValueError):
+    """A row cannot be stored: it is not finite, or too large for the type. `row` is its number."""
+
+    def __init__(self, message: str, row: int) -> None:
+        """Hold the row's number."""
+        super().__init__(message)
+        self.row = row
+
+
+def check_dtype(dtype: str) -> str:
+    """Refuse a type that rows are not stored in.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"rows are stored as one of {', '.join(DTYPES)}; got dtype={dtype!r}")
+    return dtype
+
+
+def encode(rows: Float[Tensor, "r d"], dtype: str, columns: Columns) -> Encoded:
+    """Return rows as they are stored.
+
+    Args:
+        rows: rows in at least float32.
+        dtype: the stored type.
+        columns: their blocks.
+
+    Returns:
+        The stored values and their scale.
+
+    Raises:
+        Unstorable: if a row is not finite, or too large for any type but float64.
+
+    Example:
+        >>> import torch
+        >>> stored = encode(torch.tensor([[3e-12, -1e-12]]), "float16", Columns({"w": (2,)}))
+        >>> stored.values, decode(stored, Columns({"w": (2,)}))
+        (tensor([[27024., -9008.]], dtype=torch.float16), tensor([[ 3.0003e-12, -1.0001e-12]]))
+    """
+    check_dtype(dtype)
+    largest = largest_of(rows)
+    _check(largest, dtype)
+    if dtype not in HALF:
+        return _steps(rows, columns) if dtype == "int8" else Encoded(rows.to(getattr(torch, dtype)), None)
+    exponent = torch.frexp(largest).exponent
+    if dtype == "float16":
+        shift = torch.where(largest > 0, exponent - TOP, 0)
+    else:
+        shift = torch.where(exponent.abs() > 64, exponent, 0)
+    scale = power_of_two(shift.clamp(-126, 126))[:, None]
+    return Encoded((rows / scale).to(HALF[dtype]), scale)
+
+
+def decode(stored: Encoded, columns: Columns, blocks: Columns | None = None) -> Float[Tensor, "r d"]:
+    """Return rows as numbers: float64 if they are stored so, float32 otherwise.
+
+    Args:
+        stored: what is stored.
+        columns: its blocks.
+        blocks: those to return, in their stored order; `None` returns all.
+
+    Returns:
+        The rows.
+    """
+    values, scale = stored
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if blocks is None or blocks.shapes.keys() == columns.shapes.keys():
+        out = values.to(dtype, copy=True)
+        spans = list(columns.spans.values())
+    else:
+        pieces = [values[:, begin:end] for begin, end in (columns.spans[name] for name in blocks.shapes)]
+        out = torch.cat(pieces, 1).to(dtype)
+        spans = list(blocks.spans.values())
+        if scale is not None and scale.shape[1] > 1:
+            at = {name: number for number, name in enumerate(columns.shapes)}
+            scale = scale[:, [at[name] for name in blocks.shapes]]
+    if scale is None:
+        return out
+    if values.dtype != torch.int8:
+        return out.mul_(scale)
+    for number, (begin, end) in enumerate(spans):
+        out[:, begin:end] *= scale[:, number : number + 1]
+    return out
+
+
+def largest_of(rows: Float[Tensor, "r d"]) -> Float[Tensor, " r"]:
+    """Return each row's largest magnitude; NaN where the row holds one."""
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
+
+
+def power_of_two(exponent: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Return `2^exponent` in float32, exactly, for exponents in [-126, 127]."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
+
+
+def _check(largest: Float[Tensor, " r"], dtype: str) -> None:
+    bad = ~torch.isfinite(largest if dtype == "float64" else largest.float())
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        large = bool(torch.isfinite(largest[first]))
+        raise Unstorable(
+            f"row {first} of these {len(bad)} cannot be stored as {dtype}: its largest entry is {largest[first]:g}. "
+            + ("Store as float64" if large else "Look at that example's loss, or collect with nonfinite='zero'"),
+            first,
+        )
+
+
+def _steps(rows: Float[Tensor, "r d"], columns: Columns) -> Encoded:
+    """Quantise each block of each row to 255 steps around zero."""
+    values = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scale = torch.empty(rows.shape[0], len(columns.spans), device=rows.device)
+    for number, (begin, end) in enumerate(columns.spans.values()):
+        block = rows[:, begin:end]
+        step = (largest_of(block) / 127).float()
+        scale[:, number] = step
+        divisor = torch.where(step > 0, step, 1)[:, None].to(block)
+        values[:, begin:end] = (block / divisor).round().clamp(-127, 127).to(torch.int8)
+    return Encoded(values, scale)

@@ -6,12 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.nested import at_dim, down_project, projection, raise_project, unprojected
-from influence.func.project import project
-from influence.func.transform import CollectedRows, Transform
-from influence.index.agreement import check
-from influence.index.chosen import Chosen
-from influence.index.fingerprints import Fingerprint, fingerprint_of
+from influence.func.transform.chain import CollectedRows, Transform
+from influence.func.transform.nested import at_dim, down_project, projection, raise_project, unprojected
+from influence.func.transform.project import project
+from influence.index.choosing import Chosen
+from influence.index.provenance import Fingerprint, check, fingerprint_of
 from influence.types import Rows
 
 

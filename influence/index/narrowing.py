@@ -5,11 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from influence.func.nested import corner
-from influence.func.sketch import NESTING
-from influence.index.columns import Columns
-from influence.index.encoding import Encoded, decode
-from influence.index.reading import Index, Part
+from influence.func.transform.nested import corner
+from influence.func.transform.project import NESTING
+from influence.index.columns import Columns, Encoded, decode
+from influence.index.rows import Index, Part
 
 AT_ONCE = 1 << 24
 """Stored entries that are narrowed at once."""

@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from influence.func.blocks import as_blocks, split_heads
 from influence.func.fingerprint import canonical, fingerprint
-from influence.func.functionalize import functionalize
-from influence.func.layout import Heads
-from influence.func.normalize import Moments, scale_by_adafactor, scale_by_adam, unit_norm
-from influence.func.precondition import BlockCurvature, precondition
-from influence.func.project import project
-from influence.func.transform import Transform, chain
-from influence.func.whiten import eigen_whiten
+from influence.func.loss.functionalize import functionalize
+from influence.func.transform.blocks import as_blocks, split_heads
+from influence.func.transform.chain import Transform, chain
+from influence.func.transform.layout import Heads
+from influence.func.transform.precondition import BlockCurvature, precondition
+from influence.func.transform.project import project
+from influence.func.transform.scale import Moments, scale_by_adafactor, scale_by_adam, unit_norm
+from influence.func.transform.whiten import eigen_whiten
 from influence.types import LossFn, Params
 
 

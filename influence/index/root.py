@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influence import store
 from influence.index.columns import Columns, from_json
-from influence.index.fingerprints import Fingerprint
+from influence.index.provenance import Fingerprint
 from influence.index.run import ROOT, owner, planned_shards, shard_paths
 from influence.index.shards import KIND, ShardFacts, check_index, shard_name
 from influence.index.shards import SCHEMA as SHARD_SCHEMA

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from influence.func import top
 from influence.func.similarity import Nearest
-from influence.index.chosen import Chosen
+from influence.index.choosing import Chosen
 
 WIDE = (torch.float32, torch.float64)
 BUFFER = 1 << 20
@@ -88,7 +88,7 @@ def scan(
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from influence.index.chosen import choose
+        >>> from influence.index.choosing import choose
         >>> stored = SimpleNamespace(begin=0, values=torch.tensor([[1, 2], [3, 4]]).half(), scale=torch.ones(2, 1))
         >>> scan([stored], torch.tensor([[1.0, 0.0]]), choose({"w": (2,)}), k=1)
         Nearest(values=tensor([[3.]]), indices=tensor([[1]]))

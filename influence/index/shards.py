@@ -14,9 +14,8 @@ from torch import Tensor
 
 from influence import store
 from influence.func.fold import Sink
-from influence.func.losses import widen
-from influence.index.columns import Columns
-from influence.index.encoding import Encoded, Unstorable, check_dtype, encode
+from influence.func.loss.losses import widen
+from influence.index.columns import Columns, Encoded, Unstorable, check_dtype, encode
 from influence.index.run import stamp
 from influence.types import Rows
 

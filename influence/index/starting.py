@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.index.agreement import differences, shown
-from influence.index.fingerprints import Fingerprint
+from influence.index.provenance import Fingerprint, differences, shown
 from influence.index.run import (
     FILES,
     PARTIALS,

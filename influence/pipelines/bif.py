@@ -9,14 +9,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from influence import viz
-from influence.data.reading import pad_of
-from influence.pipelines.chains import SamplingConfig, sampling_of
-from influence.pipelines.configs import at_least
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.posterior import Posterior
-from influence.pipelines.sampled import Samples, sampled, tokenizer_of
-from influence.pipelines.texts import short
-from influence.pipelines.words import examples, words_of
+from influence.data.slices import pad_of
+from influence.pipelines.chains.examples import examples, words_of
+from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
+from influence.pipelines.chains.posterior import Posterior
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.frame.configs import at_least
+from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.texts import short
 from influence.sgmcmc import Run as Sampled
 from influence.sgmcmc import bif
 from influence.store import output_file

@@ -9,15 +9,15 @@ import torch
 
 from influence.func.fold import Sink
 from influence.index import Columns, Index, done, finish, open_index, shard_sink
-from influence.pipelines.collect import Placed, Summed, Work, collect
-from influence.pipelines.configs import PassConfig
-from influence.pipelines.directory import refuse_finished, run_directory
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import first_batch, predict, shard_ranges
-from influence.pipelines.prepare import batches_of, float_size, measure, own_shards
-from influence.pipelines.ranks import among_ranks, own_device, ranks
-from influence.pipelines.reading import data_hash, read_data
-from influence.pipelines.seen import collected, plan_step, total_dim
+from influence.pipelines.frame.configs import PassConfig
+from influence.pipelines.frame.directory import refuse_finished, run_directory
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import first_batch, predict, shard_ranges
+from influence.pipelines.frame.prepare import batches_of, float_size, measure, own_shards
+from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
+from influence.pipelines.frame.tokens import data_hash, read_data
+from influence.pipelines.passes.collect import Placed, Summed, Work, collect
+from influence.pipelines.passes.steps import collected, plan_step, total_dim
 
 
 @dataclass(frozen=True)

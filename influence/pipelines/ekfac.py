@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from influence.pipelines import build, hessian, reduce, score
-from influence.pipelines.configs import RunConfig, TransformConfig, View, at_least
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks
-from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import RecipeConfig, fewer, result, run_steps, without_what_is_not_there
+from influence.pipelines.frame.configs import RunConfig, TransformConfig, View, at_least
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.ranks import among_ranks
+from influence.pipelines.frame.tokens import load_rows
+from influence.pipelines.recipes.frame import RecipeConfig, fewer, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import tyro
 
 from influence.index import Index, check, open_index
 from influence.index.by_example import Examples
-from influence.pipelines.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import size
+from influence.pipelines.frame.prepare import check_gradients
 from influence.pipelines.page import LARGEST, Page
 from influence.pipelines.panels import Limits, estimated, of_examples, of_queries
-from influence.pipelines.planning import size
-from influence.pipelines.prepare import check_gradients
 from influence.pipelines.reading_texts import Texts, texts_for
 from influence.pipelines.score_panels import of_scores
 from influence.pipelines.serve import serve

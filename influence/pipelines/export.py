@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from influence.index import Index, open_index
-from influence.index.chosen import choose
-from influence.pipelines.configs import Run
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import size
+from influence.index.choosing import choose
+from influence.pipelines.frame.configs import Run
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import size
 from influence.store import output_file
 
 AT_ONCE = 1 << 24

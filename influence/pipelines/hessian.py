@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from influence import hessians
 from influence.hessians import Factors
-from influence.pipelines.collect import Summed, Work, collect
-from influence.pipelines.configs import PassConfig, TransformConfig, View, at_least
-from influence.pipelines.directory import refuse_finished, run_directory
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import first_batch, predict
-from influence.pipelines.prepare import Measured, batches_of, measure, own_shards
-from influence.pipelines.ranks import Ranks, among_ranks, own_device, ranks
-from influence.pipelines.reading import read_data
+from influence.pipelines.frame.configs import PassConfig, TransformConfig, View, at_least
+from influence.pipelines.frame.directory import refuse_finished, run_directory
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import first_batch, predict
+from influence.pipelines.frame.prepare import Measured, batches_of, measure, own_shards
+from influence.pipelines.frame.ranks import Ranks, among_ranks, own_device, ranks
+from influence.pipelines.frame.tokens import read_data
+from influence.pipelines.passes.collect import Summed, Work, collect
 from influence.store.folder import run_id
 
 SCRATCH = ("kfac.h5", "eigenvalues-#.h5")

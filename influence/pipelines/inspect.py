@@ -11,13 +11,13 @@ from influence.index import done, open_index
 from influence.index.run import made_by, planned_shards
 from influence.index.shards import KIND, SCHEMA, shard_name
 from influence.pipelines import hessian, sample
-from influence.pipelines.configs import Run
-from influence.pipelines.directory import CONFIG, config_of, kind_command
-from influence.pipelines.ends import read_best
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.planning import size
-from influence.pipelines.sampled import read_samples, shares_in
-from influence.pipelines.views import load_factors
+from influence.pipelines.chains.finished import read_samples, shares_in
+from influence.pipelines.frame.configs import Run
+from influence.pipelines.frame.directory import CONFIG, config_of, kind_command
+from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.planning import size
+from influence.pipelines.frame.prepare import load_factors
+from influence.pipelines.passes.best import read_best
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
 from influence.visible import visible
@@ -113,7 +113,7 @@ def _index(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
 
 
 def _training(directory: Path, verify: bool, facts: dict[str, Any]) -> str:
-    from influence.train.reading import progress
+    from influence.train.collected import progress
 
     found = progress(directory)
     facts |= {"kind": "training", **found}

@@ -15,12 +15,20 @@ from torch import Tensor
 
 from influence.data.sources import column_names
 from influence.index import open_index
-from influence.pipelines.configs import DataConfig, Loss, LossConfig, TransformConfig, View
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks
-from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import planned, result, run_steps
-from influence.pipelines.sums import SumConfig, pairs, rates_of, refuse_optimizer, row_steps, write_sums, written
+from influence.pipelines.frame.configs import DataConfig, Loss, LossConfig, TransformConfig, View
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.ranks import among_ranks
+from influence.pipelines.frame.tokens import load_rows
+from influence.pipelines.recipes.checkpoint_sums import (
+    SumConfig,
+    pairs,
+    rates_of,
+    refuse_optimizer,
+    row_steps,
+    write_sums,
+    written,
+)
+from influence.pipelines.recipes.frame import planned, result, run_steps
 
 
 @dataclass(frozen=True)

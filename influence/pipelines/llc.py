@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from influence import viz
-from influence.pipelines.chains import SamplingConfig, sampling_of
-from influence.pipelines.configs import at_least
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.sampled import Samples, sampled
+from influence.pipelines.chains.finished import Samples, sampled
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.frame.configs import at_least
+from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
 from influence.sgmcmc import llc
-from influence.sgmcmc.llc import LLC
+from influence.sgmcmc.estimators.llc import LLC
 from influence.visible import visible
 
 

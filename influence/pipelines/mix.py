@@ -7,12 +7,12 @@ from typing import Any
 from influence import hessians
 from influence.index import Fingerprint, start
 from influence.pipelines import hessian
-from influence.pipelines.configs import Run, at_least
-from influence.pipelines.directory import CONFIG
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.plain import to_mapping, write_config
-from influence.pipelines.ranks import among_ranks, ranks
-from influence.pipelines.views import load_factors
+from influence.pipelines.frame.config_file import to_mapping, write_config
+from influence.pipelines.frame.configs import Run, at_least
+from influence.pipelines.frame.directory import CONFIG
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.prepare import load_factors
+from influence.pipelines.frame.ranks import among_ranks, ranks
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from influence.index.exploring import (
     spectra,
     token_parts,
 )
+from influence.pipelines.frame.outcome import progress
 from influence.pipelines.page import Page
-from influence.pipelines.progress import progress
-from influence.pipelines.queries import load_queries
+from influence.pipelines.passes.queries import load_queries
 from influence.pipelines.reading_texts import query_texts
 
 AT_ONCE = 1 << 26

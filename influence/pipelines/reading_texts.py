@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.index import Index, open_index
-from influence.pipelines import recorded
-from influence.pipelines.configs import DataConfig, ModelConfig
-from influence.pipelines.loading import load_tokenizer
+from influence.pipelines.frame import recorded
+from influence.pipelines.frame.configs import DataConfig, ModelConfig
+from influence.pipelines.frame.loading import load_tokenizer
+from influence.pipelines.frame.texts import by_part, texts_of, token_texts
 from influence.pipelines.query import datasets_of
-from influence.pipelines.texts import by_part, texts_of, token_texts
 
 
 class Texts(NamedTuple):

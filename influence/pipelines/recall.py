@@ -11,17 +11,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.data.parsing import parsed, shortly, text_of
-from influence.func.per_example import per_example_grads_fn
+from influence.func.engine.per_example import per_example_grads_fn
 from influence.func.retrieval import Recall, first_gold, first_gold_listed, recall
 from influence.index import fingerprint_of, open_index
-from influence.pipelines.configs import RunConfig
-from influence.pipelines.directory import config_of, names_in
-from influence.pipelines.ends import read_best
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.prepare import batches_of
-from influence.pipelines.queries import column
+from influence.pipelines.frame.configs import RunConfig
+from influence.pipelines.frame.directory import config_of, names_in
+from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.prepare import batches_of
+from influence.pipelines.frame.tokens import read_data
+from influence.pipelines.passes.best import read_best
+from influence.pipelines.passes.queries import column
 from influence.pipelines.query import QueryConfig, open_session
-from influence.pipelines.reading import read_data
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.fold import Sink
-from influence.func.folding import flat
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
+from influence.func.transform.folding import flat
 from influence.index import Collected, Columns, finish, open_index, shard_sink
-from influence.pipelines.collect import Summed, Work, collect
-from influence.pipelines.configs import PassConfig
-from influence.pipelines.directory import refuse_finished, run_directory
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import first_batch, predict
-from influence.pipelines.prepare import batches_of, measure, own_shards
-from influence.pipelines.ranks import among_ranks, own_device, ranks
-from influence.pipelines.reading import read_data
-from influence.pipelines.seen import Seen, plan_step, total_dim
+from influence.pipelines.frame.configs import PassConfig
+from influence.pipelines.frame.directory import refuse_finished, run_directory
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import first_batch, predict
+from influence.pipelines.frame.prepare import batches_of, measure, own_shards
+from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
+from influence.pipelines.frame.tokens import read_data
+from influence.pipelines.passes.collect import Summed, Work, collect
+from influence.pipelines.passes.steps import Seen, plan_step, total_dim
 from influence.types import Rows
 
 

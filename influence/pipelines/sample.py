@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from influence.pipelines.chains import SamplingConfig, sampling_of
-from influence.pipelines.configs import at_least
+from influence.pipelines.chains.finished import Samples, sampled
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.frame.configs import at_least
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import size
 from influence.pipelines.llc import estimates, table_of
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import size
-from influence.pipelines.sampled import Samples, sampled
-from influence.sgmcmc.traces import RESULT
+from influence.sgmcmc.runner.traces import RESULT
 from influence.visible import visible
 
 

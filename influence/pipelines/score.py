@@ -10,18 +10,17 @@ from torch import Tensor
 
 from influence.func.sinks import taking
 from influence.index import Collected, Columns, done, finish, shard_sink
-from influence.pipelines.collect import Placed, Summed, Work, collect
-from influence.pipelines.configs import PassConfig, at_least
-from influence.pipelines.directory import fingerprint_for, refuse_finished, run_directory
-from influence.pipelines.ends import BEST, outcome_of, write_best
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.planning import first_batch, predict, shard_ranges
-from influence.pipelines.prepare import batches_of, measure, own_shards
-from influence.pipelines.queries import Queries, Scored, column, contents, load_queries, scored
-from influence.pipelines.ranks import among_ranks, own_device, ranks
-from influence.pipelines.reading import read_data
-from influence.pipelines.seen import plan_step
-from influence.pipelines.topk import best
+from influence.pipelines.frame.configs import PassConfig, at_least
+from influence.pipelines.frame.directory import fingerprint_for, refuse_finished, run_directory
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.planning import first_batch, predict, shard_ranges
+from influence.pipelines.frame.prepare import batches_of, measure, own_shards
+from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
+from influence.pipelines.frame.tokens import read_data
+from influence.pipelines.passes.best import BEST, best, outcome_of, write_best
+from influence.pipelines.passes.collect import Placed, Summed, Work, collect
+from influence.pipelines.passes.queries import Queries, Scored, column, contents, load_queries, scored
+from influence.pipelines.passes.steps import plan_step
 from influence.store.folder import run_id
 
 Mode: TypeAlias = Literal["individual", "nearest"]

@@ -9,11 +9,11 @@ from influence.func import top
 from influence.index import open_index
 from influence.index.by_example import Examples
 from influence.index.exploring import Ends, Histogram, histogram
-from influence.pipelines.directory import names_in
-from influence.pipelines.ends import read_best
+from influence.pipelines.frame.directory import names_in
 from influence.pipelines.page import Page
 from influence.pipelines.panels import BINS, Limits
-from influence.pipelines.queries import column
+from influence.pipelines.passes.best import read_best
+from influence.pipelines.passes.queries import column
 from influence.pipelines.reading_texts import query_texts
 
 

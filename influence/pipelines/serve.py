@@ -2,7 +2,7 @@
 
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from influence.pipelines.outcome import Say
+from influence.pipelines.frame.outcome import Say
 
 LOOPBACK = "127.0.0.1"
 OURS = (LOOPBACK, "localhost")

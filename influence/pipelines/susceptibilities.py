@@ -10,16 +10,15 @@ from typing import Any, Literal
 import torch
 
 from influence import viz
-from influence.data.reading import pad_of
-from influence.pipelines.cells import as_row
-from influence.pipelines.chains import SamplingConfig, sampling_of
-from influence.pipelines.configs import at_least
-from influence.pipelines.outcome import Outcome, Say, quiet, table
-from influence.pipelines.sampled import Samples, sampled, tokenizer_of
-from influence.pipelines.texts import short
-from influence.pipelines.words import Example, examples, words_of
+from influence.data.slices import pad_of
+from influence.pipelines.chains.examples import Example, examples, words_of
+from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.frame.configs import at_least
+from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
+from influence.pipelines.frame.texts import short
 from influence.sgmcmc import susceptibility
-from influence.sgmcmc.susceptibility import Susceptibility
+from influence.sgmcmc.estimators.susceptibility import Susceptibility
 from influence.store import output_file
 
 WIDTH = 40

@@ -6,10 +6,18 @@ $$\text{score}(q, n) = \sum_k \eta_k\, \langle \nabla \ell(q; \theta_k), \nabla 
 from dataclasses import dataclass
 from pathlib import Path
 
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks
-from influence.pipelines.recipe import planned, result, run_steps
-from influence.pipelines.sums import SumConfig, pairs, rates_of, refuse_optimizer, row_steps, write_sums, written
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.ranks import among_ranks
+from influence.pipelines.recipes.checkpoint_sums import (
+    SumConfig,
+    pairs,
+    rates_of,
+    refuse_optimizer,
+    row_steps,
+    write_sums,
+    written,
+)
+from influence.pipelines.recipes.frame import planned, result, run_steps
 
 
 @dataclass(frozen=True)

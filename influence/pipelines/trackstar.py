@@ -5,11 +5,11 @@ from math import ceil
 from pathlib import Path
 
 from influence.pipelines import build, hessian, mix, score
-from influence.pipelines.configs import DataConfig, RunConfig, at_least
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks, ranks
-from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import RecipeConfig, fewer, planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.frame.configs import DataConfig, RunConfig, at_least
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.ranks import among_ranks, ranks
+from influence.pipelines.frame.tokens import load_rows
+from influence.pipelines.recipes.frame import RecipeConfig, fewer, planned, result, run_steps, without_what_is_not_there
 
 
 @dataclass(frozen=True)

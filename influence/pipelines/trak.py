@@ -13,13 +13,12 @@ import torch
 
 from influence.index import Columns, Index, open_index
 from influence.pipelines import build, hessian, score
-from influence.pipelines.checkpoints import model_at
-from influence.pipelines.configs import Loss, LossConfig, RunConfig, TransformConfig, View
-from influence.pipelines.outcome import Outcome, Say, quiet
-from influence.pipelines.ranks import among_ranks
-from influence.pipelines.reading import load_rows
-from influence.pipelines.recipe import RecipeConfig, planned, result, run_steps, without_what_is_not_there
-from influence.pipelines.sums import over_checkpoints, write_scores, written
+from influence.pipelines.frame.configs import Loss, LossConfig, RunConfig, TransformConfig, View
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
+from influence.pipelines.frame.ranks import among_ranks
+from influence.pipelines.frame.tokens import load_rows
+from influence.pipelines.recipes.checkpoint_sums import model_at, over_checkpoints, write_scores, written
+from influence.pipelines.recipes.frame import RecipeConfig, planned, result, run_steps, without_what_is_not_there
 from influence.types import Rows
 
 

@@ -1,31 +1,18 @@
 """Posterior sampling around trained weights: pure steps, chains, LLC, influence functions, susceptibilities."""
 
-from influence.sgmcmc import (
-    adam_sgld,
-    bif,
-    diagnostics,
-    leimkuhler_matthews,
-    llc,
-    mala,
-    moments,
-    rmsprop_sgld,
-    sghmc,
-    sgld,
-    sgnht,
-    susceptibility,
-    theory,
-)
-from influence.sgmcmc.drive import DivergedError
-from influence.sgmcmc.gradients import gradient_at
-from influence.sgmcmc.joining import join
-from influence.sgmcmc.langevin import Info, Sampler
-from influence.sgmcmc.options import Options
-from influence.sgmcmc.order import Source
-from influence.sgmcmc.restrict import masks, preview
-from influence.sgmcmc.run import Observed, Run
-from influence.sgmcmc.sampling import sample, sample_restrictions
-from influence.sgmcmc.target import Target, default_n_beta, local_posterior
-from influence.sgmcmc.traces import load
+from influence.sgmcmc.estimators import bif, diagnostics, llc, moments, susceptibility, theory
+from influence.sgmcmc.runner.draws import Observed, Run
+from influence.sgmcmc.runner.joining import join
+from influence.sgmcmc.runner.loop import DivergedError
+from influence.sgmcmc.runner.minibatches import Source
+from influence.sgmcmc.runner.options import Options
+from influence.sgmcmc.runner.restrict import masks, preview
+from influence.sgmcmc.runner.sampling import sample, sample_restrictions
+from influence.sgmcmc.runner.traces import load
+from influence.sgmcmc.samplers import adam_sgld, leimkuhler_matthews, mala, rmsprop_sgld, sghmc, sgld, sgnht
+from influence.sgmcmc.samplers.gradients import gradient_at
+from influence.sgmcmc.samplers.langevin import Info, Sampler
+from influence.sgmcmc.samplers.target import Target, default_n_beta, local_posterior
 
 __all__ = [
     "DivergedError",

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.store.errors import BadFileError
 from influence.store.growing import beginning
 from influence.store.hdf5 import any_head, parsed
 from influence.store.lock import LOCK, Lock, is_lock
 from influence.store.replacing import TEMPORARY, sync, temporaries, write_text
-from influence.store.schema import conform
+from influence.store.schema import BadFileError, conform
 
 RUN = "run.json"
 FORMAT: Literal["influence run"] = "influence run"

@@ -19,10 +19,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from influence.store.errors import BadFileError
 from influence.store.hdf5 import parsed
 from influence.store.replacing import is_full, replacing
-from influence.store.schema import conform
+from influence.store.schema import BadFileError, conform
 
 MAGIC = b"influence log 1\n"
 FIRST = len(MAGIC) + 64 + 1 + 20 + 1

@@ -1,37 +1,72 @@
-"""One HDF5 file of tensors and facts: written whole or not at all, and read only if every checksum holds.
-
-A file begins with a block of plain text (an HDF5 user block), which says everything that a reader of ours needs:
-
-    influence store 1
-    <sha256 of the next line> <its bytes>
-    {"kind": …, "schema": …, "run": …, "bytes": …, "tables": …, "tensors": {name: [offset, shape, dtype, sha256]},
-    "about": …}                                       (one line)
-
-Our readers take the facts and the tensors from there and never let the HDF5 library parse a file: its tables, when
-damaged, can make the library loop for ever. For whoever has h5py alone, each tensor is a contiguous dataset under its
-name, 64-byte aligned, with the attribute `sha256`: of the digests of every 4 MiB of its little-endian bytes
-(`checksums`). bfloat16, which HDF5 does not have, is uint16 with the attribute `dtype="bfloat16"`. The file has the
-attributes `kind`, `schema` and `about` (JSON). Where dimensions are named, each name is a dimension scale, so netCDF-4
-readers know the axes.
-"""
+"""Datasets as memory maps: tensors whose bytes stay in the file until they are read."""
 
 import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
-from influence.store.checksums import sha256
-from influence.store.errors import BadFileError
 from influence.store.replacing import replacing
-from influence.store.schema import conform
+from influence.store.schema import BadFileError, conform
+
+CHUNK = 1 << 22
+"""Bytes that are hashed apart."""
+THREADS = min(os.cpu_count() or 1, 8)
+
+
+def sha256(buffers: Iterable[Any]) -> str:
+    """Return the checksum of the bytes of buffers, one after the other; it does not depend on where they are cut.
+
+    Args:
+        buffers: what has bytes: contiguous arrays, views of memory maps.
+
+    Returns:
+        In hexadecimal.
+
+    Example:
+        >>> from influence.store.hdf5 import sha256
+        >>> sha256([b"some", b"where"]) == sha256([b"somewhere"])
+        True
+    """
+    chunks = list(chunked(buffers))
+    if len(chunks) < 2:  # no thread is worth it
+        return hashlib.sha256(b"".join(map(digest, chunks))).hexdigest()
+    with ThreadPoolExecutor(min(THREADS, len(chunks))) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, chunks))).hexdigest()
+
+
+def chunked(buffers: Iterable[Any]) -> Iterator[list[memoryview]]:
+    """Yield the pieces of every `CHUNK` bytes; the last chunk has what is left."""
+    chunk: list[memoryview] = []
+    room = CHUNK
+    for buffer in buffers:
+        view = memoryview(buffer)
+        left = view.cast("B") if view.nbytes else view  # an empty one cannot be cast
+        while left:
+            chunk.append(left[:room])
+            left, room = left[room:], room - len(chunk[-1])
+            if not room:
+                yield chunk
+                chunk, room = [], CHUNK
+    if chunk:
+        yield chunk
+
+
+def digest(pieces: Iterable[memoryview]) -> bytes:
+    """Return the sha256 of pieces, one after the other."""
+    whole = hashlib.sha256()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.digest()
+
 
 ALIGNMENT = 64
 """Bytes that every dataset's offset is a multiple of."""
@@ -410,3 +445,24 @@ def _write_all(raw: Any, data: Any) -> None:
     left = memoryview(data)
     while left:
         left = left[raw.write(left) :]
+
+
+def map_file(path: str | Path) -> mmap.mmap:
+    """Map a file into memory, privately: nothing that is done to the map reaches the file."""
+    with open(path, "rb") as file:
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def mapped(buffer: Any, place: Place) -> Shaped[Tensor, "..."]:
+    """Return a dataset of a mapped file as a tensor, without a copy."""
+    dtype = DTYPES[place.dtype]
+    count = torch.Size(place.shape).numel()
+    if not count:
+        return torch.empty(place.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=place.offset).reshape(place.shape)
+
+
+def checksum(buffer: Any, place: Place) -> str:
+    """Return the checksum of a dataset's bytes as they are in the file now."""
+    return sha256([memoryview(buffer)[place.offset : place.offset + place.bytes]])

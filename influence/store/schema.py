@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from influence.store.errors import BadFileError
+
+class BadFileError(ValueError):
+    """A file is damaged, holds something else, or belongs to another run; the message names it and says what to do."""
 
 
 def conform(value: Any, kind: Any, where: str) -> Any:
@@ -31,7 +33,7 @@ def conform(value: Any, kind: Any, where: str) -> Any:
         >>> conform({"a": "x"}, dict[str, int], "run.json")
         Traceback (most recent call last):
             ...
-        influence.store.errors.BadFileError: run.json is not what it says: a must be an integer, and is 'x'
+        influence.store.schema.BadFileError: run.json is not what it says: a must be an integer, and is 'x'
     """
     try:
         return _conform(value, kind, "")

@@ -2,12 +2,12 @@
 
 from influence.train.adam_update import adam_update
 from influence.train.callback import GradientCollectorCallback, prepare_for_gradient_collection
+from influence.train.collected import read_order, sum_epochs
 from influence.train.finite_diff import FiniteDiff, direction_of, step_for
 from influence.train.live import scale_by_optimizer
 from influence.train.optimizer import OptimizerState, load_from_optimizer, read_optimizer
-from influence.train.reading import read_order, sum_epochs
+from influence.train.order import Visits
 from influence.train.trajectory import Checkpoint, epoch_rates, less, subtask_means, tracin
-from influence.train.visits import Visits
 
 __all__ = [
     "Checkpoint",

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.folding import Block, Folded, apply_part, with_rows
-from influence.func.losses import widen
-from influence.func.normalize import unfactor
-from influence.func.transform import Step, Transform
+from influence.func.loss.losses import widen
+from influence.func.transform.chain import Step, Transform
+from influence.func.transform.folding import Block, Folded, apply_part, with_rows
+from influence.func.transform.scale import unfactor
 from influence.train.optimizer import EPS, OptimizerState
 
 

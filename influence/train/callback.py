@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from influence.func.transform import Transform, chain
+from influence.func.transform.chain import Transform, chain
 from influence.train.collector import Collector, Settings
-from influence.train.numbering import numbered
+from influence.train.plans import numbered
 from influence.types import ExampleLoss
 
 PREPARED = "_prepared_for_gradient_collection"

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from influence.store import BadFileError
-from influence.train.contents import CONTENTS
-from influence.train.shards import plain, read_shards
+from influence.train.contents import CONTENTS, plain, read_shards
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer.safetensors", "optimizer.pth")
 SHARDS = ("optimizer_0", "optimizer", ".")

@@ -9,27 +9,68 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from influence.func.axes import AnotherPath
-from influence.func.functionalize import functionalize
-from influence.func.module_loss import ModuleLoss
-from influence.func.per_example import LOSSES, eager_step, finite_rows
-from influence.func.plan import Plan
-from influence.func.transform import Transform
+from influence.func.engine.per_example import LOSSES, eager_step, finite_rows
+from influence.func.engine.plan import Plan
+from influence.func.engine.trace import AnotherPath
+from influence.func.loss.functionalize import functionalize
+from influence.func.loss.module_loss import ModuleLoss
+from influence.func.transform.chain import Transform
 from influence.index import Columns
-from influence.models.targets import layer_matrices
+from influence.models.describe import layer_matrices
 from influence.store.folder import RUN
 from influence.train import record, sharing
 from influence.train.epochs import epoch_path, index_of
 from influence.train.facts import Facts, read_training
 from influence.train.facts import Plan as RunPlan
 from influence.train.live import live
-from influence.train.numbering import INDEX
 from influence.train.order import Order, read_logs
-from influence.train.plans import Plans
-from influence.train.ranks import Ranks
+from influence.train.plans import INDEX, Plans
+from influence.train.record import Pending, Session
 from influence.train.scratch import Scratch
-from influence.train.session import Pending, Session
 from influence.types import ExampleLoss, Params, Rows
+
+
+class Ranks(NamedTuple):
+    """The processes of a training.
+
+    Attributes:
+        rank: this one.
+        world: how many.
+        device: where their collectives are.
+    """
+
+    rank: int
+    world: int
+    device: Any
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Have the first process do something while the others wait.
+
+        Raises:
+            RuntimeError: on the others, if it failed; it raises its own error.
+        """
+        self.each(work if self.rank == 0 else lambda: None)
+
+    def each(self, work: Callable[[], object]) -> None:
+        """Have every process do something, and go on when all have.
+
+        Raises:
+            RuntimeError: on those that did, if another failed; that raises its own error.
+        """
+        failed: BaseException | None = None
+        try:
+            work()
+        except BaseException as error:
+            if self.world == 1:
+                raise
+            failed = error  # raised below, once the others know
+        if self.world > 1:
+            flag = torch.tensor([int(failed is not None)], device=self.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            if failed is not None:
+                raise failed
+            if int(flag):
+                raise RuntimeError("another process of this training could not go on: see its message")
 
 
 class Settings(NamedTuple):

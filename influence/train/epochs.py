@@ -8,17 +8,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
 from influence.index import Fingerprint, Index, finish, open_index, shard_sink, start
-from influence.index.encoding import Encoded
+from influence.index.columns import Encoded
 from influence.index.run import ROOT
 from influence.index.shards import Part, Parts
 from influence.store import BadFileError, sync
 from influence.store.folder import RUN, Manifest, clear, read_manifest, refuse_foreign
 from influence.train.facts import Training
-from influence.train.order import Laid, Log, laid
+from influence.train.order import Laid, Log, first_of, laid
 from influence.train.scratch import Scratch, checksums, make_scratch, remove_scratch
-from influence.train.visits import first_of
 
 AT_ONCE = 1 << 26
 """Bytes of rows that are moved at once."""

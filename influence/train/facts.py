@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from influence.func.layout import Layout
-from influence.func.transform import Transform
+from influence.func.transform.chain import Transform
+from influence.func.transform.layout import Layout
 from influence.index import Columns, Fingerprint, fingerprint_of
-from influence.index.columns import from_json
-from influence.index.encoding import DTYPES
+from influence.index.columns import DTYPES, from_json
 from influence.store import BadFileError
 from influence.store.folder import Manifest, manifest_of, read_manifest
 from influence.store.schema import conform

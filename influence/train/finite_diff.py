@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from influence.func.layout import Layout
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
 from influence.func.numbers import check_number
-from influence.func.transform import unblock
+from influence.func.transform.chain import unblock
+from influence.func.transform.layout import Layout
 from influence.types import Batch, LossFn, Params, Rows
 
 

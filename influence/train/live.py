@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from influence.func.batched import make_feeds
-from influence.func.normalize import scale_by_adafactor, scale_by_adam
-from influence.func.plan import Plan
-from influence.func.transform import Transform
+from influence.func.engine.batched import make_feeds
+from influence.func.engine.plan import Plan
+from influence.func.transform.chain import Transform
+from influence.func.transform.scale import scale_by_adafactor, scale_by_adam
 from influence.train.optimizer import EPS, OptimizerState, read_optimizer
 
 BEFORE = ("as_blocks", "split_heads")

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from influence.func.functionalize import select
-from influence.func.normalize import Factored, Moments, unfactor
+from influence.func.loss.functionalize import select
+from influence.func.transform.scale import Factored, Moments, unfactor
 from influence.train.checkpoints import read_state
-from influence.train.entries import Entry, check_numbers, checked, read_entry
-from influence.train.naming import name_entries, name_live
+from influence.train.entries import Entry, check_numbers, checked, name_entries, name_live, read_entry
 from influence.types import Params
 
 EPS = 1e-8

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.index import Columns
-from influence.index.encoding import Encoded, encode
+from influence.index.columns import Encoded, encode
 from influence.store import BadFileError
 from influence.store.growing import Growing, beginning, make
 from influence.store.hdf5 import DTYPES, little_endian, octets

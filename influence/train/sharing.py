@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from influence.func.batched import BatchedPlan, tap
-from influence.func.guard import compare_rows
-from influence.func.losses import widen
-from influence.func.module_loss import ModuleLoss
+from influence.func.engine.batched import BatchedPlan, tap
+from influence.func.engine.plan import compare_rows
+from influence.func.loss.losses import widen
+from influence.func.loss.module_loss import ModuleLoss
 from influence.types import Batch, Rows
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}

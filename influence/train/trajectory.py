@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.func.folding import flat
-from influence.func.losses import widen
+from influence.func.loss.losses import widen
 from influence.func.numbers import check_number
+from influence.func.transform.folding import flat
 from influence.index import Index, columns_of
-from influence.train.visits import Visits
+from influence.train.order import Visits
 from influence.types import Rows
 
 ROWS = 1024

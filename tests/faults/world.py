@@ -146,7 +146,7 @@ def remove(folder: Path) -> None:
 
 def settle() -> None:
     """Have a child write its running states after each shard, and not every half minute."""
-    from influence.pipelines import collect
+    from influence.pipelines.passes import collect
 
     collect.SAVE_EVERY = 0.0
 
@@ -177,7 +177,7 @@ def answers(folder: Path) -> dict[str, str]:
     """
     from influence import hessians, sgmcmc
     from influence.index import open_index
-    from influence.pipelines.ends import read_best
+    from influence.pipelines.passes.best import read_best
 
     found = {}
     for path in [folder, *(path for path in _ours(folder) if path.is_dir() and not path.is_symlink())]:

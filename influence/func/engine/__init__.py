@@ -1,0 +1,1 @@
+"""How per-example gradients are computed: probes, traces, rules, plans and engines."""

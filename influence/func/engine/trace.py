@@ -1,0 +1,390 @@
+"""The trace: how a loss function uses its parameters, and where the examples are at each use.
+
+The function runs on two and on three examples of the first batch. Whatever changes its size between the two runs is
+the example axis; a merged axis `n · s` is told from `s · n` by its values. An operation which meets no examples keeps
+its result a probe, and the trace is taken again until nothing new is learnt.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from influence.func.engine.batch import sample
+from influence.func.engine.probe import Call, UseKey, derive, op_name, probe, tensors_of
+from influence.types import Batch, LossFn, Params
+
+
+class AnotherPath(ValueError):
+    """A batch takes the model along another path than the one that was planned; the message says where."""
+
+
+class Axis(NamedTuple):
+    """The axis of a tensor along which examples lie.
+
+    Attributes:
+        dim: the dimension.
+        flat: whether it holds `n · k` entries, examples merged with something else (positions, heads).
+        inner: whether in such a merged axis the example is the fast index, `(k n)`; otherwise `(n k)`.
+        position: the dimension of token positions, where they were looked for; `NO_POSITION` if it has none.
+    """
+
+    dim: int
+    flat: bool = False
+    inner: bool = False
+    position: int | None = None
+
+    def split(self, x: Shaped[Tensor, "..."], n: int) -> Shaped[Tensor, "n ..."]:
+        """Return `x` with the example axis in front and its own place kept, of size 1 or `k`: `n` batches of one."""
+        size = x.shape[self.dim]
+        if size % n or (size != n and not self.flat):
+            raise AnotherPath(
+                f"an axis of {size} entries does not hold {n} examples as it did when the plan was made: the model "
+                "takes another path on this batch"
+            )
+        if not self.flat:
+            return x.movedim(self.dim, 0).unsqueeze(self.dim + 1)
+        k = x.shape[self.dim] // n
+        if self.inner:
+            return x.unflatten(self.dim, (k, n)).movedim(self.dim + 1, 0)
+        return x.unflatten(self.dim, (n, k)).movedim(self.dim, 0)
+
+
+NO_POSITION = -1
+
+
+def find_position(whole: tuple[int, ...], shorter: tuple[int, ...], s: int) -> int | None:
+    """Return the dimension of token positions of a tensor seen with `s` positions and with one less.
+
+    `NO_POSITION` if nothing changed; `None` if the shapes do not tell.
+    """
+    if whole == shorter:
+        return NO_POSITION
+    changed = [dim for dim, (a, b) in enumerate(zip(whole, shorter, strict=False)) if a != b]
+    if len(whole) != len(shorter) or len(changed) != 1:
+        return None
+    a, b = whole[changed[0]], shorter[changed[0]]
+    return changed[0] if a % s == 0 and b == a // s * (s - 1) else None
+
+
+class Signature(NamedTuple):
+    """What is remembered of a tensor: its shape, and along each long axis a weighted sum over the others.
+
+    The weights are no constant: rows of a normalised tensor all have the same plain sum.
+    """
+
+    shape: tuple[int, ...]
+    sums: dict[int, Tensor]
+
+
+def signature(x: Tensor, n: int) -> Signature:
+    """Return the signature of a tensor seen at batch size `n`."""
+    shape = tuple(x.shape)
+    merged = [dim for dim, size in enumerate(shape) if size > n and size % n == 0]
+    if not merged or x.numel() == 0:
+        return Signature(shape, {})
+    wide = x.detach().to(torch.float64)
+    sums = {}
+    for dim in merged:
+        rows = wide.movedim(dim, 0).reshape(shape[dim], -1)
+        sums[dim] = rows @ torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=x.device).mul(1.7).cos()
+    return Signature(shape, sums)
+
+
+class MixedAxes(ValueError):
+    """A tensor which has no single example axis."""
+
+
+class AlikeExamples(MixedAxes):
+    """A merged axis whose order cannot be told from these examples."""
+
+
+def find_axis(two: Signature, three: Signature) -> Axis | None:
+    """Return the example axis of a tensor seen at batch sizes 2 and 3; `None` if it knows no examples.
+
+    Raises:
+        MixedAxes: if the shapes do not tell a single axis.
+    """
+    if two.shape == three.shape:
+        return None
+    changed = [dim for dim, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
+    if len(two.shape) != len(three.shape) or len(changed) != 1:
+        raise MixedAxes(f"shapes {list(two.shape)} at two examples and {list(three.shape)} at three")
+    dim = changed[0]
+    a, b = two.shape[dim], three.shape[dim]
+    if a % 2 or b % 3 or a // 2 != b // 3:
+        raise MixedAxes(f"shapes {list(two.shape)} at two examples and {list(three.shape)} at three")
+    if a == 2:
+        return Axis(dim)
+    k, small, large = a // 2, two.sums[dim], three.sums[dim]
+    outer = (large[:a] - small).abs().sum()
+    inner = (large.view(k, 3)[:, :2] - small.view(k, 2)).abs().sum()
+    scale = large.abs().sum()
+    if max(inner, outer) <= 1e-6 * scale or not scale > 0:
+        raise AlikeExamples("the examples of the first batch are alike, so their order in a merged axis does not show")
+    if min(inner, outer) > 1e-2 * scale:
+        raise MixedAxes(f"the {b} entries of a merged axis are in no order of examples")
+    return Axis(dim, flat=True, inner=bool(inner < outer))
+
+
+def known_axis(axis: Axis | None) -> Axis:
+    """Return an axis that the plan has established."""
+    assert axis is not None
+    return axis
+
+
+LOSS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How far a loss may move, relative to the largest, when other examples join the batch; half precision: 0.1."""
+
+
+class CannotTrace(ValueError):
+    """The loss function cannot be run by the batched engine; the message says why."""
+
+
+class NeedsOtherExamples(CannotTrace):
+    """The examples at hand do not tell where examples are; others will."""
+
+
+class Use(NamedTuple):
+    """One planned use of parameters.
+
+    Attributes:
+        call: the operation as it was seen at three examples.
+        inputs: example axis of each tensor argument that is not a probe, by its place among the leaves.
+        outputs: example axis of each tensor result.
+    """
+
+    call: Call
+    inputs: dict[int, Axis | None]
+    outputs: tuple[Axis | None, ...]
+
+    @property
+    def knows_examples(self) -> bool:
+        """Whether any argument or result has an example axis."""
+        return any(self.outputs) or any(self.inputs.values())
+
+
+class Trace(NamedTuple):
+    """What the trace found: the uses where examples meet parameters, and the operations on parameters alone."""
+
+    uses: dict[UseKey, Use]
+    alone: frozenset[UseKey]
+
+
+class Event(NamedTuple):
+    """One operation seen in one run."""
+
+    key: UseKey
+    call: Call
+    alone: bool
+    inputs: dict[int, Signature]
+    outputs: list[Signature]
+
+
+class Keys:
+    """Counts uses within one run, so that each has a name which is the same in the next run."""
+
+    def __init__(self) -> None:
+        """Start counting."""
+        self.seen: Counter[tuple[str, tuple[str, ...]]] = Counter()
+
+    def __call__(self, call: Call) -> UseKey:
+        """Return the next key of a call."""
+        pair = (op_name(call.func), call.params)
+        self.seen[pair] += 1
+        return UseKey(*pair, self.seen[pair] - 1)
+
+
+def writes(op: str) -> bool:
+    """Whether an operation writes to its argument."""
+    inplace = op.endswith("_") and not op.endswith("__")
+    return inplace or op.startswith(("__set__", "__setitem__")) or (op.startswith("__i") and op != "__invert__")
+
+
+def _run(loss_fn: LossFn, params: Params, batch: Batch, n: int, known: dict[UseKey, bool]) -> list[Event]:
+    events: list[Event] = []
+    keys = Keys()
+
+    def watch(call: Call) -> Any:
+        out = call.run()
+        if not tensors_of(out):
+            return out
+        key = keys(call)
+        if writes(key.op):
+            raise CannotTrace(f"{key} writes to its argument")
+        alone = known.get(key, not call.data)
+        inputs = {i: signature(call.leaves[i], n) for i in call.data}
+        events.append(Event(key, call, alone, inputs, [signature(t, n) for t in tensors_of(out)]))
+        return derive(call, out, watch) if alone else out
+
+    with torch.no_grad():
+        probes = {name: probe(p, name, (name,), watch) for name, p in params.items()}
+        loss_fn(probes, batch)  # type: ignore[arg-type]
+    return events
+
+
+def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
+    """Find every use of every parameter, and the example axis at each.
+
+    Args:
+        loss_fn: `(params, batch) -> losses[n]`.
+        params: the parameters to differentiate.
+        batch: the first batch.
+
+    Returns:
+        The uses by key.
+
+    Raises:
+        CannotTrace: if the batched engine cannot serve this function.
+    """
+    known: dict[UseKey, bool] = {}
+    small, large = sample(batch, 2), sample(batch, 3)
+    for _ in range(50):
+        two = _run(loss_fn, params, small, 2, known)
+        three = _run(loss_fn, params, large, 3, known)
+        if [e.key for e in two] != [e.key for e in three]:
+            raise CannotTrace("the operations on parameters depend on the batch")
+        learnt = {}
+        uses = {}
+        for a, b in zip(two, three, strict=True):
+            use = Use(b.call, _axes(a, b), _output_axes(a, b))
+            if not a.alone:
+                uses[a.key] = use
+            if use.knows_examples == a.alone and a.key not in known:
+                learnt[a.key] = not use.knows_examples
+        if not learnt:
+            return Trace(uses, frozenset(e.key for e in three if e.alone))
+        known |= learnt
+    raise CannotTrace("the loss function derives more than 50 tensors from its parameters alone")
+
+
+def position_axes(
+    loss_fn: LossFn, params: Params, batch: Batch, known: dict[UseKey, bool], s: int
+) -> dict[UseKey, tuple[dict[int, int | None], tuple[int | None, ...]]]:
+    """Find where token positions are at each use, by a run on examples that are one position shorter.
+
+    Args:
+        loss_fn: the loss function.
+        params: the parameters to differentiate.
+        batch: a batch.
+        known: for each operation that was traced, whether it meets no example.
+        s: the number of positions.
+
+    Returns:
+        The dimension of positions of each argument and each result; empty where the function takes no other length.
+    """
+    whole = sample(batch, 2)
+    shorter = tree_map(lambda x: x[:, :-1] if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == s else x, whole)
+    try:
+        runs = [_run(loss_fn, params, examples, 2, known) for examples in (whole, shorter)] if s > 1 else []
+    except (RuntimeError, ValueError, IndexError):
+        return {}
+    if not runs or [e.key for e in runs[0]] != [e.key for e in runs[1]]:
+        return {}
+    return {
+        a.key: (
+            {i: find_position(a.inputs[i].shape, b.inputs[i].shape, s) for i in a.inputs},
+            tuple(find_position(x.shape, y.shape, s) for x, y in zip(a.outputs, b.outputs, strict=True)),
+        )
+        for a, b in zip(*runs, strict=True)
+        if not a.alone
+    }
+
+
+def _axes(a: Event, b: Event) -> dict[int, Axis | None]:
+    try:
+        return {i: find_axis(a.inputs[i], b.inputs[i]) for i in a.inputs}
+    except AlikeExamples as error:
+        raise NeedsOtherExamples(str(error)) from None
+    except MixedAxes as error:
+        raise CannotTrace(f"an argument of {a.key} has no single example axis: {error}") from None
+
+
+def _output_axes(a: Event, b: Event) -> tuple[Axis | None, ...]:
+    try:
+        return tuple(find_axis(x, y) for x, y in zip(a.outputs, b.outputs, strict=True))
+    except AlikeExamples as error:
+        raise NeedsOtherExamples(str(error)) from None
+    except MixedAxes as error:
+        raise CannotTrace(f"the result of {a.key} has no single example axis: {error}") from None
+
+
+def check_losses(losses: Any, n: int) -> None:
+    """Refuse what is not one loss per example.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not isinstance(losses, Tensor):
+        raise ValueError(f"loss_fn must return a tensor of one loss per example, [{n}]; got {type(losses).__name__}")
+    if tuple(losses.shape) != (n,):
+        hint = "return the losses before their mean or sum" if losses.ndim == 0 else "sum each example's own losses"
+        raise ValueError(f"loss_fn must return one loss per example, shape [{n}]; got {list(losses.shape)}: {hint}")
+    if not losses.is_floating_point():
+        raise ValueError(f"loss_fn must return floating-point losses; got {losses.dtype}")
+
+
+def check_unmixed(few: Tensor, more: Tensor) -> None:
+    """Refuse a function whose losses move when other examples join the batch.
+
+    Raises:
+        ValueError: naming the loss that moved.
+    """
+    a, b = few.detach().double(), more.detach().double()[: few.shape[0]]
+    scale = b.abs().max().clamp_min(1e-6)
+    moved = ((a - b).abs() / scale).nan_to_num(0.0)
+    if moved.max() > LOSS_TOLERANCE.get(few.dtype, 0.1):
+        i = int(moved.argmax())
+        raise ValueError(
+            f"example {i}'s loss changes from {a[i].item():.6g} to {b[i].item():.6g} when another example joins the "
+            "batch: a per-example gradient does not exist. Something mixes examples (BatchNorm in train mode, a mean "
+            "over the batch, in-batch negatives) or is random; use mode='eval', or sum each example's own loss"
+        )
+
+
+REORDERINGS = {"sort", "argsort", "topk", "msort", "bincount", "histc", "index_copy", "index_add"}
+"""Operations whose result may lie in another order, or be of another size, on another batch: routed tokens."""
+
+
+class Inspection(TorchDispatchMode):
+    """Refuses every operation that draws from a global generator, before it draws, and notes what routes by value.
+
+    Attributes:
+        routing: names of the operations by which values decide where elements go.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing noted."""
+        super().__init__()
+        self.routing: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let pure operations pass."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
+            raise ValueError(
+                f"the loss function draws random numbers ({func}): dropout was left on, or it samples. "
+                "Use functionalize(model, mode='eval'), or pass the noise in the batch"
+            )
+        name = func._schema.name.removeprefix("aten::")
+        dynamic = torch.Tag.dynamic_output_shape in func.tags
+        if name == "index":
+            dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if dynamic or name.removesuffix("_") in REORDERINGS:
+            self.routing.add(name)
+        return func(*args, **kwargs)
+
+
+def draws(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a seeded operation really draws: attention kernels do only where their dropout is not zero."""
+    schema = func._schema.arguments  # type: ignore[attr-defined]
+    for i, argument in enumerate(schema):
+        if argument.name in ("dropout_p", "p", "dropout"):
+            value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+            return bool(value)
+    return True

@@ -1,0 +1,1 @@
+"""Transforms of rows: blocks, projections, scales, curvature."""

@@ -1,0 +1,1 @@
+"""What the sampling commands share: their settings, the posterior, finished chains."""

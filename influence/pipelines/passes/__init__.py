@@ -1,0 +1,1 @@
+"""Passes over a dataset: shards, resumable, on any number of ranks."""

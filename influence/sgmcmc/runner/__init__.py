@@ -1,0 +1,1 @@
+"""Runs of chains: which examples a step sees, what is measured, what is written."""

@@ -1,0 +1,106 @@
+"""Which examples a step sees: a pure function of (seed, chain, step), reshuffled each epoch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from influence.func.engine.batch import batch_size, take
+from influence.func.fingerprint import fingerprint
+from influence.sgmcmc.samplers.noise import generator
+from influence.types import Batch
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset as a size and a way to fetch rows; `source_of` makes one of a batch in memory.
+
+    Attributes:
+        size: how many examples there are.
+        fetch: `index [n] -> batch`; a dictionary batch has `index` itself.
+        identity: what the data are, for caches: a hash.
+    """
+
+    size: int
+    fetch: Callable[[Int[Tensor, " n"]], Batch]
+    identity: str
+
+
+Data: TypeAlias = Source | Batch
+"""A `Source`, or a pytree of tensors with the example axis first."""
+
+
+def source_of(data: Data) -> Source:
+    """Return a dataset as a source.
+
+    Args:
+        data: a source, or a pytree of tensors with the example axis first.
+
+    Example:
+        >>> import torch
+        >>> source = source_of({"x": torch.arange(5) * 10})
+        >>> source.size, source.fetch(torch.tensor([3, 1]))
+        (5, {'x': tensor([30, 10]), 'index': tensor([3, 1])})
+    """
+    if isinstance(data, Source):
+        return data
+
+    def fetch(index: Int[Tensor, " n"]) -> Batch:
+        batch: Any = take(data, index)
+        return {**batch, "index": index} if isinstance(batch, dict) and "index" not in batch else batch
+
+    identity = fingerprint(data if isinstance(data, Mapping) else list(data) if isinstance(data, tuple) else [data])
+    return Source(batch_size(data), fetch, identity)
+
+
+def check_size(source: Source, batch_size: int | None) -> int:
+    """Return the batch size, all of the data where it is `None`.
+
+    Raises:
+        ValueError: if the dataset is smaller than a batch.
+    """
+    size = source.size if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None for all data at every step; got {size}")
+    if size > source.size:
+        raise ValueError(
+            f"the dataset has {source.size} examples, fewer than one batch of {size}: lower batch_size, or pass "
+            "batch_size=None for all of it at every step"
+        )
+    return size
+
+
+def batch_index(seed: int, chain: int, step: int, size: int, batch: int) -> Int[Tensor, " batch"]:
+    """Return the rows of a dataset that a step sees: an epoch visits each once, what fills no batch is left out.
+
+    Args:
+        seed: of the run.
+        chain: of the step; the same number for chains that share their data.
+        step: of the chain.
+        size: of the dataset.
+        batch: of a batch.
+
+    Example:
+        >>> sorted(torch.cat([batch_index(0, 1, step, 6, 2) for step in range(3)]).tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+    if batch == size:
+        return torch.arange(size)
+    epoch, at = divmod(step, size // batch)
+    return _permutation(seed, chain, epoch, size)[at * batch : (at + 1) * batch]
+
+
+def sample_rows(seed: int, size: int, count: int) -> Int[Tensor, " count"]:
+    """Return some rows of a dataset, drawn without replacement, in order."""
+    if count >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=generator(seed, "rows"))[:count].sort().values
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, chain: int, epoch: int, size: int) -> Int[Tensor, " size"]:
+    return torch.randperm(size, generator=generator(seed, "order", chain, epoch))

@@ -1,0 +1,309 @@
+"""Sample a posterior around trained weights, with observables, as one vmapped computation or chain by chain."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence.func.fingerprint import fingerprint
+from influence.sgmcmc.runner import loop, restrict, traces
+from influence.sgmcmc.runner.draws import Run
+from influence.sgmcmc.runner.loop import Record
+from influence.sgmcmc.runner.minibatches import Data, check_size, source_of
+from influence.sgmcmc.runner.options import Options
+from influence.sgmcmc.runner.restrict import Restriction
+from influence.sgmcmc.runner.schedule import Plan, make_plan
+from influence.sgmcmc.samplers.gradients import gradient_at
+from influence.sgmcmc.samplers.target import Hyper, Loss, Mask, Target, local_posterior
+from influence.types import Params
+
+EVERY = 0.5
+"""Seconds between looks at the numbers."""
+
+
+@contextmanager
+def bar(
+    plan: Plan, done: int, shown: bool, look: Callable[[], None] | None = None
+) -> Iterator[Callable[[int, Record], None]]:
+    """Yield what is to be called after every step; it calls `look` too."""
+    if not shown:
+        yield lambda t, record: None if look is None else look()
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=plan.steps, initial=done, desc="sampling", unit="step") as drawn:
+        last = [0.0]
+
+        def said(t: int, record: Record) -> None:
+            drawn.update(1)
+            if look is not None:
+                look()
+            if monotonic() - last[0] > EVERY:
+                last[0] = monotonic()
+                drawn.set_postfix_str(summary(plan, t, record))
+
+        yield said
+
+
+def summary(plan: Plan, t: int, record: Record) -> str:
+    """Return the loss, the LLC so far and the acceptance after a step."""
+    loss, baseline = record.arrays["loss"], record.arrays["baseline"]
+    parts = [f"loss {float(loss[:, t].nanmean()):.4g}"]
+    if t >= plan.burn_in and len(plan.groups) == 1:
+        excess = (loss - baseline)[:, plan.burn_in : t + 1].nanmean()
+        parts.append(f"LLC {next(iter(plan.groups.values()))['n_beta'] * float(excess):.4g}")
+    if "term/acceptance" in record.arrays:
+        seen = record.arrays["term/acceptance"][:, : t + 1]
+        parts.append(f"acceptance {float(torch.nanmean(seen)):.2f}")
+    return ", ".join(parts)
+
+
+def sample(
+    loss_fn: Loss,
+    params: Params,
+    dataset: Data | None,
+    observables: Mapping[str, Any] | None = None,
+    *,
+    lr: float,
+    n_beta: float,
+    localization: float = 0.0,
+    weight_decay: float = 0.0,
+    restriction: Restriction = None,
+    seed: int = 0,
+    output_path: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Run chains around trained weights.
+
+    The caller's model is not touched and no global generator is read: noise and order are functions of
+    (seed, chain, step), so a chain is the same whatever runs beside it.
+
+    Args:
+        loss_fn: what `functionalize` returned, or any `(params, batch) -> losses` of `[n]` or `[n, t]`.
+        params: the trained weights: the anchor, and where chains start.
+        dataset: a pytree of tensors with the example axis first, or a `Source`; `None` for a potential without data.
+        observables: data to measure at every draw, or `(data, k)` for `k` batches of it.
+        lr: step size.
+        n_beta: inverse temperature; `default_n_beta(n)` is n / log n.
+        localization: pull to the anchor.
+        weight_decay: pull to zero, not scaled by `n_beta`.
+        restriction: which weights move (`restrict`): `"l0h1"`, a list, a glob, masks; default all.
+        seed: another seed, other noise and order.
+        output_path: a folder to checkpoint in. A run that was killed goes on where it stood, bit by bit; one that is
+            complete is read; one of other weights, data or settings is refused.
+        options: the fields of `Options`, by name.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: if anything does not fit, before the run.
+        DivergedError: if a chain diverges, and `on_divergence` is `"raise"`.
+
+    Example:
+        >>> import torch
+        >>> from influence import sgmcmc
+        >>> loss = lambda w, _: w["w"].square().sum() / 2
+        >>> run = sgmcmc.sample(loss, {"w": torch.zeros(4)}, None, lr=0.01, n_beta=10.0, num_draws=50, progress=False)
+        >>> run.loss.shape, run.observables
+        (torch.Size([4, 50]), {})
+    """
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
+    groups = {"": {"restriction": _words(restriction)}}
+    found = run_groups(target, params, dataset, observables, lr, groups, seed, output_path, Options(**options))
+    return _complete(found, groups)[""]
+
+
+def sample_restrictions(
+    loss_fn: Loss,
+    params: Params,
+    dataset: Data | None,
+    observables: Mapping[str, Any],
+    *,
+    lr: float,
+    n_beta: float,
+    restrictions: Sequence[str] | Mapping[str, Restriction],
+    localization: float = 0.0,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    output_path: str | Path | None = None,
+    **options: Any,
+) -> dict[str, Run]:
+    """Run chains of several restrictions as one computation: what `susceptibility.estimate` takes.
+
+    All weights that any restriction moves are stacked for every chain, and a mask says which move. With `chain_chunk=1`
+    they are stepped one by one, each still with the gradient of them all; for one layer of a large model call `sample`
+    per restriction instead.
+
+    Args:
+        loss_fn: as in `sample`.
+        params: as in `sample`.
+        dataset: as in `sample`.
+        observables: as in `sample`.
+        lr: step size.
+        n_beta: inverse temperature.
+        restrictions: words of the grammar, or restrictions by name.
+        localization: pull to the anchor.
+        weight_decay: pull to zero.
+        seed: of noise and order, which are the same in all restrictions.
+        output_path: a folder to checkpoint in.
+        options: the fields of `Options`.
+
+    Returns:
+        A run per restriction.
+
+    Example:
+        >>> import torch
+        >>> from influence import functionalize, sgmcmc
+        >>> loss_fn, params = functionalize(torch.nn.Linear(2, 3))
+        >>> data = {"input": torch.ones(8, 2), "labels": torch.arange(8) % 3}
+        >>> runs = sgmcmc.sample_restrictions(loss_fn, params, data, {"code": data}, lr=1e-3, n_beta=5.0, batch_size=4,
+        ...     restrictions=["full", "bias"], num_draws=3, progress=False)
+        >>> {name: tuple(run.loss.shape) for name, run in runs.items()}
+        {'full': (4, 3), 'bias': (4, 3)}
+    """
+    wanted = restrictions if isinstance(restrictions, Mapping) else {word: word for word in restrictions}
+    masks, groups = together(loss_fn, params, wanted)
+    settings = Options(**options)
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, masks, settings)
+    return _complete(run_groups(target, params, dataset, observables, lr, groups, seed, output_path, settings), groups)
+
+
+def together(
+    loss_fn: Loss, params: Params, restrictions: Mapping[str, Restriction]
+) -> tuple[Mask, dict[str, dict[str, Any]]]:
+    """Return masks under which chains of several restrictions run at once, with a group axis, and the groups.
+
+    One restriction alone has no group axis: what it does not move is closed over.
+
+    Args:
+        loss_fn: the loss.
+        params: the parameters.
+        restrictions: by name.
+
+    Raises:
+        ValueError: if there is none, or one is unknown.
+    """
+    if not restrictions:
+        raise ValueError("there is no restriction to sample under: pass at least 'full'")
+    chosen = {name: restrict.masks(loss_fn, params, which) for name, which in restrictions.items()}  # type: ignore[arg-type]
+    groups = {name: {"restriction": _words(which)} for name, which in restrictions.items()}
+    if len(chosen) == 1:
+        return next(iter(chosen.values())), groups
+    names = [name for name in params if any(name in masks for masks in chosen.values())]
+    return {
+        name: torch.stack([_whole(masks.get(name, False), params[name]) for masks in chosen.values()]) for name in names
+    }, groups
+
+
+def run_groups(
+    target: Target,
+    params: Params,
+    dataset: Data | None,
+    observables: Mapping[str, Any] | None,
+    lr: Hyper,
+    groups: Mapping[str, Mapping[str, Any]],
+    seed: int,
+    output_path: str | Path | None,
+    options: Options,
+) -> dict[str, Run]:
+    """Run chains of several groups; the target and `lr` have theirs along a first axis of hyper-parameters or masks.
+
+    A group whose every chain diverged is missing in what is returned.
+    """
+    plan = make_plan(target, params, dataset, observables, lr, groups, seed, options)
+    return execute(plan, params, output_path, options.progress)
+
+
+def execute(
+    plan: Plan,
+    params: Params,
+    output_path: str | Path | None,
+    shown: bool,
+    look: Callable[[], None] | None = None,
+) -> dict[str, Run]:
+    """Run what was planned.
+
+    Args:
+        plan: the run.
+        params: where chains start.
+        output_path: a folder to checkpoint in, and to go on from.
+        shown: whether to show a bar.
+        look: called after every step.
+
+    Returns:
+        A run per group that has a chain left.
+    """
+    progress, record = loop.begin(plan, params)
+    if output_path is None:
+        with bar(plan, progress.step, shown, look) as said:
+            return loop.results(plan, loop.advance(plan, progress, record, plan.steps, said), record)
+    folder = Path(output_path)
+    if (folder / traces.RESULT).is_file() and not os.access(folder, os.W_OK):
+        return traces.read_planned(folder, plan)
+    with traces.claim(folder, plan.facts) as manifest:
+        found = traces.open_folder(folder, manifest, plan, progress, record)
+        if isinstance(found, dict):
+            return found
+        progress = found
+        with bar(plan, progress.step, shown, look) as said:
+            while progress.step < plan.steps:
+                until = min(plan.steps, progress.step + plan.checkpoint * plan.between)
+                before, progress = progress.step, loop.advance(plan, progress, record, until, said)
+                traces.checkpoint(folder, manifest.id, plan, before, progress, record)
+                if progress.step < until:
+                    break
+        runs = loop.results(plan, progress, record)
+        traces.close_folder(folder, manifest, plan, runs)
+        return runs
+
+
+def target_of(
+    loss_fn: Loss,
+    params: Params,
+    dataset: Data | None,
+    n_beta: Hyper,
+    localization: Hyper,
+    weight_decay: Hyper,
+    restriction: Restriction,
+    options: Options,
+) -> Target:
+    """Return what is sampled, with a control variate where the options ask for one."""
+    mask = None if restriction is None else restrict.masks(loss_fn, params, restriction)  # type: ignore[arg-type]
+    build = functools.partial(
+        local_posterior, loss_fn, params, n_beta, localization, weight_decay, mask, init_noise=options.init_noise
+    )
+    if not options.control_variate:
+        return build(accumulate=options.accumulate)
+    if dataset is None:
+        raise ValueError("control_variate needs a dataset: a potential without data has no gradient noise")
+    source = source_of(dataset)
+    size = check_size(source, options.batch_size)
+    pieces = (source.fetch(rows) for rows in torch.arange(source.size).split(size))
+    return build(accumulate=options.accumulate, full_gradient=gradient_at(loss_fn, params, pieces))
+
+
+def _complete(runs: dict[str, Run], groups: Mapping[str, Any]) -> dict[str, Run]:
+    """Refuse a result in which a group is missing."""
+    missing = [name for name in groups if name not in runs]
+    if missing:
+        raise loop.DivergedError(f"every chain of {missing} diverged: lower lr, or raise localization")
+    return runs
+
+
+def _whole(mask: Tensor | bool, like: Tensor) -> Tensor:
+    return mask if isinstance(mask, Tensor) else torch.full(like.shape, mask, dtype=torch.bool)
+
+
+def _words(restriction: Restriction) -> str:
+    if restriction is None or isinstance(restriction, str):
+        return restriction or "full"
+    if isinstance(restriction, Mapping):
+        return f"masks {fingerprint(dict(restriction))[:12]}"
+    return " | ".join(restriction)

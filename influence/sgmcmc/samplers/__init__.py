@@ -1,0 +1,1 @@
+"""Pure samplers: one file each, `build`, `State`, `init`, `step`."""
