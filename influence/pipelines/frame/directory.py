@@ -22,7 +22,7 @@ from influence.pipelines.frame.ranks import Ranks
 from influence.pipelines.frame.tokens import data_hash, vocabulary_hash
 from influence.pipelines.passes.steps import Step
 from influence.store import Lock
-from influence.store.folder import RUN, read_manifest, refuse_foreign, tidy
+from influence.store.folder import RUN, Manifest, read_manifest, refuse_foreign, tidy
 from influence.store.schema import conform
 
 SOURCES = ("model", "tokenizer", "adapter", "reference", "dataset", "template", "checkpoints", "optimizer")
@@ -152,6 +152,15 @@ def run_directory(
             tidy(directory, read_manifest(directory))
 
 
+def tidy_finished(directory: Path) -> Manifest:
+    """Remove what a run leaves that is killed as it finishes, and return its manifest."""
+    manifest = read_manifest(directory)
+    if os.access(directory, os.W_OK):
+        with Lock(directory):
+            tidy(directory, manifest)
+    return manifest
+
+
 def refuse_finished(config: Any) -> None:
     """Refuse to begin where a finished run is, unless it is to be replaced: before a model or data are loaded.
 
@@ -166,11 +175,7 @@ def refuse_finished(config: Any) -> None:
     found = [name for name in RESULTS if (directory / name).exists()]
     if not found or execution.overwrite or execution.dry_run or not (directory / RUN).exists():
         return
-    manifest = read_manifest(directory)
-    if os.access(directory, os.W_OK):
-        with Lock(directory):
-            tidy(directory, manifest)  # a run that was killed as it finished
-    kind = manifest.kind
+    kind = tidy_finished(directory).kind
     there = f"{directory} holds a finished run of influence {kind_command(kind)} ({found[0]})"
     appended = kind == "index" and hasattr(config, "append")
     raise FileExistsError(

@@ -21,7 +21,7 @@ from influence.pipelines.frame.configs import (
     TransformConfig,
     View,
 )
-from influence.pipelines.frame.directory import CONFIG, RESULTS, contents
+from influence.pipelines.frame.directory import CONFIG, RESULTS, contents, tidy_finished
 from influence.pipelines.frame.outcome import Outcome, Say
 from influence.pipelines.frame.planning import duration, size
 from influence.pipelines.frame.ranks import Ranks, ranks
@@ -81,6 +81,8 @@ def run_steps(
             done = place.once(partial(finished, directory / name))
             if place.first:
                 say(f"step {number + 1} of {len(steps)}, {name}{': finished already' if done else ''}")
+            if done and place.first and not execution.dry_run:
+                tidy_finished(directory / name)
             if not done:
                 outcomes[name] = work(inner)
                 place.barrier()
