@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from influence.flags import as_flags, names_of
@@ -138,16 +138,38 @@ def run(command: str, flags: Sequence[str], options: Options) -> None:
     if not options.debug:
         _quieten()
     say = _say(options.json)
-    if command == "query" and not config.asks:
-        _converse(room, config, say)
-        return
-    outcome = room.run(config, say=say)
+    with _own_loss(config):
+        if command == "query" and not config.asks:
+            _converse(room, config, say)
+            return
+        outcome = room.run(config, say=say)
     if int(os.environ.get("RANK", 0)):
         return
     if options.json:
         print(json.dumps(outcome.facts, default=_plain))
     elif outcome.text:
         print(visible(outcome.text))
+
+
+@contextlib.contextmanager
+def _own_loss(config: Any) -> Iterator[None]:
+    """Say of an error in the user's own loss that it is theirs, and its file and line.
+
+    Raises:
+        ValueError: saying so; also in the place of `sys.exit`, which would end the command as if it were done.
+    """
+    loss = getattr(config, "loss", None)
+    name = str(getattr(loss, "loss", loss))
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        from influence.pipelines.frame.prepare import raised_at
+
+        place = raised_at(error, name.partition(":")[0])
+        if place is None:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        raise ValueError(f"your own loss {name} raised {text} ({place}). --debug shows the traceback") from error
 
 
 def _kind(command: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import torch
 from influence.pipelines import susceptibilities
 from influence.pipelines.chains.examples import Example
 from influence.pipelines.frame.outcome import as_cell, from_cell
-from influence.pipelines.query import Answer, Hit, record
+from influence.pipelines.query import Answer, Hit, check_record, record
 from influence.sgmcmc.estimators.susceptibility import Susceptibility
 
 FORMULAS = (
@@ -66,3 +66,13 @@ def test_saved_susceptibilities(tmp_path: Path) -> None:
     assert [row[3] for row in rows] == ["'=1", "'-", "ok", "'@"]
     assert [from_cell(row[3]) for row in rows] == list(tokens)
     assert [float(row[4]) for row in rows] == [-1.0, 2.0, -3.0, 4.0]
+
+
+def test_answers_are_put_behind_answers_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    check_record(path)
+    record(path, [Answer("q", 1.0, [Hit(1.0, 0, None, "a")], [])])
+    check_record(path)
+    path.write_text('{"text": "mine"}\n')
+    with pytest.raises(FileExistsError, match="holds something else than results of queries"):
+        check_record(path)

@@ -139,3 +139,15 @@ def test_the_command_line_says_it_in_a_paragraph(tmp_path: Path, capsys: Any) ->
         assert words in said
         assert "unexpected" not in said
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_a_folder_or_of_a_builder_is_named_too(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "train.jsonl").write_bytes(lines()[:-9])
+    (tmp_path / "some" / "README.md").write_text("some")
+    path = tmp_path / "some" / "train.jsonl"
+    cache = {} if streaming else {"cache_dir": str(tmp_path / "cache")}
+    for source, kwargs in ((str(path.parent), {}), ("json", {"data_files": str(path)})):
+        with pytest.raises(ValueError, match=f"^{path}, line 20, "):
+            [*slices(load(source, streaming=streaming, data_kwargs={**kwargs, **cache}), 6)]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from influence import store
 from influence.store import output_file
+from influence.store.folder import manifest_of, take
 
 
 def die(path: Path) -> None:
@@ -64,3 +66,15 @@ def test_an_error_leaves_the_file_that_was_there(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_files_of_runs_and_what_is_no_file_are_not_replaced(tmp_path: Path) -> None:
+    store.write(tmp_path / "index.h5", {}, {}, kind="some", schema=1)
+    take(tmp_path / "run", manifest_of("some", {}, [], {}, {}, []))[0].release()
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "index.h5", tmp_path / "run" / "run.json", tmp_path / "run" / ".lock", tmp_path / "pipe"):
+        before = path.stat()
+        with pytest.raises(FileExistsError, match="write to another place"), output_file(path):
+            pass
+        assert path.stat() == before
+    assert [each.name for each in tmp_path.glob(".*")] == []

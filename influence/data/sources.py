@@ -144,7 +144,8 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
         files = list(dataset.info.download_checksums or ())
         if files and dataset.info.builder_name:
             raise _unreadable(Path(files[0]), files, dataset.info.builder_name, error, {}) from error
-        raise BadFileError(f"the dataset cannot be read from row {begin} on: {said(error)}") from error
+        name = f" {dataset.info.dataset_name}" if dataset.info.dataset_name else ""
+        raise BadFileError(f"the dataset{name} cannot be read from row {begin} on: {said(error)}") from error
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -217,7 +218,8 @@ def _read(
         raise ValueError(f"the folder {source} is empty")
     elif not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise FileNotFoundError(f"no file or folder {source}")
-    check_files(_here(path, kwargs.get("data_files")), most)
+    here = _here(path, kwargs.get("data_files"))
+    check_files(here, most)
     if source == "pandas":
         raise ValueError(
             "the builder 'pandas' of datasets reads pickles, which can run code: save the table as .parquet"
@@ -229,10 +231,11 @@ def _read(
             raise ValueError(f"the dataset is empty: {path} has no row") from error
         if not files and not isinstance(error, datasets.exceptions.DatasetGenerationError):
             raise
-        raise _unreadable(path, files, source, error, kwargs) from error
+        kind, suspects = (source, files) if files else _of_one_kind(here)
+        raise _unreadable(path, suspects, kind, error, kwargs) from error
     found = _choose(read, split) if isinstance(read, Mapping) else read
-    if files:
-        found.info.download_checksums = dict.fromkeys(files)  # which files it is of, for whoever reads its rows
+    if suspects := files or _of_one_kind(here)[1]:
+        found.info.download_checksums = dict.fromkeys(suspects)  # of which files it is, for whoever reads its rows
     return _not_empty(found)
 
 
@@ -262,6 +265,13 @@ def _here(path: Path, data_files: Any) -> list[str]:
     names = data_files.values() if isinstance(data_files, Mapping) else [data_files]
     each = [name for some in names for name in ([some] if isinstance(some, str) else some or [])]
     return [file for name in each if isinstance(name, str) and "://" not in name for file in glob.glob(name)]
+
+
+def _of_one_kind(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what `datasets` calls the reader of most files, and those which it reads."""
+    kinds = [BUILDERS.get(Path(path).suffix.lower(), "") for path in paths]
+    kind = max(filter(None, kinds), key=kinds.count, default="")
+    return kind, sorted(path for path, own in zip(paths, kinds, strict=True) if own == kind and kind)
 
 
 def _from_list(rows: Sequence[Any]) -> Any:

@@ -26,6 +26,10 @@ from influence.pipelines.frame.tokens import tokens_of, vocabulary_hash
 from influence.types import Rows
 
 
+COLUMNS = ("query", "direction", "rank", "score", "example", "position", "text")
+"""What a record's first line says."""
+
+
 class Hit(NamedTuple):
     """An example that was found.
 
@@ -84,7 +88,7 @@ def record(path: str | Path, answers: Sequence[Answer]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     if not Path(path).exists() or not Path(path).stat().st_size:
-        writer.writerow(["query", "direction", "rank", "score", "example", "position", "text"])
+        writer.writerow(COLUMNS)
     for answer in answers:
         for direction in ("best", "worst"):
             for rank, hit in enumerate(getattr(answer, direction)):
@@ -110,6 +114,10 @@ def check_record(path: str | Path) -> None:
         )
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise PermissionError(f"{path} may not be written: change --record")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.readline(1000).strip() != ",".join(COLUMNS).encode():
+                raise FileExistsError(f"{path} holds something else than results of queries: change --record")
 
 
 @dataclass(frozen=True)
@@ -300,6 +308,11 @@ def query_rows(session: Session, texts: Sequence[str]) -> tuple[Rows, torch.Tens
     empty = [number for number, text in enumerate(texts) if not text.strip()]
     if empty or not texts:
         raise ValueError("the query is empty: give a text of at least two tokens")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the query {text!r} has a byte that is no UTF-8: give a text without it") from error
     measured = session.measured
     plain = DataConfig("query", max_length=session.data.max_length, truncation=session.data.truncation)
     tokens = tokens_of(plain, data.load([{"text": text} for text in texts]), measured.tokenizer, measured.config)

@@ -103,7 +103,11 @@ def read_manifest(directory: str | Path) -> Manifest:
         )
     said = held.pop(SUM, None)
     manifest = conform(held, Manifest, str(path))
-    if hash_of(held) != said:
+    try:
+        digest = hash_of(held)
+    except RecursionError as error:
+        raise BadFileError(f"{path} is damaged: it is nested too deeply") from error
+    if digest != said:
         raise BadFileError(
             f"{path} is damaged, or was edited: its checksum differs. Restore it; settings are changed on the command "
             "line or in a copy of config.yaml"

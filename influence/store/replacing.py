@@ -14,6 +14,9 @@ NO_RUN = "0" * 16
 """Stands for the run's id in the temporary name of a file that belongs to no run."""
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<run>[0-9a-f]{16})\.[0-9a-f]{16}\.partial")
 
+OURS = (b"influence ", b'{\n "format": "influence run"')
+"""How files of runs begin: those of tensors, those that grow, locks and manifests."""
+
 
 @contextmanager
 def replacing(path: Path, needed: int = 0, run: str = "") -> Iterator[Path]:
@@ -63,15 +66,30 @@ def output_file(path: str | Path) -> Iterator[Path]:
 
     As `replacing`, whose temporary file nobody who resumes a run would remove. So whoever writes the same file next
     removes what a killed writer left; one that still writes holds a lock on its own.
+
+    Raises:
+        FileExistsError: if a file of a run is there, or what is no file, such as a device.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_kept(path)
     for left in temporaries(path.parent, [NO_RUN]):
         if left.name.startswith(f".{path.name}.{NO_RUN}."):
             _remove_abandoned(left)
     with replacing(path) as name, open(name, "rb") as held:
         _try_lock(held.fileno())
         yield name
+
+
+def _refuse_kept(path: Path) -> None:
+    """Refuse to replace what no user can mean to."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise FileExistsError(f"{path} is no file, and would be replaced by one: write to another place")
+    with open(path, "rb") as file:
+        if file.read(32).startswith(OURS):
+            raise FileExistsError(f"{path} is of a run of influence, which would be damaged: write to another place")
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -5,6 +5,7 @@ import glob
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,11 +225,20 @@ def loss_of(name: str) -> str | ExampleLoss:
             found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"loss={name!r} cannot be imported from {os.getcwd()}: {error}") from error
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything, and sys.exit ends us
+        place = raised_at(error, module)
+        text = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        text += "" if place is None else f" ({place})"
+        raise ValueError(f"loss={name!r} cannot be imported from {os.getcwd()}: {text}") from error
     if not callable(found):
         raise ValueError(f"loss={name!r} is a {type(found).__name__}; a function (output, batch) -> [n] is needed")
     return found
+
+
+def raised_at(error: BaseException, module: str) -> str | None:
+    """Return the file and line of a module's code in which an error was raised; `None` where it was elsewhere."""
+    frames = [each for each in traceback.walk_tb(error.__traceback__) if each[0].f_globals.get("__name__") == module]
+    return f"{frames[-1][0].f_code.co_filename}, line {frames[-1][1]}" if frames else None
 
 
 @contextlib.contextmanager
