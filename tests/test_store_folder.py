@@ -236,5 +236,5 @@ def test_a_manifest_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None
     take(tmp_path / "run", manifest_of("some", {}, [], {}, {}, []))[0].release()
     path = tmp_path / "run" / "run.json"
     path.write_text(path.read_text().replace('"config": {}', '"config": {"a": ' + "[" * 600 + "]" * 600 + "}"))
-    with pytest.raises(BadFileError, match=rf"^{path} is damaged"):
+    with pytest.raises(store.BadFileError, match=rf"^{path} is damaged"):
         read_manifest(tmp_path / "run")
