@@ -25,7 +25,6 @@ from influence.pipelines.frame.texts import by_part, highlighted, short, texts_o
 from influence.pipelines.frame.tokens import tokens_of, vocabulary_hash
 from influence.types import Rows
 
-
 COLUMNS = ("query", "direction", "rank", "score", "example", "position", "text")
 """What a record's first line says."""
 
