@@ -19,8 +19,8 @@ from influence import (
     scale_by_adam,
     unit_norm,
 )
+from influence.func.transform import project as room
 from influence.func.transform.chain import Transform
-from influence.func.transform.chain import project as room
 from influence.func.transform.layout import bare_layout
 from influence.func.transform.project import sketch
 from influence.func.transform.scale import Moments

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from influence import sgmcmc
 from influence.sgmcmc import adam_sgld, leimkuhler_matthews, mala, rmsprop_sgld, sghmc, sgld, sgnht
+from influence.sgmcmc.runner import stacking
+from influence.sgmcmc.samplers import gradients
 from influence.sgmcmc.samplers.overdamped import NAMES
 from tests.agreement import Group, Row, check, exact, worst
 
@@ -324,14 +326,14 @@ def test_chains_of_different_settings_step_together_as_alone(name: str, dtype: t
             state, info = sampler.step(state, batch, sampler.noise(7, group, t))
         alone.append(state)
         infos.append(info)
-    both = sgmcmc.chains.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
+    both = stacking.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
     for t in (1, 2, 3):
-        noise = sgmcmc.chains.stack([sampler.noise(7, g, t) for g in (0, 1)])
+        noise = stacking.stack([sampler.noise(7, g, t) for g in (0, 1)])
         both, info = torch.vmap(sampler.step, in_dims=(0, None, 0))(both, batch, noise)
-    stacked = sgmcmc.chains.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
+    stacked = stacking.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
     for t in (1, 2, 3):  # states stacked by hand: only the gradient is vmapped
-        noise = sgmcmc.chains.stack([sampler.noise(7, g, t) for g in (0, 1)])
-        each = batch if t < 3 else sgmcmc.gradients.PerChain(torch.stack([batch, batch]))
+        noise = stacking.stack([sampler.noise(7, g, t) for g in (0, 1)])
+        each = batch if t < 3 else gradients.PerChain(torch.stack([batch, batch]))
         stacked, _ = sampler.step(stacked, each, noise)
     exact = dtype == torch.float64
     rtol, atol = (1e-12, 1e-13) if exact else (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
@@ -386,13 +388,13 @@ def test_gradients_in_pieces_and_with_a_control_variate() -> None:
     w = moved(params)
     g = by_hand(w, batch)
     cut = sgmcmc.local_posterior(curved, params, 1.0, accumulate=3)  # 5 examples: 2, 2 and 1
-    torch.testing.assert_close(sgmcmc.gradients.gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(gradients.gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
     full = sgmcmc.gradient_at(curved, params, [batch[:4], batch[4:]])
     torch.testing.assert_close(full, by_hand(params, batch), rtol=1e-13, atol=1e-14)
     target = sgmcmc.local_posterior(curved, params, 1.0, full_gradient=full)
-    torch.testing.assert_close(sgmcmc.gradients.gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradients.gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
     one = batch[:1]
-    torch.testing.assert_close(sgmcmc.gradients.gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradients.gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
 
 
 def test_noise_is_a_function_of_seed_chain_and_step_alone() -> None:
@@ -437,4 +439,4 @@ def test_a_mean_where_losses_should_be_is_refused() -> None:
     params, batch = setup()
     target = sgmcmc.local_posterior(lambda p, b: curved(p, b).mean(), params, 1.0)
     with pytest.raises(ValueError, match=r"batch of 5 examples has shape \[1, 1\].*not their mean"):
-        sgmcmc.gradients.mean_loss(target, params, batch)
+        gradients.mean_loss(target, params, batch)

@@ -1,7 +1,9 @@
 """Write an index's rows, decoded, for other tools: safetensors, npy, parquet."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.planning import size
 from influence.store import output_file
 
+SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.float64: "F64", torch.float32: "F32"}
+"""Types by safetensors' names."""
 AT_ONCE = 1 << 24
 """Numbers that are decoded at once."""
 
@@ -87,10 +91,23 @@ def _about_rows(index: Index) -> dict[str, Tensor]:
 
 
 def _safetensors(index: Index, blocks: list[str], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    rows = {name: row.contiguous() for name, row in index.rows(blocks).items()}
-    save_file({**{f"rows/{name}": row for name, row in rows.items()}, **_about_rows(index)}, str(path))
+    number = "F64" if index.dtype == "float64" else "F32"
+    known = _about_rows(index)
+    shapes = {f"rows/{name}": (number, (len(index), *index.blocks[name])) for name in blocks}
+    shapes |= {name: (SAFETENSORS[column.dtype], tuple(column.shape)) for name, column in known.items()}
+    head, end = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + prod(shape) * int(dtype[1:]) // 8
+        head[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with open(path, "wb") as file:  # safetensors' own writer makes a temporary file, which a kill leaves
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in blocks:
+            for first, last in _slices(index):
+                file.write(index.rows([block], first, last)[block].contiguous().numpy().tobytes())
+        for column in known.values():
+            file.write(column.contiguous().numpy().tobytes())
 
 
 def _npy(index: Index, blocks: list[str], path: Path) -> None:
