@@ -10,13 +10,14 @@ from torch import Tensor
 
 from influence import functionalize, sinks
 from influence.func.loss.module_loss import ModuleLoss
+from influence.hessians import load as load_factors
 from influence.index import build as build_index
 from influence.index import open_index
 from influence.pipelines import build, ekfac, export, hessian, inspect, mix, query, reduce, score, trackstar, trak
 from influence.pipelines.frame.config_file import from_mapping, read_config, to_mapping
 from influence.pipelines.frame.configs import DataConfig, LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.frame.loading import load_model
-from influence.pipelines.frame.prepare import load_factors, transform_of
+from influence.pipelines.frame.prepare import transform_of
 from influence.pipelines.passes import best as ends
 from influence.pipelines.passes.collect import Summed
 from influence.pipelines.passes.steps import of_rows

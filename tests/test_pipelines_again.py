@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from influence import hessians, store
+from influence.hessians import load as load_factors
 from influence.index import open_index
 from influence.models import load
 from influence.pipelines import build, hessian, reduce, score, trackstar
 from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.frame.prepare import load_factors
 from influence.store.lock import Lock
 from tests.pipeline_world import FAST, build_config, corpus, lines, model_config, questions, world
 
