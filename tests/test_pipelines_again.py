@@ -75,11 +75,15 @@ def test_finished_runs_of_every_kind_are_overwritten_when_told(tmp_path: Path) -
 def test_an_overwritten_ekfac_takes_nothing_of_the_one_that_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("killed")
+    step = hessians.step
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["number"] == 1:
+            raise RuntimeError("killed")
+        return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hessians.ekfac, "step", killed)  # after the first pass, whose basis is kept in kfac.h5
+        patch.setattr(hessians, "step", killed)  # after the first pass, whose basis is kept in kfac.h5
         with pytest.raises(RuntimeError, match="killed"):
             fitted(tmp_path / "a", corpus())
     assert (tmp_path / "a" / "kfac.h5").exists()
