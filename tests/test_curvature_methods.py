@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from influence import as_blocks, chain, functionalize, hessians, per_example_grads, precondition, unit_norm
 from influence.pipelines import ekfac, hessian
-from influence.pipelines.frame.configs import TransformConfig
+from influence.pipelines.frame.configs import DataConfig, ModelConfig, TransformConfig
 from tests import cases
 from tests.oracles import kronecker
 from tests.test_curvature import classes, data, error, net
@@ -144,6 +144,7 @@ def test_corrections_of_any_base_are_the_best_diagonal_in_its_basis() -> None:
 
 
 def test_an_option_that_a_method_does_not_have_is_refused() -> None:
+    there = ModelConfig("model"), DataConfig("data")
     with pytest.raises(ValueError, match="max_side is no option of autocorrelation, it has none"):
         hessians.build("autocorrelation", max_side=4)
     with pytest.raises(ValueError, match="base is no option of kfac, its options are max_side"):
@@ -155,9 +156,9 @@ def test_an_option_that_a_method_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="max_side must be a finite number of at least 0"):
         hessians.kfac.build(-1)
     with pytest.raises(ValueError, match="max_side is no option of autocorrelation"):
-        hessian.HessianConfig("run", None, None, "autocorrelation", max_side=64)  # type: ignore[arg-type]
+        hessian.HessianConfig("run", *there, "autocorrelation", max_side=64)
     with pytest.raises(ValueError, match="whiten='kfac' is no option of this recipe"):
-        ekfac.EkfacConfig("run", None, None, None, transform=TransformConfig(whiten="kfac"))  # type: ignore[arg-type]
+        ekfac.EkfacConfig("run", *there, there[1], transform=TransformConfig(whiten="kfac"))
     assert repr(hessians.build("ekfac", base="tkfac", max_side=3)) == "ekfac(base='tkfac', max_side=3)"
 
 
