@@ -48,10 +48,11 @@ class Bench:
     @cached_property
     def sums(self) -> tuple[Any, Any]:
         """The library's K-FAC sums of the batch (labels from the data), and the sink that finalises them."""
-        from influence.hessians import kfac
+        from influence import hessians
 
-        step = kfac.step(*self.function, self.work.batch, transform=self.transform, labels="data")
-        return step(self.work.batch), kfac.sink(step)
+        method, how = hessians.kfac.build(), {"transform": self.transform, "labels": "data"}
+        step = hessians.step(*self.function, self.work.batch, method, **how)
+        return step(self.work.batch), step.sink()
 
     @cached_property
     def factors(self) -> Any:
@@ -161,16 +162,17 @@ def shampoo(bench: Bench) -> Prepared:
 
 
 def ekfac(bench: Bench) -> Prepared:
-    from influence.hessians import ekfac
+    from influence import hessians
 
-    step = ekfac.step(bench.factors, *bench.function, bench.work.batch)
+    how = {"transform": bench.transform, "labels": "data", "number": 1, "factors": bench.factors}
+    step = hessians.step(*bench.function, bench.work.batch, hessians.ekfac.build(), **how)
 
     def error(sums: Any) -> float:
         found = {name: block["squares"] for name, block in sums.blocks.items()}
         bases = {name: tuple(basis.vectors for basis in c.bases) for name, c in bench.factors.blocks.items()}
         return baselines.worst_error(found, bench.squares(bases))
 
-    return Prepared(bench.folded(step, ekfac.sink(bench.factors, step)), error, note="second pass, data labels")
+    return Prepared(bench.folded(step, step.sink()), error, note="second pass, data labels")
 
 
 def kfac_eigen(bench: Bench) -> Prepared:
@@ -365,9 +367,10 @@ def _fit(bench: Bench, method: str, labels: str) -> measure.Step:
     """A step of a pass of one of the library's fits."""
     from influence import hessians
 
-    module = getattr(hessians, method)
-    step = module.step(*bench.function, bench.work.batch, transform=bench.transform, labels=labels)
-    return bench.folded(step, module.sink(step))
+    step = hessians.step(
+        *bench.function, bench.work.batch, hessians.build(method), transform=bench.transform, labels=labels
+    )
+    return bench.folded(step, step.sink())
 
 
 def _sides(sums: Any) -> kronfluence.Sides:

@@ -218,10 +218,11 @@ def run_rest(folder: Path) -> None:
     factors = hessians.ekfac.fit(*net, [batch], progress=False)
     kfac = hessians.kfac.fit(*net, [batch], labels="exact", progress=False)
     for method in (hessians.shampoo, hessians.tkfac):
-        method.step(*net, batch, labels="data")
+        hessians.step(*net, batch, method.build(), labels="data")
     rows = per_example_grads(*net, batch, transform=chain(as_blocks(), project(2)))
-    start = as_blocks(bias=True)
-    whitened = [chain(start, made) for made in (influence.eigen_whiten(factors, 2), influence.kfac_whiten(kfac, dim=2))]
+    whitened = [
+        chain(as_blocks(), made) for made in (influence.eigen_whiten(factors, 2), influence.kfac_whiten(kfac, dim=2))
+    ]
     for made in (*whitened, *influence.one_sided(factors), *influence.two_sided(factors)):
         per_example_grads(*net, batch, transform=made)
     influence.kept_energy(factors, 2)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from influence import (
     Heads,
@@ -267,7 +268,7 @@ CASES = [
     Bad("unknown labels", lambda: fit(labels="true"), ("sampled, data, exact", "'true'")),
     Bad(
         "sampled labels of nobody",
-        lambda: fit(batch={key: BATCH[key] for key in ("input", "labels")}),
+        lambda: hessians.kfac.fit(*weights(0), DataLoader(TensorDataset(*PAIR), batch_size=2, shuffle=True)),
         ("labels='sampled'", "'index', int64 [n]"),
     ),
     Bad(
@@ -326,6 +327,9 @@ BATCH = {
 }
 
 
+PAIR = (BATCH["input"], BATCH["labels"])
+
+
 def weights(seed: int, *layers: nn.Module, loss: Any = "cross_entropy") -> Any:
     model = nn.Sequential(*(layers or (nn.Linear(3, 4), nn.Linear(4, 2))))
     draw = torch.Generator().manual_seed(seed)
@@ -339,6 +343,7 @@ NET_MOMENTS = Moments({name: torch.rand_like(p) + 0.1 for name, p in weights(0)[
 
 
 def fit(*layers: nn.Module, batch: Any = None, loss: Any = "cross_entropy", **settings: Any) -> Any:
+    settings = {"transform": as_blocks(bias=True)} | settings
     return hessians.kfac.fit(*weights(0, *layers, loss=loss), [BATCH if batch is None else batch], **settings)
 
 

@@ -137,7 +137,7 @@ def definition_errors(method: str, name: str, reduction: str, labels: str) -> di
     """Relative Frobenius error of every block to the explicit matrix of the method's definition."""
     zoo = ZOO[name]()
     loss_fn, params, batch = functions(zoo, reduction)
-    factors = FITS[method].fit(loss_fn, params, [batch], labels=labels, progress=False)
+    factors = FITS[method].fit(loss_fn, params, [batch], labels=labels, progress=False, transform=BLOCKS)
     seen = kronecker.watch(zoo.model, zoo.batch, zoo.blocks, labels, zoo.kind, reduction, bias=True)
     found = {}
     for block in zoo.blocks:
@@ -168,7 +168,7 @@ def test_corrected_eigenvalues_are_the_best_diagonal_in_the_kronecker_basis(
 ) -> None:
     zoo = ZOO[name]()
     loss_fn, params, batch = functions(zoo)
-    factors = FITS[method].fit(loss_fn, params, [batch], labels=labels)
+    factors = FITS[method].fit(loss_fn, params, [batch], labels=labels, transform=BLOCKS)
     corrected = hessians.ekfac.correct(factors, loss_fn, params, [batch])
     seen = kronecker.watch(zoo.model, zoo.batch, zoo.blocks, labels, zoo.kind, "sum", bias=True)
     for block in zoo.blocks:
@@ -189,7 +189,7 @@ def exact_error(
 ) -> float:
     blocks = {name: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     loss_fn, params = functionalize(model, loss=loss)
-    factors = FITS[method].fit(loss_fn, params, [with_index(batch)], labels=labels)
+    factors = FITS[method].fit(loss_fn, params, [with_index(batch)], labels=labels, transform=BLOCKS)
     seen = kronecker.watch(model, batch, blocks, labels, kind, "sum", bias=True)
     return max(error(factors.blocks[b].dense(), kronecker.fisher(seen, b)) for b in blocks)
 
@@ -223,15 +223,19 @@ def test_tkfac_has_the_trace_of_the_fisher_at_one_position_per_example_and_shamp
     loss_fn, params, batch = functions(zoo)
     seen = kronecker.watch(zoo.model, zoo.batch, zoo.blocks, labels, zoo.kind, "sum", bias=True)
     truth = sum(float(kronecker.fisher(seen, block).trace()) for block in zoo.blocks)
-    assert hessians.tkfac.fit(loss_fn, params, [batch], labels=labels).trace == pytest.approx(truth, rel=1e-12)
-    assert hessians.shampoo.fit(loss_fn, params, [batch], labels=labels).trace == pytest.approx(truth, rel=1e-12)
+    assert hessians.tkfac.fit(loss_fn, params, [batch], labels=labels, transform=BLOCKS).trace == pytest.approx(
+        truth, rel=1e-12
+    )
+    assert hessians.shampoo.fit(loss_fn, params, [batch], labels=labels, transform=BLOCKS).trace == pytest.approx(
+        truth, rel=1e-12
+    )
     zoo = ZOO["gpt2"]()
     loss_fn, params, batch = functions(zoo)
     seen = kronecker.watch(zoo.model, zoo.batch, zoo.blocks, "data", zoo.kind, "sum", bias=True)
     truth = sum(float(kronecker.fisher(seen, block).trace()) for block in zoo.blocks)
-    factors = hessians.shampoo.fit(loss_fn, params, [batch], labels="data")
+    factors = hessians.shampoo.fit(loss_fn, params, [batch], labels="data", transform=BLOCKS)
     assert factors.trace == pytest.approx(truth, rel=1e-12)
-    corrected = hessians.ekfac.fit(loss_fn, params, [batch], labels="data")
+    corrected = hessians.ekfac.fit(loss_fn, params, [batch], labels="data", transform=BLOCKS)
     assert corrected.trace == pytest.approx(truth, rel=1e-12)
 
 
@@ -267,12 +271,12 @@ def test_sampled_labels_are_data_labels_once_they_are_drawn() -> None:
     loss_fn, params, batch = functions(zoo)
     labels = Labels("sampled", seed=5)
     natural = loss_fn.natural(params, batch)
-    (cotangent,) = labels.cotangents(loss_fn, natural, natural.outputs, batch)
+    (cotangent,) = labels.cotangents(loss_fn, natural, natural.outputs, batch["index"])
     drawn = (natural.outputs.softmax(-1) - cotangent)[:, 0].argmax(-1)
     relabelled = batch | {"labels": drawn}
     for name, fit in FITS.items():
-        got = fit.fit(loss_fn, params, [batch], labels="sampled", seed=5)
-        expected = fit.fit(loss_fn, params, [relabelled], labels="data")
+        got = fit.fit(loss_fn, params, [batch], labels="sampled", seed=5, transform=BLOCKS)
+        expected = fit.fit(loss_fn, params, [relabelled], labels="data", transform=BLOCKS)
         for block in zoo.blocks:
             assert error(got.blocks[block].dense(), expected.blocks[block].dense()) <= 1e-12, name
 
@@ -282,18 +286,21 @@ def test_sampled_labels_estimate_the_fisher_without_bias(name: str) -> None:
     # z-scores of every entry of S, over draws: the estimate's mean is the exact expectation
     zoo = ZOO[name]()
     loss_fn, params, batch = functions(zoo)
-    exact = hessians.kfac.fit(loss_fn, params, [batch], labels="exact")
+    exact = hessians.kfac.fit(loss_fn, params, [batch], labels="exact", transform=BLOCKS)
     block = next(iter(zoo.blocks))
     samples = torch.stack(
         [
-            hessians.kfac.fit(loss_fn, params, [batch], seed=s, draws=5).blocks[block].dense().flatten()
+            hessians.kfac.fit(loss_fn, params, [batch], seed=s, draws=5, transform=BLOCKS)
+            .blocks[block]
+            .dense()
+            .flatten()
             for s in range(60)
         ]
     )
     spread = samples.std(0) / len(samples) ** 0.5
     z = (samples.mean(0) - exact.blocks[block].dense().flatten()) / spread.clamp_min(1e-12)
     assert z.abs().max() < 4.5, float(z.abs().max())
-    many = hessians.kfac.fit(loss_fn, params, [batch], draws=300).blocks[block].dense()
+    many = hessians.kfac.fit(loss_fn, params, [batch], draws=300, transform=BLOCKS).blocks[block].dense()
     assert error(many, exact.blocks[block].dense()) < 0.15
 
 
@@ -301,7 +308,7 @@ def test_other_seeds_draws_examples_and_positions_draw_other_labels() -> None:
     zoo = ZOO["gpt2"]()
     loss_fn, params, batch = functions(zoo)
     traces = {
-        hessians.kfac.fit(loss_fn, params, [b], seed=seed, draws=draws).trace
+        hessians.kfac.fit(loss_fn, params, [b], seed=seed, draws=draws, transform=BLOCKS).trace
         for b, seed, draws in (
             (batch, 0, 1),
             (batch, 1, 1),
@@ -335,7 +342,7 @@ def test_batches_order_and_padding_do_not_matter(
 ) -> None:
     zoo = ZOO["gpt2"]()
     loss_fn, params, batch = functions(zoo)
-    extra = {"transform": chain(BLOCKS, project(3))} if method == "autocorrelation" else {}
+    extra = {"transform": chain(BLOCKS, project(3)) if method == "autocorrelation" else BLOCKS}
     fit = getattr(hessians, method).fit
     whole = fit(loss_fn, params, [batch], labels=labels, **extra)
     # another order, in two batches, each cut to its own length and padded with another token
@@ -360,7 +367,7 @@ def test_left_padding_draws_the_labels_of_right_padding() -> None:
         for key, x in left.items()
     }
     assert bool((right["attention_mask"][:, 0] == 1).all())
-    fits = [hessians.kfac.fit(loss_fn, params, [batch]) for batch in (left, right)]
+    fits = [hessians.kfac.fit(loss_fn, params, [batch], transform=BLOCKS) for batch in (left, right)]
     # positions differ, rotary embeddings are relative, and their tables are float32 whatever the dtype
     same(*fits, limit=1e-6)
 
@@ -371,14 +378,13 @@ def test_ranks_merge_in_any_bracketing(method: str) -> None:
     loss_fn, params, batch = functions(zoo)
     pieces = [rows_of(batch, slice(i, i + 2)) for i in (0, 2, 4)]
     if method == "ekfac":
-        fitted = hessians.kfac.fit(loss_fn, params, [batch])
-        step = hessians.ekfac.step(fitted, loss_fn, params, batch)
-        sink = hessians.ekfac.sink(fitted, step)
+        fitted = hessians.kfac.fit(loss_fn, params, [batch], transform=BLOCKS)
+        step = hessians.step(loss_fn, params, batch, hessians.ekfac.build(), number=1, factors=fitted, transform=BLOCKS)
         whole = hessians.ekfac.correct(fitted, loss_fn, params, [batch])
     else:
-        step = FITS[method].step(loss_fn, params, batch)
-        sink = FITS[method].sink(step)
-        whole = FITS[method].fit(loss_fn, params, [batch])
+        step = hessians.step(loss_fn, params, batch, FITS[method].build(), transform=BLOCKS)
+        whole = FITS[method].fit(loss_fn, params, [batch], transform=BLOCKS)
+    sink = step.sink()
     states = [sink.update(sink.init(), piece["index"], step(piece)) for piece in pieces]
     empty = sink.init()
     for merged in (
@@ -391,15 +397,18 @@ def test_ranks_merge_in_any_bracketing(method: str) -> None:
 def test_one_pass_can_feed_several_fits() -> None:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
-    steps = {name: FITS[name].step(loss_fn, params, batch, labels="data") for name in ("kfac", "tkfac")}
-    sinks = {name: FITS[name].sink(step) for name, step in steps.items()}
+    steps = {
+        name: hessians.step(loss_fn, params, batch, FITS[name].build(), transform=BLOCKS, labels="data")
+        for name in ("kfac", "tkfac")
+    }
+    sinks = {name: step.sink() for name, step in steps.items()}
     wrapped = {
         name: sink._replace(update=lambda state, index, value, n=name, s=sink: s.update(state, index, value[n]))
         for name, sink in sinks.items()
     }
     found = fold(lambda b: {name: step(b) for name, step in steps.items()}, [batch], wrapped)
     for name, factors in found.items():
-        same(factors, FITS[name].fit(loss_fn, params, [batch], labels="data"))
+        same(factors, FITS[name].fit(loss_fn, params, [batch], labels="data", transform=BLOCKS))
 
 
 # Blocks of other kinds
@@ -466,8 +475,8 @@ def test_tied_weights_sum_the_factors_of_both_uses() -> None:
 def test_a_long_side_is_a_diagonal() -> None:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
-    whole = hessians.kfac.fit(loss_fn, params, [batch], labels="data")
-    short = hessians.kfac.fit(loss_fn, params, [batch], labels="data", max_side=4)
+    whole = hessians.kfac.fit(loss_fn, params, [batch], labels="data", transform=BLOCKS)
+    short = hessians.kfac.fit(loss_fn, params, [batch], labels="data", max_side=4, transform=BLOCKS)
     assert short.blocks["0"].bases[1].vectors is None
     a = whole.blocks["0"].bases[1]
     covariance = a.vectors @ torch.diag(a.values) @ a.vectors.mT
@@ -482,9 +491,9 @@ def test_a_module_used_twice_counts_both_uses() -> None:
     loss_fn, params = functionalize(twice, loss="cross_entropy", targets="0.*")
     seen = kronecker.watch(twice, batch, {"0": "0"}, "data", "class", "sum", True)
     for name, fit in FITS.items():
-        got = fit.fit(loss_fn, params, [batch], labels="data").blocks["0"].dense()
+        got = fit.fit(loss_fn, params, [batch], labels="data", transform=BLOCKS).blocks["0"].dense()
         assert error(got, kronecker.METHODS[name](seen, "0")) <= 1e-12, name
-    corrected = hessians.ekfac.fit(loss_fn, params, [batch], labels="data").blocks["0"]
+    corrected = hessians.ekfac.fit(loss_fn, params, [batch], labels="data", transform=BLOCKS).blocks["0"]
     basis = torch.kron(*(b.vectors for b in corrected.bases))
     expected = torch.diag(basis.mT @ kronecker.fisher(seen, "0") @ basis)
     assert error(corrected.corrected.flatten(), expected) <= 1e-11
@@ -511,7 +520,7 @@ def test_rows_serve_where_the_batched_engine_cannot(labels: str) -> None:
 def test_factors_are_saved_whole_and_refuse_damage(tmp_path: Any) -> None:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
-    fitted = hessians.kfac.fit(loss_fn, params, [batch])
+    fitted = hessians.kfac.fit(loss_fn, params, [batch], transform=BLOCKS)
     for number, factors in enumerate((fitted, hessians.ekfac.correct(fitted, loss_fn, params, [batch]))):
         path = tmp_path / f"{number}.h5"
         factors.save(path)

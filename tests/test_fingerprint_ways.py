@@ -34,13 +34,14 @@ from influence import (
     unit_norm,
 )
 from influence.cli import main
+from influence.hessians import load as load_factors
 from influence.index import FingerprintError, Index, open_index, provenance
 from influence.pipelines import hessian, score
 from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
 from influence.pipelines.frame.directory import fingerprint_for
 from influence.pipelines.frame.loading import load_model
 from influence.pipelines.frame.planning import first_batch
-from influence.pipelines.frame.prepare import Measured, batches_of, load_factors, measure, transform_of
+from influence.pipelines.frame.prepare import Measured, batches_of, measure, transform_of
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes import queries
 from influence.pipelines.passes.steps import plan_step

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from influence import hessians, store
+from influence.hessians import load as load_factors
 from influence.index import open_index
 from influence.models import load
 from influence.pipelines import build, hessian, reduce, score, trackstar
 from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.frame.prepare import load_factors
 from influence.store.lock import Lock
 from tests.pipeline_world import FAST, build_config, corpus, lines, model_config, questions, world
 
@@ -75,11 +75,15 @@ def test_finished_runs_of_every_kind_are_overwritten_when_told(tmp_path: Path) -
 def test_an_overwritten_ekfac_takes_nothing_of_the_one_that_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("killed")
+    step = hessians.step
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["number"] == 1:
+            raise RuntimeError("killed")
+        return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hessians.ekfac, "step", killed)  # after the first pass, whose basis is kept in kfac.h5
+        patch.setattr(hessians, "step", killed)  # after the first pass, whose basis is kept in kfac.h5
         with pytest.raises(RuntimeError, match="killed"):
             fitted(tmp_path / "a", corpus())
     assert (tmp_path / "a" / "kfac.h5").exists()

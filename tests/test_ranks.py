@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from influence.hessians import load as load_factors
 from influence.index import open_index
 from influence.pipelines import build, hessian, reduce, score
 from influence.pipelines.frame.configs import LossConfig, TransformConfig
-from influence.pipelines.frame.prepare import load_factors
 from influence.pipelines.frame.ranks import launched
 from influence.pipelines.passes import best, collect
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, model_config, questions, world

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from influence import store
+from influence.hessians import load as load_factors
 from influence.index import open_index
 from influence.pipelines import build, ekfac, hessian, inspect, mix, reduce, score, trackstar, trak
 from influence.pipelines.frame.configs import DataConfig, ModelConfig, RunConfig, TransformConfig
-from influence.pipelines.frame.prepare import load_factors
 from influence.pipelines.passes import collect
 from influence.store.lock import Lock
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, corpus, lines, model_config, questions, world

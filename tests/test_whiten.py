@@ -141,7 +141,7 @@ def test_an_inverse_is_that_of_the_dense_matrix(kind: str, inversion: str) -> No
 def fitted(labels: str = "data") -> Any:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
-    kfac = hessians.kfac.fit(loss_fn, params, [batch], labels=labels)
+    kfac = hessians.kfac.fit(loss_fn, params, [batch], labels=labels, transform=BLOCKS)
     return loss_fn, params, batch, kfac, hessians.ekfac.correct(kfac, loss_fn, params, [batch])
 
 
@@ -149,7 +149,7 @@ def fitted(labels: str = "data") -> Any:
 def test_whitened_inner_products_are_those_of_the_inverse(method: str) -> None:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
-    factors = getattr(hessians, method).fit(loss_fn, params, [batch])
+    factors = getattr(hessians, method).fit(loss_fn, params, [batch], transform=BLOCKS)
     collect = lambda *steps: per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, *steps))  # noqa: E731
     inverse = precondition(factors, power=-1.0, damping=0.1, inversion="factored")
     expected = similarity.dot(collect(), collect(inverse))
@@ -328,7 +328,7 @@ def test_missing_curvature_is_an_error_or_said_to_be_the_identity() -> None:
     zoo = mlp()
     loss_fn, params, batch = functions(zoo)
 
-    factors = hessians.kfac.fit(*functionalize(zoo.model, targets="0.*"), [batch], labels="data")
+    factors = hessians.kfac.fit(*functionalize(zoo.model, targets="0.*"), [batch], labels="data", transform=BLOCKS)
     with pytest.raises(ValueError, match=r"1 of 2 blocks have no curvature in these factors \(2\)"):
         per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, kfac_whiten(factors)))
     rows = per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, kfac_whiten(factors, missing="identity")))
@@ -339,7 +339,7 @@ def test_missing_curvature_is_an_error_or_said_to_be_the_identity() -> None:
 
 def test_fingerprints_change_with_every_number() -> None:
     loss_fn, params, batch, kfac, ekfac = fitted()
-    other = hessians.kfac.fit(loss_fn, params, [batch], labels="sampled")
+    other = hessians.kfac.fit(loss_fn, params, [batch], labels="sampled", transform=BLOCKS)
     made = [
         precondition(kfac),
         precondition(ekfac),
@@ -386,7 +386,7 @@ def test_half_precision_models_have_float32_factors() -> None:
     model = net(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(torch.bfloat16)
     loss_fn, params = functionalize(model, loss="cross_entropy")
     batch = with_index({"input": data(6, 5).to(torch.bfloat16), "labels": torch.tensor([0, 1, 2, 0, 1, 2])})
-    factors = hessians.ekfac.fit(loss_fn, params, [batch])
+    factors = hessians.ekfac.fit(loss_fn, params, [batch], transform=BLOCKS)
     assert {b.values.dtype for c in factors.blocks.values() for b in c.bases} == {torch.float32}
     rows = per_example_grads(loss_fn, params, batch, transform=chain(BLOCKS, precondition(factors, power=-0.5)))
     assert {row.dtype for row in rows.values()} == {torch.bfloat16}

@@ -7,24 +7,33 @@ away before, no curvature of the rest brings back: `eigen_whiten` chooses what i
 """
 
 from collections.abc import Iterable
-from functools import partial
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
 from influence.func.engine.plan import Plan, make_plan
-from influence.func.fold import Sink
 from influence.func.transform.chain import Transform
 from influence.func.transform.curvature import Curvature, decompose
 from influence.func.transform.folding import vectors
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, BlockSums, FitStep, Sums, describe, run, sum_sink, sums_of_rows
+from influence.hessians.fitting import fit as fit_method
+from influence.hessians.label_rows import sums_of_rows
 from influence.hessians.labels import Labels
+from influence.hessians.method import About, BlockSums, FitSetup, Method, Pass, Summing, Sums
 from influence.types import Batch, LossFn, Params
 
 MAX_ROW = 16384
 """The longest row whose dense Gram matrix is formed: 1 GB, and minutes to decompose."""
+
+
+def build() -> Method:
+    """Return the dense second moment of rows as a value, for `hessians.fit`; its default labels are the data's.
+
+    Returns:
+        The method.
+    """
+    one = Pass("autocorrelation", _sums, _assemble)
+    return Method("autocorrelation", (one,), lambda shape: prod(shape) * (prod(shape) + 1), default_labels="data")
 
 
 def fit(
@@ -32,7 +41,7 @@ def fit(
     params: Params,
     batches: Iterable[Batch],
     *,
-    transform: Transform,
+    transform: Transform | None = None,
     labels: str = "data",
     seed: int = 0,
     draws: int = 1,
@@ -44,7 +53,8 @@ def fit(
         loss_fn: a loss function.
         params: the parameters.
         batches: batches, seen once.
-        transform: any transform, as `chain(as_blocks(bias=True), project(16), unit_norm())`.
+        transform: any transform, as `chain(as_blocks(), project(16), unit_norm())`; default `as_blocks()`, for small
+            models.
         labels: `"data"`, `"sampled"` or `"exact"`, as in `kfac.fit`.
         seed: of the sampled labels.
         draws: labels per position.
@@ -58,51 +68,32 @@ def fit(
 
     Example:
         >>> import torch
-        >>> from influence import as_blocks, hessians
+        >>> from influence import hessians
         >>> rows = {"x": torch.tensor([[2.0, 0.0], [0.0, 4.0]])}
-        >>> factors = hessians.autocorrelation.fit(
-        ...     lambda p, b: (b["x"] * p["w"]).sum(1), {"w": torch.zeros(2)}, [rows], transform=as_blocks()
-        ... )
+        >>> ell = lambda p, b: (b["x"] * p["w"]).sum(1)
+        >>> factors = hessians.autocorrelation.fit(ell, {"w": torch.zeros(2)}, [rows])
         >>> factors.blocks["w"].dense()
         tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)
     """
-    plan = partial(_plan, loss_fn, params, transform, Labels(labels, seed, draws))
-    return run(plan, sink, batches, progress, "autocorrelation")
+    return fit_method(
+        loss_fn,
+        params,
+        batches,
+        build(),
+        transform=transform,
+        labels=labels,
+        seed=seed,
+        draws=draws,
+        progress=progress,
+    )
 
 
-def step(
-    loss_fn: LossFn,
-    params: Params,
-    batch: Batch,
-    *,
-    transform: Transform,
-    labels: str = "data",
-    seed: int = 0,
-    draws: int = 1,
-) -> FitStep:
-    """Plan the sums of a batch, for a fold of your own; see `kfac.step`."""
-    return _plan(loss_fn, params, transform, Labels(labels, seed, draws), batch)
-
-
-def sink(step: FitStep) -> Sink:
-    """Return the sink that folds a step's sums into factors."""
-    return sum_sink(step.about, finalize)
-
-
-def _plan(loss_fn: LossFn, params: Params, transform: Transform, labels: Labels, first: Batch) -> FitStep:
-    labels.check(loss_fn)
-
-    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, transform, "auto")
-        _check(plan, labels)
-
-        return plan, sums_of_rows(plan, loss_fn, labels, _gram)
-
-    def about(plan: Plan) -> About:
-        return describe("autocorrelation", loss_fn, params, transform, labels, plan.folded.row_shapes)
-
-    return FitStep(loss_fn, params, first, make, about)
+def _sums(setup: FitSetup, params: Params, batch: Batch) -> Summing:
+    """Plan the sums of `x x^T`."""
+    plan = make_plan(setup.loss_fn, params, batch, setup.transform, "auto")
+    _check(plan, setup.labels)
+    return sums_of_rows(plan, setup, _gram)
 
 
 def _gram(name: str, row: Tensor) -> BlockSums:
@@ -125,7 +116,7 @@ def _check(plan: Plan, labels: Labels) -> None:
         )
 
 
-def finalize(about: About, sums: Sums) -> Factors:
+def _assemble(about: About, sums: Sums) -> Factors:
     """Turn sums into factors."""
     blocks = {
         name: Curvature(shape, (decompose(sums.blocks[name]["gram"] / sums.documents, f"block {name!r}"),))

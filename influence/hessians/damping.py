@@ -13,23 +13,23 @@ Where `H = F` the answer is `c = α / λ̄`; what a Kronecker product, few docum
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size
-from influence.func.engine.plan import Plan, make_plan
+from influence.func.engine.plan import make_plan
 from influence.func.transform.chain import Transform
 from influence.func.transform.curvature import Curvature, inverse_weights, replaced
 from influence.func.transform.precondition import fitted_under, without_curvature
 from influence.hessians import ekfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, describe, run, squares_of, sum_sink, sums_of_rows
+from influence.hessians.fitting import fit_pass
+from influence.hessians.label_rows import squares_of, sums_of_rows
 from influence.hessians.labels import Labels
+from influence.hessians.method import About, FitSetup, Pass, Summing, Sums
 from influence.types import Batch, LossFn, Params
 
 
@@ -311,31 +311,22 @@ def _measure(
 ) -> Factors:
     """Return the factors with the second moments of documents' gradients in every block's eigenbasis as eigenvalues."""
     kinds = {c.kind for c in factors.blocks.values()}
-    there = replace(factors, labels=labels)
-
-    def plan(first: Batch) -> FitStep:
-        if "dense" in kinds or kinds == {"diagonal"}:
-            return _by_rows(there, loss_fn, params, chosen, first)
-        return ekfac.step(there, loss_fn, params, first, transform=chosen)
-
-    return run(plan, lambda step: sum_sink(step.about, partial(_moments, factors)), batches, progress, "damping")
+    sums = _sums_of_rotated if "dense" in kinds or kinds == {"diagonal"} else ekfac.sums_in_basis
+    return fit_pass(
+        Pass("damping", sums, _moments), FitSetup(loss_fn, chosen, labels, factors), params, batches, progress
+    )
 
 
-def _moments(factors: Factors, about: About, sums: Sums) -> Factors:
+def _moments(about: About, sums: Sums) -> Factors:
+    factors = about.setup.factors
+    assert factors is not None
     blocks = {name: replaced(c, sums.blocks[name]["squares"] / sums.documents) for name, c in factors.blocks.items()}
     return about.factors(sums, blocks)
 
 
-def _by_rows(factors: Factors, loss_fn: LossFn, params: Params, chosen: Transform, first: Batch) -> FitStep:
+def _sums_of_rotated(setup: FitSetup, params: Params, batch: Batch) -> Summing:
     """Plan sums of squares of rotated rows: for dense bases, which do not separate."""
-
-    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, chosen, "auto")
-        turned = lambda name, row: squares_of(name, factors.blocks[name].rotate(row))  # noqa: E731
-        return plan, sums_of_rows(plan, loss_fn, factors.labels, turned)
-
-    def about(plan: Plan) -> About:
-        shapes = {name: c.shape for name, c in factors.blocks.items()}
-        return describe(factors.method, loss_fn, params, chosen, factors.labels, shapes)
-
-    return FitStep(loss_fn, params, first, make, about)
+    factors = setup.factors
+    assert factors is not None
+    plan = make_plan(setup.loss_fn, params, batch, setup.transform, "auto")
+    return sums_of_rows(plan, setup, lambda name, row: squares_of(name, factors.blocks[name].rotate(row)))

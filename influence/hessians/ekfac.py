@@ -9,36 +9,62 @@ before anything is squared, so documents of any length have their exact second m
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from math import prod
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import make_feeds
-from influence.func.engine.plan import Plan, make_plan
+from influence.func.engine.plan import make_plan
 from influence.func.engine.row_sums import Reduce, piecewise, squares, watched
-from influence.func.fold import Sink
 from influence.func.transform.chain import Step, Transform, chain
 from influence.func.transform.curvature import replaced
 from influence.func.transform.folding import Block, Folded, Part, with_sides
 from influence.func.transform.precondition import fitted_under
 from influence.hessians import kfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import (
-    About,
-    FitStep,
-    Sums,
-    check_batches,
-    checked,
-    describe,
-    lasts,
-    run,
-    squares_of,
-    sum_sink,
-    sums_of_rows,
-)
+from influence.hessians.fitting import fit as fit_method
+from influence.hessians.fitting import fit_pass
+from influence.hessians.kronecker import MAX_SIDE
+from influence.hessians.label_rows import lasts, squares_of, sums_of_rows
+from influence.hessians.method import About, FitSetup, Method, Pass, Summing, Sums
 from influence.types import Batch, LossFn, Params
+
+
+def build(base: Method | None = None) -> Method:
+    """Return the eigenvalue correction of a Kronecker method as a value, for `hessians.fit`.
+
+    The base's passes fit the eigenbasis, one more measures the eigenvalues in it.
+
+    Args:
+        base: K-FAC, TKFAC or Shampoo; default `kfac.build()`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: if the base has no Kronecker factors.
+
+    Example:
+        >>> from influence import hessians
+        >>> hessians.ekfac.build(hessians.tkfac.build())
+        ekfac(base='tkfac', max_side=8192)
+    """
+    base = kfac.build() if base is None else base
+    if not base.kronecker:
+        raise ValueError(
+            f"base={base} has no Kronecker factors, whose eigenvalues could be corrected: use hessians.kfac.build(), "
+            "hessians.tkfac.build() or hessians.shampoo.build()"
+        )
+    return Method(
+        "ekfac",
+        (*base.passes, CORRECTION),
+        lambda shape: base.entries(shape) + (prod(shape) if len(shape) == 2 else 0),
+        base.default_labels,
+        {"base": base.name, **base.options},
+    )
 
 
 def fit(
@@ -50,16 +76,18 @@ def fit(
     labels: str = "sampled",
     seed: int = 0,
     draws: int = 1,
-    max_side: int = kfac.MAX_SIDE,
+    max_side: int = MAX_SIDE,
     progress: bool = True,
 ) -> Factors:
     """Fit K-FAC factors and correct their eigenvalues: two passes, so `batches` must be iterable twice.
+
+    `hessians.fit(loss_fn, params, batches, hessians.ekfac.build(hessians.tkfac.build()))` corrects another method's.
 
     Args:
         loss_fn: a loss function.
         params: the parameters.
         batches: batches, seen twice.
-        transform: a separable transform; default `as_blocks(bias=True)`.
+        transform: a separable transform; default `as_blocks()`.
         labels: `"sampled"`, `"data"` or `"exact"`, as in `kfac.fit`.
         seed: of the sampled labels.
         draws: labels per position.
@@ -72,21 +100,17 @@ def fit(
     Raises:
         ValueError: if batches can be seen only once.
     """
-    check_batches(batches)
-    if iter(batches) is iter(batches):
-        raise ValueError("EK-FAC sees the batches twice: pass a list (or anything that can be iterated again)")
-    fitted = kfac.fit(
+    return fit_method(
         loss_fn,
         params,
         batches,
+        build(kfac.build(max_side)),
         transform=transform,
         labels=labels,
         seed=seed,
         draws=draws,
-        max_side=max_side,
         progress=progress,
     )
-    return correct(fitted, loss_fn, params, batches, progress=progress)
 
 
 def correct(
@@ -121,37 +145,16 @@ def correct(
         >>> import torch
         >>> from influence import functionalize, hessians
         >>> loss_fn, params = functionalize(torch.nn.Linear(2, 1, bias=False), loss="squared_error")
-        >>> batch = {"input": torch.tensor([[2.0, 0.0], [0.0, 4.0]]), "labels": torch.zeros(2, 1)}
+        >>> batch = (torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 1))
         >>> kfac = hessians.kfac.fit(loss_fn, params, [batch], labels="exact")
         >>> hessians.ekfac.correct(kfac, loss_fn, params, [batch]).blocks["weight"].corrected
         tensor([[2., 8.]])
     """
-    plan = partial(_plan, factors, loss_fn, params, transform)
-    return run(plan, partial(sink, factors), batches, progress, "eigenvalues")
+    setup = FitSetup(loss_fn, fitted_under(factors, transform), factors.labels, factors)
+    return fit_pass(CORRECTION, setup, params, batches, progress)
 
 
-def step(
-    factors: Factors, loss_fn: LossFn, params: Params, batch: Batch, *, transform: Transform | None = None
-) -> FitStep:
-    """Plan the sums of a batch, for a fold of your own with `sink(factors, step)`."""
-    return _plan(factors, loss_fn, params, transform, batch)
-
-
-def sink(factors: Factors, step: FitStep) -> Sink:
-    """Return the sink that folds a step's sums into corrected factors."""
-    return sum_sink(step.about, partial(finalize, factors))
-
-
-def finalize(factors: Factors, about: About, sums: Sums) -> Factors:
-    """Turn sums of squares into corrected eigenvalues."""
-    blocks = {
-        name: replaced(c, sums.blocks[name]["squares"] / sums.documents) if len(c.bases) == 2 else c
-        for name, c in factors.blocks.items()
-    }
-    return replace(about.factors(sums, blocks), positions=factors.positions, notes=factors.notes)
-
-
-def rotation(factors: Factors) -> Transform:
+def _rotation(factors: Factors) -> Transform:
     """Return the transform into the eigenbasis of every block, where it is a Kronecker product."""
 
     def extend(folded: Folded) -> Folded:
@@ -167,43 +170,51 @@ def rotation(factors: Factors) -> Transform:
     return Transform((Step("rotation", {"factors": factors.digest}, extend, {}, needs=("as_blocks",)),))
 
 
-def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transform | None, first: Batch) -> FitStep:
-    chosen = fitted_under(factors, transform)
-    factors.check_model(loss_fn, params)
+def sums_in_basis(setup: FitSetup, params: Params, batch: Batch) -> Summing:
+    """Plan the sums of `(Q_S^T G_n Q_A)²` of every block of the factors at hand."""
+    factors, loss_fn, labels = setup.factors, setup.loss_fn, setup.labels
+    assert factors is not None
     if not any(len(c.bases) == 2 for c in factors.blocks.values()):
         raise ValueError(
             f"{factors!r} has no Kronecker factors to correct: dense and diagonal curvature is exact in its own basis"
         )
-    turned, labels = chain(chosen, rotation(factors)), factors.labels
-    labels.check(loss_fn)
+    turned = chain(setup.transform, _rotation(factors))
+    plan = make_plan(loss_fn, params, batch, kfac.checked(turned), "auto")
+    folded = turned.bind(plan.layout)
+    if plan.batched is None or folded.finish:
+        plan = make_plan(loss_fn, params, batch, turned, "auto")
+        return sums_of_rows(plan, setup, squares_of)
+    pieces = piecewise(folded)
+    batched = plan.batched._replace(folded=pieces, feeds=make_feeds(pieces))
 
-    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, checked(turned), "auto")
-        folded = turned.bind(plan.layout)
-        if plan.batched is None or folded.finish:
-            plan = make_plan(loss_fn, params, batch, turned, "auto")
-            return plan, sums_of_rows(plan, loss_fn, labels, squares_of)
-        pieces = piecewise(folded)
-        batched = plan.batched._replace(folded=pieces, feeds=make_feeds(pieces))
+    def sums(params: Params, batch: Batch, index: Int[Tensor, " n"] | None) -> Sums:
+        n = batch_size(batch)
+        with torch.enable_grad():
+            head = partial(labels.head, loss_fn)
+            watcher = partial(Reduce, batched, squares)
+            out, said, found = watched(batched, watcher, head, params, batch)
+            for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, index)):
+                found.backward(out, cotangent, retain=not last)
+        return Sums(_filled(factors, found.sums), {}, n)
 
-        def sums(params: Params, batch: Batch) -> Sums:
-            n = batch_size(batch)
-            with torch.enable_grad():
-                head = partial(labels.head, loss_fn)
-                watcher = partial(Reduce, batched, squares)
-                out, said, found = watched(batched, watcher, head, params, batch)
-                for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
-                    found.backward(out, cotangent, retain=not last)
-            return Sums(_filled(factors, found.sums), {}, n)
+    return Summing(plan, sums)
 
-        return plan, sums
 
-    def about(plan: Plan) -> About:
-        shapes = {name: c.shape for name, c in factors.blocks.items()}
-        before = any(c.corrected is not None for c in factors.blocks.values())
-        return describe(factors.method if before else f"e{factors.method}", loss_fn, params, chosen, labels, shapes)
+def _assemble(about: About, sums: Sums) -> Factors:
+    """Turn sums of squares into corrected eigenvalues."""
+    factors = about.setup.factors
+    assert factors is not None
+    blocks = {
+        name: replaced(c, sums.blocks[name]["squares"] / sums.documents) if len(c.bases) == 2 else c
+        for name, c in factors.blocks.items()
+    }
+    before = any(c.corrected is not None for c in factors.blocks.values())
+    method = factors.method if before else f"e{factors.method}"
+    return replace(about.factors(sums, blocks), method=method, positions=factors.positions, notes=factors.notes)
 
-    return FitStep(loss_fn, params, first, make, about)
+
+CORRECTION = Pass("eigenvalues", sums_in_basis, _assemble)
+"""Measures the eigenvalues of the factors that the pass before it fitted."""
 
 
 def _filled(factors: Factors, found: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -187,7 +187,7 @@ class Factors:
         """Write the factors to one HDF5 file, atomically, with checksums.
 
         Args:
-            path: where; an existing file is replaced.
+            path: where; an existing file is replaced, and in an existing folder it is `factors.h5`.
             run: the id of the run that the file belongs to.
         """
         from influence import store
@@ -224,31 +224,45 @@ class Factors:
             "function": self.function,
             "blocks": blocks,
         }
-        store.write(path, arrays, about, kind="factors", schema=SCHEMA, run=run)
+        store.write(_file(path), arrays, about, kind="factors", schema=SCHEMA, run=run)
+
+
+def _file(path: str | Path) -> Path:
+    """Return the file of factors that a path names: itself, or the one in a folder."""
+    return Path(path) / "factors.h5" if Path(path).is_dir() else Path(path)
 
 
 def load(path: str | Path, run: str | None = None) -> Factors:
-    """Read factors that `Factors.save` wrote; every checksum is verified.
+    """Read factors of any method that `Factors.save` or a command wrote; every checksum is verified.
 
     Args:
-        path: the file.
-        run: the id of the run that it should belong to; `None` takes any.
+        path: the file, or a folder that holds it as `factors.h5`, such as the run of `influence hessian`.
+        run: the id of the run that the file should belong to; `None` takes any file, and of a folder its own run's.
 
     Returns:
         The factors. Their `transform` is there again if it was `as_blocks(…)` alone; another must be given where one is
         needed, and is checked against the fingerprint.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         BadFileError: if the file is no file of factors, is damaged, or its blocks are no curvature.
     """
     from influence import store
+    from influence.store.folder import run_id
     from influence.store.schema import conform
 
-    arrays, about = store.read(path, kind="factors", schema=SCHEMA, run=run)
-    held: FactorFacts = conform(about, FactorFacts, str(path))
+    file = _file(path)
+    if not file.is_file():
+        there = Path(path).is_dir()
+        state = "its run is not finished, or it is no run of influence hessian" if there else "no such file"
+        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
+    if run is None and Path(path).is_dir():
+        run = run_id(path)
+    arrays, about = store.read(file, kind="factors", schema=SCHEMA, run=run)
+    held: FactorFacts = conform(about, FactorFacts, str(file))
     if not held.blocks or any(name not in held.blocks for name in held.positions):
-        raise store.BadFileError(f"{path} is not what it says: it has no blocks, or positions of others")
-    where = f"{path} is not what it says: its block"
+        raise store.BadFileError(f"{file} is not what it says: it has no blocks, or positions of others")
+    where = f"{file} is not what it says: its block"
     blocks = {name: _curvature(block, arrays, f"{where} {name[:200]!r}") for name, block in held.blocks.items()}
     known = (as_blocks(bias=bias) for bias in (False, True))
     transform = next((t for t in known if t.fingerprint == held.under), None)

@@ -7,11 +7,12 @@ with inputs `ã` (a one behind them where the bias belongs to the block), output
 `N` documents. Exact where positions are independent and `g` does not depend on the input.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import BatchedPlan, make_feeds
@@ -19,28 +20,32 @@ from influence.func.engine.factor_sums import Gather, GatherPlan, Joint, make_ga
 from influence.func.engine.per_token import with_positions
 from influence.func.engine.plan import EngineError, Plan, make_plan
 from influence.func.engine.row_sums import watched
-from influence.func.fold import Sink
-from influence.func.numbers import check_number
-from influence.func.transform.chain import Transform
+from influence.func.loss.losses import IGNORED
+from influence.func.transform.chain import Transform, chain
+from influence.func.transform.project import project
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import (
-    About,
-    FitStep,
-    Sums,
-    checked,
-    default_transform,
-    describe,
-    kronecker,
-    lasts,
-    padding,
-    run,
-    sum_sink,
-)
-from influence.hessians.labels import Labels
+from influence.hessians.fitting import fit as fit_method
+from influence.hessians.kronecker import MAX_SIDE, kronecker_factors, kronecker_method
+from influence.hessians.label_rows import lasts
+from influence.hessians.method import About, FitSetup, Method, Summing, Sums
 from influence.types import Batch, LossFn, Params
 
-MAX_SIDE = 8192
-"""A side of more entries is kept as a diagonal: a Gram matrix of 8192 entries takes 256 MB."""
+
+def build(max_side: int = MAX_SIDE) -> Method:
+    r"""Return K-FAC as a value, for `hessians.fit`.
+
+    Args:
+        max_side: a side of a block with more entries is kept as a diagonal.
+
+    Returns:
+        The method.
+
+    Example:
+        >>> from influence import hessians
+        >>> hessians.kfac.build(max_side=4096)
+        kfac(max_side=4096)
+    """
+    return kronecker_method("kfac", max_side, partial(gather, "kfac", None, max_side), assemble)
 
 
 def fit(
@@ -55,7 +60,7 @@ def fit(
     max_side: int = MAX_SIDE,
     progress: bool = True,
 ) -> Factors:
-    r"""Fit K-FAC factors in one pass: a fold of `step` into `sink`.
+    r"""Fit K-FAC factors in one pass: `hessians.fit(loss_fn, params, batches, hessians.kfac.build(max_side), …)`.
 
     Embeddings have factors too, the side of their tokens being diagonal. Vectors (norms, biases left alone) and
     matrices that no linear map uses get the diagonal of their rows' second moment; `print(factors)` names them.
@@ -67,7 +72,7 @@ def fit(
         loss_fn: a loss function; `labels="sampled"` and `"exact"` need its likelihood (`functionalize` gives it).
         params: the parameters.
         batches: batches, seen once; `attention_mask` says which positions are real.
-        transform: a separable transform, under whose rows the factors are fitted; default `as_blocks(bias=True)`.
+        transform: a separable transform, under whose rows the factors are fitted; default `as_blocks()`.
         labels: `"sampled"` (the Fisher), `"data"` (the empirical Fisher) or `"exact"` (the expectation over labels:
             one backward per position and class, for small outputs).
         seed: of the sampled labels, each keyed by (row of the dataset, position, draw).
@@ -79,118 +84,92 @@ def fit(
         The factors.
 
     Raises:
-        ValueError: if the transform does not separate, or a batch lacks what the labels need.
+        ValueError: if the transform does not separate, or as in `hessians.fit`.
 
     Example:
         >>> import torch
         >>> from influence import functionalize, hessians
         >>> loss_fn, params = functionalize(torch.nn.Linear(2, 1, bias=False), loss="squared_error")
-        >>> batch = {"input": torch.tensor([[2.0, 0.0], [0.0, 4.0]]), "labels": torch.zeros(2, 1)}
+        >>> batch = (torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 1))
         >>> hessians.kfac.fit(loss_fn, params, [batch], labels="exact").blocks["weight"].dense()
         tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)
     """
-    plan = partial(plan_gather, "kfac", None, loss_fn, params, transform, Labels(labels, seed, draws), max_side)
-    return run(plan, sink, batches, progress, "K-FAC")
+    return fit_method(
+        loss_fn,
+        params,
+        batches,
+        build(max_side),
+        transform=transform,
+        labels=labels,
+        seed=seed,
+        draws=draws,
+        progress=progress,
+    )
 
 
-def step(
-    loss_fn: LossFn,
-    params: Params,
-    batch: Batch,
-    *,
-    transform: Transform | None = None,
-    labels: str = "sampled",
-    seed: int = 0,
-    draws: int = 1,
-    max_side: int = MAX_SIDE,
-) -> FitStep:
-    """Plan the sums of a batch: `step(batch) -> Sums`, for a fold of your own with `sink(step)`.
-
-    Args:
-        loss_fn: a loss function.
-        params: the parameters.
-        batch: a first batch.
-        transform: as in `fit`, like all that follow.
-        labels: whose gradients.
-        seed: of the sampled labels.
-        draws: labels per position.
-        max_side: a side of more entries is kept as a diagonal.
-
-    Returns:
-        The step.
-    """
-    return plan_gather("kfac", None, loss_fn, params, transform, Labels(labels, seed, draws), max_side, batch)
-
-
-def sink(step: FitStep) -> Sink:
-    """Return the sink that folds a step's sums into factors."""
-    return sum_sink(step.about, finalize)
-
-
-def finalize(about: About, sums: Sums) -> Factors:
+def assemble(about: About, sums: Sums) -> Factors:
     """Turn sums into factors; the right side is a mean over positions."""
-    return kronecker(about, sums, sums.positions.__getitem__)
+    return kronecker_factors(about, sums, sums.positions.__getitem__)
 
 
-def plan_gather(
-    method: str,
-    joint: Joint | None,
-    loss_fn: LossFn,
-    params: Params,
-    transform: Transform | None,
-    labels: Labels,
-    max_side: int,
-    first: Batch,
-) -> FitStep:
-    """Plan a fit that gathers the factors of every block.
+def gather(method: str, joint: Joint | None, max_side: int, setup: FitSetup, params: Params, batch: Batch) -> Summing:
+    """Plan the sums of both factors of every block: `joint` sums them together, `None` the Gram matrix of each."""
+    loss_fn, labels = setup.loss_fn, setup.labels
+    plan = make_plan(loss_fn, params, batch, checked(setup.transform), "auto")
+    batched = separable(method, plan, setup.transform)
+    gathered = make_gather(batched, max_side)
+    located: list[GatherPlan] = []  # where positions are, found on the first batch that has padding
 
-    Args:
-        method: its name.
-        joint: sums of both factors together; `None` for the Gram matrix of each.
-        loss_fn: the loss function.
-        params: the parameters.
-        transform: a separable transform.
-        labels: whose gradients.
-        max_side: a side of more entries is kept as a diagonal.
-        first: a first batch.
+    def sums(params: Params, batch: Batch, index: Int[Tensor, " n"] | None) -> Sums:
+        n, mask = batch_size(batch), padding(loss_fn, batch)
+        if mask is not None and not located:
+            placed = with_positions(batched, loss_fn, params, batch, mask.shape[1])
+            located.append(gathered._replace(batched=placed))
+        here = gathered if mask is None else located[0]
+        with torch.enable_grad():
+            head = partial(labels.head, loss_fn)
+            watcher = partial(Gather, here, joint, mask)
+            out, said, found = watched(here.batched, watcher, head, params, batch)
+            for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, index)):
+                found.backward(out, cotangent, retain=not last)
+        return Sums(found.sums, found.positions, n)
 
-    Returns:
-        The step.
+    return Summing(plan, sums, gathered.rows)
+
+
+def checked(transform: Transform) -> Transform:
+    """Return the transform under which a plan is checked: small rows, so that no whole gradients are formed for it."""
+    made = {step.name for step in transform.steps}
+    return transform if "project" in made or "as_blocks" not in made else chain(transform, project(8))
+
+
+def padding(loss_fn: LossFn, batch: Batch) -> Bool[Tensor, "n s"] | None:
+    """Return which positions of a batch are tokens; `None` where all are.
+
+    Raises:
+        ValueError: if an encoder and a decoder have paddings of their own.
     """
-    check_number("max_side", max_side, 0)
-    chosen = default_transform(transform)
-    labels.check(loss_fn)
-    notes: dict[str, str] = {}
+    two = getattr(loss_fn, "encoder_decoder", False) or (
+        isinstance(batch, Mapping) and any(str(key).startswith("decoder_") for key in batch)
+    )
+    if two and _padded_streams(batch):
+        raise ValueError(
+            "an encoder and a decoder have positions of their own, and which of them a layer reads cannot be told, so "
+            "padding of one would count as data of the other. Fit on batches whose examples have one length on either "
+            "side, without padding (one example a batch will do), or use hessians.shampoo, which needs rows alone"
+        )
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.bool()
 
-    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, checked(chosen), "auto")
-        batched = separable(method, plan, chosen)
-        gathered = make_gather(batched, max_side)
-        notes.update(gathered.rows)
-        located: list[GatherPlan] = []  # where positions are, found on the first batch that has padding
 
-        def sums(params: Params, batch: Batch) -> Sums:
-            n, mask = batch_size(batch), padding(loss_fn, batch)
-            if mask is not None and not located:
-                placed = with_positions(batched, loss_fn, params, batch, mask.shape[1])
-                located.append(gathered._replace(batched=placed))
-            here = gathered if mask is None else located[0]
-            with torch.enable_grad():
-                head = partial(labels.head, loss_fn)
-                watcher = partial(Gather, here, joint, mask)
-                out, said, found = watched(here.batched, watcher, head, params, batch)
-                for cotangent, last in lasts(labels.cotangents(loss_fn, said, out, batch)):
-                    found.backward(out, cotangent, retain=not last)
-            return Sums(found.sums, found.positions, n)
-
-        return plan, sums
-
-    def about(plan: Plan) -> About:
-        shapes = chosen.bind(plan.layout).row_shapes
-        return describe(method, loss_fn, params, chosen, labels, shapes, notes)
-
-    return FitStep(loss_fn, params, first, make, about)
+def _padded_streams(batch: Batch) -> bool:
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    labels = batch.get("labels")
+    ignored = isinstance(labels, Tensor) and bool((labels == IGNORED).any())
+    return ignored or any(isinstance(mask, Tensor) and not bool(mask.all()) for mask in masks)
 
 
 def separable(method: str, plan: Plan, transform: Transform) -> BatchedPlan:

@@ -61,8 +61,14 @@ class Labels(NamedTuple):
         natural = loss_fn.natural(params, batch)  # type: ignore[attr-defined]
         return natural.outputs, natural
 
-    def cotangents(self, loss_fn: LossFn, said: Natural | None, out: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Yield every cotangent; the sum over them of what each brings is the batch's."""
+    def cotangents(
+        self, loss_fn: LossFn, said: Natural | None, out: Tensor, index: Int[Tensor, " n"] | None
+    ) -> Iterator[Tensor]:
+        """Yield every cotangent; the sum over them of what each brings is the batch's.
+
+        Raises:
+            ValueError: if labels are to be drawn and nothing says for which rows of the dataset.
+        """
         if said is None:
             yield torch.ones_like(out)
             return
@@ -80,27 +86,35 @@ class Labels(NamedTuple):
                     cotangent[:, t] = weighted[:, t]
                     yield cotangent
             return
-        index, place = self.who(batch, outputs.shape[0]), rank(root)
+        if index is None:
+            raise ValueError(_NO_INDEX)
+        rows, place = index.to(outputs.device), rank(root)
         for draw in range(self.draws):
             key = key_of("labels", self.seed, draw)
-            labels = likelihood.sample(outputs, partial(keyed_uniform, key, index, place))
+            labels = likelihood.sample(outputs, partial(keyed_uniform, key, rows, place))
             gradient = likelihood.gradient(outputs, labels)
             yield (gradient * root[..., None] / self.draws**0.5).to(outputs.dtype)
 
-    def who(self, batch: Batch, n: int) -> Int[Tensor, " n"]:
-        """Return the rows of the dataset, by which draws are keyed.
 
-        Raises:
-            ValueError: if the batch does not say.
-        """
-        index: Any = batch.get("index") if isinstance(batch, Mapping) else None
-        whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
-        if not whole or index.shape != (n,):
-            raise ValueError(
-                "labels='sampled' draws each example's labels from its own key, so a batch must say which rows of the "
-                "dataset it holds: pass a dictionary with 'index', int64 [n] (or use labels='data' or 'exact')"
-            )
-        return index.long()
+_NO_INDEX = (
+    "labels='sampled' draws each example's labels from its own key, so a batch must say which rows of the dataset it "
+    "holds: pass a dictionary with 'index', int64 [n] (or use labels='data' or 'exact')"
+)
+
+
+def index_of(batch: Batch, n: int) -> Int[Tensor, " n"] | None:
+    """Return which rows of the dataset a batch says that it holds; `None` where it does not say.
+
+    Raises:
+        ValueError: if its `index` is something else.
+    """
+    if not isinstance(batch, Mapping) or "index" not in batch:
+        return None
+    index: Any = batch["index"]
+    whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+    if not whole or index.shape != (n,):
+        raise ValueError(_NO_INDEX)
+    return index.long()
 
 
 def rank(root: Float[Tensor, "n t"]) -> Int[Tensor, "n t"]:

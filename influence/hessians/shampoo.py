@@ -8,31 +8,30 @@ squared. It needs rows alone, so it serves any transform and any engine.
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from influence.func.engine.plan import Plan, make_plan
-from influence.func.fold import Sink
-from influence.func.numbers import check_number
+from influence.func.engine.plan import make_plan
 from influence.func.transform.chain import Transform
 from influence.func.transform.folding import vectors
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import (
-    About,
-    BlockSums,
-    FitStep,
-    Sums,
-    default_transform,
-    describe,
-    kronecker,
-    run,
-    sum_sink,
-    sums_of_rows,
-)
-from influence.hessians.kfac import MAX_SIDE
-from influence.hessians.labels import Labels
+from influence.hessians.fitting import fit as fit_method
+from influence.hessians.kronecker import MAX_SIDE, kronecker_factors, kronecker_method
+from influence.hessians.label_rows import sums_of_rows
+from influence.hessians.method import About, BlockSums, FitSetup, Method, Summing, Sums
 from influence.types import Batch, LossFn, Params
+
+
+def build(max_side: int = MAX_SIDE) -> Method:
+    """Return Shampoo as a value, for `hessians.fit`.
+
+    Args:
+        max_side: a side of a block with more entries is kept as a diagonal.
+
+    Returns:
+        The method.
+    """
+    return kronecker_method("shampoo", max_side, partial(_sums, max_side), _assemble)
 
 
 def fit(
@@ -53,7 +52,7 @@ def fit(
         loss_fn: a loss function.
         params: the parameters.
         batches: batches, seen once.
-        transform: any transform; default `as_blocks(bias=True)`.
+        transform: any transform; default `as_blocks()`.
         labels: `"sampled"`, `"data"` or `"exact"`, as in `kfac.fit`.
         seed: of the sampled labels.
         draws: labels per position.
@@ -72,51 +71,28 @@ def fit(
         tensor([[2., 0.],
                 [0., 8.]], dtype=torch.float64)
     """
-    plan = partial(_plan, loss_fn, params, transform, Labels(labels, seed, draws), max_side)
-    return run(plan, sink, batches, progress, "Shampoo")
+    return fit_method(
+        loss_fn,
+        params,
+        batches,
+        build(max_side),
+        transform=transform,
+        labels=labels,
+        seed=seed,
+        draws=draws,
+        progress=progress,
+    )
 
 
-def step(
-    loss_fn: LossFn,
-    params: Params,
-    batch: Batch,
-    *,
-    transform: Transform | None = None,
-    labels: str = "sampled",
-    seed: int = 0,
-    draws: int = 1,
-    max_side: int = MAX_SIDE,
-) -> FitStep:
-    """Plan the sums of a batch, for a fold of your own; see `kfac.step`."""
-    return _plan(loss_fn, params, transform, Labels(labels, seed, draws), max_side, batch)
-
-
-def sink(step: FitStep) -> Sink:
-    """Return the sink that folds a step's sums into factors."""
-    return sum_sink(step.about, finalize)
-
-
-def _plan(
-    loss_fn: LossFn, params: Params, transform: Transform | None, labels: Labels, max_side: int, first: Batch
-) -> FitStep:
-    check_number("max_side", max_side, 0)
-    chosen = default_transform(transform)
-    labels.check(loss_fn)
-
-    def make(params: Params, batch: Batch) -> tuple[Plan, Any]:
-        plan = make_plan(loss_fn, params, batch, chosen, "auto")
-        if any(block.into != block.name for block in plan.folded.blocks):
-            raise ValueError(
-                f"shampoo has sides of blocks, and {chosen} adds all blocks into one vector, whose diagonal in random "
-                "coordinates says nothing. Use hessians.autocorrelation, which has its dense second moment"
-            )
-
-        return plan, sums_of_rows(plan, loss_fn, labels, partial(_moments, max_side))
-
-    def about(plan: Plan) -> About:
-        return describe("shampoo", loss_fn, params, chosen, labels, plan.folded.row_shapes)
-
-    return FitStep(loss_fn, params, first, make, about)
+def _sums(max_side: int, setup: FitSetup, params: Params, batch: Batch) -> Summing:
+    """Plan the sums of `G G^T` and `G^T G`."""
+    plan = make_plan(setup.loss_fn, params, batch, setup.transform, "auto")
+    if any(block.into != block.name for block in plan.folded.blocks):
+        raise ValueError(
+            f"shampoo has sides of blocks, and {setup.transform} adds all blocks into one vector, whose diagonal in "
+            "random coordinates says nothing. Use hessians.autocorrelation, which has its dense second moment"
+        )
+    return sums_of_rows(plan, setup, partial(_moments, max_side))
 
 
 def _moments(max_side: int, name: str, row: Tensor) -> BlockSums:
@@ -130,11 +106,11 @@ def _moments(max_side: int, name: str, row: Tensor) -> BlockSums:
     }
 
 
-def finalize(about: About, sums: Sums) -> Factors:
+def _assemble(about: About, sums: Sums) -> Factors:
     """Turn sums into factors; the trace is divided out of the right side."""
 
     def trace(name: str) -> Tensor:
         left = sums.blocks[name]["left"]
         return left.trace() if left.ndim == 2 else left.sum()
 
-    return kronecker(about, sums, trace)
+    return kronecker_factors(about, sums, trace)

@@ -16,13 +16,25 @@ from functools import partial, reduce
 import torch
 
 from influence.func.engine.factor_sums import BlockSums, Pair, add_grams
-from influence.func.fold import Sink
 from influence.func.transform.chain import Transform
-from influence.hessians import kfac
 from influence.hessians.factors import Factors
-from influence.hessians.fitting import About, FitStep, Sums, kronecker, run, sum_sink
-from influence.hessians.labels import Labels
+from influence.hessians.fitting import fit as fit_method
+from influence.hessians.kfac import gather
+from influence.hessians.kronecker import MAX_SIDE, kronecker_factors, kronecker_method
+from influence.hessians.method import About, Method, Sums
 from influence.types import Batch, LossFn, Params
+
+
+def build(max_side: int = MAX_SIDE) -> Method:
+    """Return TKFAC as a value, for `hessians.fit`.
+
+    Args:
+        max_side: a side of a block with more entries is kept as a diagonal.
+
+    Returns:
+        The method.
+    """
+    return kronecker_method("tkfac", max_side, partial(gather, "tkfac", _together, max_side), _assemble)
 
 
 def fit(
@@ -34,7 +46,7 @@ def fit(
     labels: str = "sampled",
     seed: int = 0,
     draws: int = 1,
-    max_side: int = kfac.MAX_SIDE,
+    max_side: int = MAX_SIDE,
     progress: bool = True,
 ) -> Factors:
     """Fit trace-corrected Kronecker factors in one pass. Arguments, cost and coverage as in `kfac.fit`.
@@ -61,29 +73,21 @@ def fit(
         >>> round(hessians.tkfac.fit(loss_fn, params, [batch], labels="exact").trace, 5)
         10.0
     """
-    plan = partial(
-        kfac.plan_gather, "tkfac", together, loss_fn, params, transform, Labels(labels, seed, draws), max_side
+    return fit_method(
+        loss_fn,
+        params,
+        batches,
+        build(max_side),
+        transform=transform,
+        labels=labels,
+        seed=seed,
+        draws=draws,
+        progress=progress,
     )
-    return run(plan, sink, batches, progress, "TKFAC")
 
 
-def step(
-    loss_fn: LossFn,
-    params: Params,
-    batch: Batch,
-    *,
-    transform: Transform | None = None,
-    labels: str = "sampled",
-    seed: int = 0,
-    draws: int = 1,
-    max_side: int = kfac.MAX_SIDE,
-) -> FitStep:
-    """Plan the sums of a batch, for a fold of your own; see `kfac.step`."""
-    return kfac.plan_gather("tkfac", together, loss_fn, params, transform, Labels(labels, seed, draws), max_side, batch)
-
-
-def together(pairs: Sequence[Pair]) -> BlockSums:
-    """Sum what the definition needs of all uses of one block."""
+def _together(pairs: Sequence[Pair]) -> BlockSums:
+    """Sum `tr(S_n) A_n`, `tr(A_n) S_n` and `tr A_n tr S_n` over all uses of one block."""
     lefts, rights = (torch.stack([side.energy() for side in sides]).sum(0) for sides in zip(*pairs, strict=True))
     return {
         "left": reduce(add_grams, [pair.left.gram(rights) for pair in pairs]),
@@ -92,11 +96,6 @@ def together(pairs: Sequence[Pair]) -> BlockSums:
     }
 
 
-def sink(step: FitStep) -> Sink:
-    """Return the sink that folds a step's sums into factors."""
-    return sum_sink(step.about, finalize)
-
-
-def finalize(about: About, sums: Sums) -> Factors:
+def _assemble(about: About, sums: Sums) -> Factors:
     """Turn sums into factors; the scale `δ` goes to the left side."""
-    return kronecker(about, sums, lambda name: sums.blocks[name]["traces"])
+    return kronecker_factors(about, sums, lambda name: sums.blocks[name]["traces"])

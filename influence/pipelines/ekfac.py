@@ -27,7 +27,8 @@ class EkfacConfig(RecipeConfig):
         data: the corpus.
         query: the queries.
         method: which curvature.
-        labels: whose gradients it is fitted to.
+        base: whose eigenvalues ekfac corrects; default kfac.
+        labels: whose gradients it is fitted to; default the method's.
         stats_examples: fit it on so many examples.
         query_rows: the queries' mean gradient, their sum, or one row for each.
         compress: keep so many whitened directions of each side of a block, on both sides of the score.
@@ -38,18 +39,25 @@ class EkfacConfig(RecipeConfig):
         execution: every pass.
     """
 
-    method: Literal["ekfac", "kfac", "tkfac", "shampoo"] = "ekfac"
-    labels: Literal["sampled", "data", "exact"] = "sampled"
+    method: hessian.MethodName = "ekfac"
+    labels: Literal["sampled", "data", "exact"] | None = None
     stats_examples: int | None = None
     query_rows: Literal["mean", "sum", "individual"] = "mean"
     compress: int | None = None
     mode: score.Mode = "individual"
     top_k: int | None = None
+    base: hessian.BaseName | None = None
     transform: View = field(default_factory=lambda: TransformConfig(projection_dim=0), kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
+        """Refuse numbers below 1, options that the method does not have, and another way to compress."""
         at_least(self, 1, "stats_examples", "compress", "top_k")
+        hessian.chosen_method(self.method, base=self.base)
+        if self.transform.whiten is not None:
+            raise ValueError(
+                f"whiten={self.transform.whiten!r} is no option of this recipe, which applies the inverse curvature on "
+                "one side of the score: leave it out, or pass compress, which keeps whitened directions on both sides"
+            )
 
 
 @among_ranks
@@ -82,6 +90,7 @@ def run(config: EkfacConfig, say: Say = quiet) -> Outcome:
             few,
             config.method,
             config.labels,
+            base=config.base,
             loss=config.loss,
             transform=whole,
             execution=execution,

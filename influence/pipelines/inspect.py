@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from influence import store
+from influence import hessians, store
 from influence.index import done, open_index
 from influence.index.run import made_by, planned_shards
 from influence.index.shards import KIND, SCHEMA, shard_name
@@ -16,7 +16,6 @@ from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.directory import CONFIG, config_of, kind_command
 from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
 from influence.pipelines.frame.planning import size
-from influence.pipelines.frame.prepare import load_factors
 from influence.pipelines.passes.best import read_best
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
@@ -59,7 +58,7 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
     if (directory / "index.h5").exists():
         text = _index(directory, config.verify, facts)
     elif (directory / "factors.h5").exists():
-        factors = load_factors(directory)
+        factors = hessians.load(directory)
         found = hessian.outcome(config.run, factors)
         kind = "mix" if "mix" in factors.notes else "hessian"
         facts |= {**found.facts, "kind": kind, "finished": True}

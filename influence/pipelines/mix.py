@@ -11,7 +11,6 @@ from influence.pipelines.frame.config_file import to_mapping, write_config
 from influence.pipelines.frame.configs import Run, at_least
 from influence.pipelines.frame.directory import CONFIG
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.prepare import load_factors
 from influence.pipelines.frame.ranks import among_ranks, ranks
 
 
@@ -65,7 +64,7 @@ def run(config: MixConfig, say: Say = quiet) -> Outcome:
 def _write(config: MixConfig, file: Path, say: Say) -> None:
     if file.exists() and not config.overwrite:
         raise FileExistsError(f"{config.run} holds factors already: pass --overwrite to replace them, or another --run")
-    query, index = load_factors(config.query), load_factors(config.index)
+    query, index = hessians.load(config.query), hessians.load(config.index)
     mixed = hessians.mix(query, index, components=config.components, weight=config.weight)
     say(f"plan: mix of {query!r} and {index!r} → {config.run}")
     say(f"      {mixed.notes['mix']}")

@@ -120,7 +120,7 @@ def _opened() -> str:
 
 
 def _loaded() -> str:
-    from influence.pipelines.frame.prepare import load_factors
+    from influence.hessians import load as load_factors
 
     return said(load_factors("run"))
 

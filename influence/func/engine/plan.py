@@ -373,7 +373,7 @@ def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
     return 2 * count * (sides + left.size * right.size)
 
 
-Step: TypeAlias = Callable[[Params, Batch], Any]
+Step: TypeAlias = Callable[..., Any]
 
 
 class Made(NamedTuple):
@@ -420,8 +420,8 @@ class Planned:
         """The first plan."""
         return self.plans[0].plan
 
-    def __call__(self, params: Params, batch: Batch) -> Any:
-        """Return the step's value on a batch."""
+    def __call__(self, params: Params, batch: Batch, *more: Any) -> Any:
+        """Return the step's value on a batch; what else the step takes is passed on."""
         if self.plan.provisional:
             self.plans = [Made(*self._make(params, batch))]
             self._checked = self.plan.guard is not None
@@ -431,19 +431,21 @@ class Planned:
         due = not self._checked or self._calls >= 2 * calls or len(self._shapes) >= 2 * shapes
         for made in self.plans:
             try:
-                return self._checking(made, params, batch) if due and self._calls > 1 else made.step(params, batch)
+                if due and self._calls > 1:
+                    return self._checking(made, params, batch, *more)
+                return made.step(params, batch, *more)
             except AnotherPath:
                 continue
         self.plans.append(Made(*self._make(params, batch)))
-        return self.plans[-1].step(params, batch)
+        return self.plans[-1].step(params, batch, *more)
 
-    def _checking(self, made: Made, params: Params, batch: Batch) -> Any:
+    def _checking(self, made: Made, params: Params, batch: Batch, *more: Any) -> Any:
         """Return the step's value, once its rows are known to be right."""
         plan, rows = made.plan.batched, None
         if plan is None:
-            return made.step(params, batch)
+            return made.step(params, batch, *more)
         if made.shown is None:
-            value = made.step(params, batch)
+            value = made.step(params, batch, *more)
         else:
             value, rows = made.shown(params, batch)
         error, where = guard(plan, self._loss_fn, params, batch, rows, self._calls)

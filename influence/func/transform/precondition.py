@@ -79,8 +79,10 @@ def precondition(
         power: `r` in [-1, 0].
         damping: `c ≥ 0`, relative to the block's mean eigenvalue (`"absolute"`: as it is).
         inversion: how small eigenvalues are met.
-        missing: `"error"`, or `"identity"`, which lets blocks without curvature through as they are: those that the
-            factors do not have, and those whose curvature is zero or rounding.
+        missing: what to do with blocks without curvature, those that the factors do not have and those that no gradient
+            reached: `"error"`, or `"identity"`, which lets them through as they are. A block whose curvature is
+            rounding beside the others' always goes through: its gradients cancel, as those of a key's bias do under
+            softmax, and an inverse would make their rounding as large as everything else.
 
     Returns:
         The transform; rows must have come through the transform which the factors were fitted under.
@@ -164,14 +166,15 @@ def coherent(factors: BlockCurvature, folded: Folded, missing: str, inversion: s
                 f"block {name!r} has rows of shape {list(shape)}, and the factors' are of "
                 f"{list(factors.blocks[name].shape)}: they are another model's, or the bias was in one alone"
             )
-    dead = [] if inversion == "absolute" else [name for name in shapes if name in without_curvature(factors)]
-    if dead and missing == "error":
+    dead = frozenset() if inversion == "absolute" else without_curvature(factors)
+    unreached = [name for name in shapes if name in dead and factors.blocks[name].mean == 0]
+    if unreached and missing == "error":
         raise ValueError(
-            f"the curvature of {len(dead)} blocks is zero, or rounding beside the others' ({', '.join(dead[:5])}): no "
-            "gradient reached them, and inverting that would make noise as large as everything else. Leave them out of "
-            "the targets (exclude=…), use inversion='absolute', or pass missing='identity'"
+            f"the curvature of {len(unreached)} blocks is zero ({', '.join(unreached[:5])}): no gradient reached them, "
+            "and there is nothing to invert. Leave them out of the targets (exclude=…), use inversion='absolute', or "
+            "pass missing='identity'"
         )
-    return frozenset(shapes) - frozenset(absent) - frozenset(dead)
+    return frozenset(shapes) - frozenset(absent) - dead
 
 
 def fitted_under(factors: BlockCurvature, transform: Transform | None) -> Transform:

@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from influence.index import Index
 from influence.pipelines.frame.configs import LossConfig, ModelConfig, RunConfig, TransformConfig
 from influence.pipelines.frame.loading import load_model, load_tokenizer, usable
 from influence.pipelines.frame.ranks import own_device
-from influence.store.folder import run_id
 from influence.types import ExampleLoss, Params
 
 
@@ -88,7 +86,7 @@ def transform_of(config: TransformConfig, factors: Factors | None = None, scale:
                 "whiten needs the curvature to whiten with: pass --hessian RUN, as influence hessian wrote"
             )
         return chain(start, sketch, end)
-    factors = load_factors(config.hessian) if factors is None else factors
+    factors = hessians.load(config.hessian) if factors is None else factors
     if factors.under == start.fingerprint:
         return chain(start, *_preconditioned(config, factors, sketch), end)
     if factors.under != chain(start, sketch).fingerprint:
@@ -113,21 +111,6 @@ def _preconditioned(config: TransformConfig, factors: Factors, sketch: Transform
         kind = config.projection_kind or "rademacher"
         return (kfac_whiten(factors, config.damping, dim, config.projection_seed, kind, config.missing),)
     return (precondition(factors, config.power, config.damping, config.inversion, config.missing), sketch)
-
-
-def load_factors(path: str | Path) -> Factors:
-    """Return the factors of a run of `hessian` or `mix`, or of a file.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    file = Path(path) / "factors.h5" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        state = (
-            "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
-        )
-        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
-    return hessians.load(file, run_id(file.parent))
 
 
 class Measured(NamedTuple):
@@ -166,7 +149,7 @@ def measure(
         ValueError: if an option does not fit, or the curvature is of other weights.
     """
     device = usable(own_device("cpu" if execution is None else execution.device))
-    factors = None if transform.hessian is None else load_factors(transform.hessian)
+    factors = None if transform.hessian is None else hessians.load(transform.hessian)
     made = Transform()
     if transform.optimizer is None:
         made = transform_of(transform, factors)  # whatever is wrong with it shows before the model is loaded
