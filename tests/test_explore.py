@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from influence.cli import main
+from influence.explorer.html_page import server
 from influence.index import open_index
 from influence.pipelines import build, reduce, score
 from influence.pipelines.explore import ExploreConfig, page_of
 from influence.pipelines.explore import run as explore
 from influence.pipelines.frame.configs import TransformConfig
 from influence.pipelines.frame.texts import cut
-from influence.pipelines.serve import server
 from tests.browser import Browser, chromium
 from tests.many_examples import page_of_many
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, lines, model_config, questions, world
@@ -66,7 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(runs: Path, name: str, **changes: Any) -> Any:
-    return read(page_of(ExploreConfig(str(runs / name), **{"k": K, "sample": 7} | changes)).html())
+    return read(page_of(ExploreConfig(str(runs / name), **{"k": K, "sample": 7} | changes)).html)
 
 
 def check(page: Any, view: dict[str, Any], scores: Tensor, parts: Tensor | None = None, own: bool = False) -> None:
@@ -320,7 +320,7 @@ def test_a_page_is_served_to_this_machine_alone() -> None:
             assert answer.read().decode() == ("<p>é</p>" if status == 200 else "")
             asked.close()
         serving.shutdown()
-        with pytest.raises(ValueError, match="another --port"):
+        with pytest.raises(ValueError, match="another port"):
             server("", place[1])
 
 

@@ -605,7 +605,7 @@ SITES = {
     "render_jinja_template": {"data/chat.py"},
     "from_string": {"data/templates.py"},
     "read_index": {"index/faiss_search.py"},
-    "from_pretrained": {"models/load.py", "pipelines/frame/loading.py", "pipelines/reading_texts.py"},
+    "from_pretrained": {"models/load.py", "pipelines/frame/loading.py", "pipelines/frame/texts.py"},
 }
 """Where files, or names from files, may lead to code; each is a line of docs/trust.md. Nothing else may be added."""
 PICKLES = {"pickle", "numpy", "np", "marshal", "joblib", "dill", "shelve"}
