@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 import threading
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,61 @@ def test_rows_with_all_of_an_inverse_are_shown_with_queries_alone(tmp_path: Path
     assert {view["of"] for view in found[0]["views"]} == {"queries"}
     (mine, _), (wanted, _) = dense(tmp_path / "one"), dense(tmp_path / "other")
     check(found, found[0]["views"][0], wanted @ mine.mT)
+
+
+def test_from_python_a_page_of_any_index_and_any_scores(tmp_path: Path) -> None:
+    from influence import Attributor, as_blocks, explorer
+    from influence import build as build_from_python
+
+    draw = torch.Generator().manual_seed(0)
+    ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(4)}
+    x, q = torch.randn(9, 4, generator=draw), torch.randn(2, 4, generator=draw)
+    index, queries = (build_from_python(ell, w, [rows], transform=as_blocks()) for rows in (x, q))
+    texts = [f"text {n}" for n in range(9)]
+    how: dict[str, Any] = {"k": K, "sample": 7, "progress": False}
+    made = explorer.page(index, texts=texts, queries=queries, query_texts=["one?", "two?"], title="mine", **how)
+    found = read(made.html)
+    assert (found[0]["title"], found[0]["texts"], found[0]["queries"]) == ("mine", texts, ["one?", "two?"])
+    inner, _, asked, _ = found[0]["views"]
+    check(found, inner, (x @ x.mT).double(), (x @ x.mT)[None].double(), own=True)
+    check(found, asked, (q @ x.mT).double(), (q @ x.mT)[None].double())
+    # scores by any method; numbers looked up by a function; nothing given is known by its number
+    dense = Attributor(index).scores(queries.rows(), fingerprint=queries.fingerprint)
+    found = read(explorer.page(index, texts=lambda numbers: [str(n) for n in numbers], scores=dense, **how).html)
+    check(found, found[0]["views"][2], dense.double())
+    assert found[0]["texts"] == [str(n) for n in range(9)]
+    both = explorer.Ends(
+        torch.stack([dense.topk(K).values, dense.topk(K, largest=False).values], 1),
+        torch.stack([dense.topk(K).indices, dense.topk(K, largest=False).indices], 1),
+    )
+    found = read(explorer.page(index, scores=both, **how).html)
+    assert (found[0]["texts"][3], found[0]["queries"]) == ("example 3", ["query 0", "query 1"])
+    assert "counts" not in found[0]["views"][2]
+    # a page in a notebook, and in a file
+    assert made._repr_html_().count("<iframe") == 1
+    assert unescape(re.findall('srcdoc="(.*?)"', made._repr_html_(), re.S)[0]) == made.html
+    assert made.save(tmp_path / "new" / "page.html").read_text() == made.html
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        made.save(tmp_path / "new" / "page.html")
+    for wrong, message in (
+        ({"texts": ["a"]}, "texts has 1 entries, and example 8 needs one"),
+        ({"texts": lambda numbers: ["a"]}, "returned 1 texts of 9 numbers"),
+        ({"scores": dense, "queries": queries}, "pass one of them"),
+        ({"scores": dense[:, :4]}, r"the scores have 4 examples, and 9 are shown: pass \[q, n\]"),
+        ({"scores": both, "max_examples": 4}, "raise max_examples"),
+        ({"scores": both, "k": 4}, "k must be at most 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explorer.page(index, **(how | wrong))
+
+
+def test_a_token_index_without_tokens_of_its_texts_has_no_colours(runs: Path) -> None:
+    from influence import explorer
+
+    found = read(explorer.page(runs / "tokens", texts=["plain"] * DOCUMENTS, k=K, progress=False).html)
+    assert found[0]["texts"] == ["plain"] * DOCUMENTS
+    assert "pieces" not in found[0]
+    assert not any("tokens" in view for view in found[0]["views"])
 
 
 def test_a_page_is_served_to_this_machine_alone() -> None:

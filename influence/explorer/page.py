@@ -218,7 +218,7 @@ def _read(texts: Texts | None, numbers: Sequence[int], argument: str, kind: str)
         return found
     if max(numbers) >= len(texts):
         raise ValueError(
-            f"{argument} has {len(texts):,} entries, and there is a {kind} {max(numbers)}: pass the texts of all"
+            f"{argument} has {len(texts):,} entries, and {kind} {max(numbers)} needs one: pass the texts of all"
         )
     return [texts[number] for number in numbers]
 
