@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from influence import data, models
 from influence.cli import COMMANDS, _kind, main
-from influence.data import parsing, templates
+from influence.data import child, parsing
 from influence.data import parsing as sizes
 from influence.flags import names_of
 from influence.index import rows as reading
@@ -673,6 +673,6 @@ def test_what_is_said_to_type_can_be_typed() -> None:
     for module in re.findall(r"`(influence(?:\.\w+)+)`", text):
         assert pkgutil.resolve_name(module)
     assert f"{sizes.LARGEST_ROW >> 20} MiB; {sizes.DEEPEST} brackets" in text
-    assert f"{templates.LIMITS.seconds:g} s of a processor, {templates.LIMITS.memory >> 30} GiB" in text
+    assert f"{child.LIMITS.seconds:g} s of a processor, {child.LIMITS.memory >> 30} GiB" in text
     assert f"{parsing.LARGEST >> 20} MiB, {parsing.VALUES:,} values" in text
     assert f"{contents.LARGEST >> 20} MiB; its tensors" in text
