@@ -57,12 +57,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build.BuildConfig(str(place / "asked"), model_config(), questions(), "loss", transform=ask, execution=FAST)
     )
     reduce.run(reduce.ReduceConfig(str(place / "mean"), model_config(), questions(), transform=ask, execution=FAST))
-    for name, top in (("all", None), ("best", K)):
+    for name, how in (("all", {}), ("best", {"top_k": K}), ("tokens", {"per_token": "loss"})):
         scored = build_config(place / f"scores-{name}")
         query = (str(place / "questions"), str(place / "mean"))
-        score.run(
-            score.ScoreConfig(scored.run, scored.model, scored.data, query, top_k=top, transform=ask, execution=FAST)
-        )
+        given: dict[str, Any] = {"transform": ask, "execution": FAST, **how}
+        score.run(score.ScoreConfig(scored.run, scored.model, scored.data, query, **given))
     return place
 
 
@@ -178,11 +177,11 @@ def test_queries_and_scores_are_those_of_dense_products(runs: Path) -> None:
         assert found[0]["queries"] == [line["text"] for line in lines("questions.jsonl")]
     _, mean = dense(runs / "mean")
     scores = torch.cat([parts["inner product"], both_measures(mean, corpus)["inner product"]], 1).sum(0)
-    for name in ("scores-all", "scores-best"):
+    for name in ("scores-all", "scores-best", "scores-tokens"):  # of tokens' scores, their sums
         found = page(runs, "corpus", queries=str(runs / name))
         [view] = [view for view in found[0]["views"] if view["of"] == "queries"]
         check(found, view, scores)
-        assert ("counts" in view) == (name == "scores-all")
+        assert ("counts" in view) == (name != "scores-best")
         assert len(found[0]["queries"]) == len(scores)
         assert found[0]["queries"][-1] == f"mean of {world() / 'questions.jsonl'}"
 
