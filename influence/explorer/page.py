@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -236,14 +236,13 @@ def _shown(texts: list[Text], per_token: bool, options: PageOptions, most: int) 
 
 def _notes(title: str, index: Index, count: int, cut: int, most: int, options: PageOptions) -> list[str]:
     """Return what the page shows and what it leaves out, in sentences."""
-    recorded: dict[str, Any] = index.fingerprint.recorded
     powers = index.fingerprint.complement.get("curvature", [])
     sampled = min(options.sample, count)
     notes = [
         f"{count:,} of {index.examples:,} examples of {title}: " + ("all" if count == index.examples else "the first"),
         f"{min(options.k, count - 1)} at either end of each example's scores with the others shown, itself left out",
         "a score is the inner product of two rows: positive where a step on one lowers the other's loss",
-        f"rows: {recorded.get('transform', 'as they were collected')}",
+        f"rows: {index.fingerprint.recorded.get('transform', 'as they were collected')}",
         f"histograms and spectra: of {sampled:,} examples" + ("" if sampled == count else ", evenly spaced"),
         "blue is positive, orange negative (in a text, dotted below)",
         "effective rank: exp of the entropy of the eigenvalues' shares; the Gram matrix is not centred",

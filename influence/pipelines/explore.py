@@ -159,23 +159,20 @@ def _asked(config: ExploreConfig, index: Index) -> dict[str, Any]:
     if rows is not None and rows.about.kind != "scores":
         run, number = path, rows.examples
         return {"queries": rows, "query_texts": lambda _: _query_texts(run, number, config.trust_remote_code)}
-    scores = _kept_scores(config, index) if rows is None else _all_scores(config, index, rows)
+    scores: explorer.Ends | Tensor
+    scores, numbers = _kept_scores(config, index) if rows is None else _all_scores(config, index, rows)
     names = names_in(path, "query")
-    names += [column(number) for number in range(len(names), len(scores))]
+    names += [column(number) for number in range(len(names), len(numbers))]
 
     def texts(_: Sequence[int]) -> list[str]:
-        numbers = [len(one if isinstance(one, Tensor) else one.values) for one in scores]
-        each = zip(names, numbers, strict=True)
+        each = zip(names, numbers, strict=False)  # a configuration may name more
         return [text for name, number in each for text in _query_texts(name, number, config.trust_remote_code)]
 
-    if rows is None:
-        values, indices = (torch.cat([getattr(one, part) for one in scores]) for part in ("values", "indices"))
-        return {"scores": explorer.Ends(values, indices), "query_texts": texts}
-    return {"scores": torch.cat(scores), "query_texts": texts}
+    return {"scores": scores, "query_texts": texts}
 
 
-def _all_scores(config: ExploreConfig, index: Index, scores: Index) -> list[Float[Tensor, "q n"]]:
-    """Return each query run's scores of the examples that are shown; of tokens' scores their sums by example."""
+def _all_scores(config: ExploreConfig, index: Index, scores: Index) -> tuple[Float[Tensor, "q n"], list[int]]:
+    """Return the scores of the examples that are shown (tokens' scores summed), and how many each query run has."""
     count = min(config.max_examples, index.examples)
     if not torch.equal(scores.index[:count], index.index[:count]):
         raise ValueError(
@@ -189,13 +186,13 @@ def _all_scores(config: ExploreConfig, index: Index, scores: Index) -> list[Floa
         each = scores.rows([name], 0, rows)[name]
         each = summed_tokens(each, scores.offsets[: count + 1]) if scores.per_token else each
         found.append(each.mT.contiguous())
-    return found
+    return torch.cat(found), [len(each) for each in found]
 
 
-def _kept_scores(config: ExploreConfig, index: Index) -> list[explorer.Ends]:
-    """Return each query run's best and worst examples, as places among those that are shown."""
+def _kept_scores(config: ExploreConfig, index: Index) -> tuple[explorer.Ends, list[int]]:
+    """Return the best and worst examples, as places among those that are shown, and how many each query run has."""
     assert config.queries is not None
-    kept, found = read_best(config.queries), []
+    kept, values, indices = read_best(config.queries), [], []
     shown = index.index[: min(config.max_examples, index.examples)]
     for number in range(len(kept) // 2):
         heaps = [kept[f"{column(number)}/{end}"] for end in ("best", "worst")]
@@ -209,8 +206,9 @@ def _kept_scores(config: ExploreConfig, index: Index) -> list[explorer.Ends]:
             raise ValueError(
                 f"{config.queries} found examples that are not shown: raise --max-examples, or score the run's dataset"
             )
-        found.append(explorer.Ends(torch.stack([heap.values[:, : config.k] for heap in heaps], 1), places))
-    return found
+        values.append(torch.stack([heap.values[:, : config.k] for heap in heaps], 1))
+        indices.append(places)
+    return explorer.Ends(torch.cat(values), torch.cat(indices)), [len(each) for each in values]
 
 
 def _query_texts(path: str, number: int, trust: bool) -> list[str]:
