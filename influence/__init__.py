@@ -33,6 +33,7 @@ __all__ = [
     "down_project",
     "eigen_whiten",
     "explain",
+    "explorer",
     "fold",
     "functionalize",
     "hessians",
@@ -58,7 +59,7 @@ __all__ = [
     "viz",
 ]
 
-ROOMS = ("hessians", "index", "sgmcmc", "train", "viz")
+ROOMS = ("explorer", "hessians", "index", "sgmcmc", "train", "viz")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

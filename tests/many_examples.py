@@ -2,7 +2,7 @@
 
 import torch
 
-from influence.pipelines.page import Page
+from influence.explorer.html_page import Draft
 
 WORDS = ["the", "home", "attic", "you", "may", "feed", "dates", "talent", "weaving", "watch", "while", "find", "lives"]
 
@@ -11,7 +11,7 @@ def page_of_many(n: int, k: int = 10, blocks: int = 14) -> str:
     """Return a page as the defaults of `influence explore` make it: two measures, `k` at either end, texts of 90."""
     draw = torch.Generator().manual_seed(0)
     words = torch.randint(len(WORDS), (n, 18), generator=draw).tolist()
-    page = Page({"title": "many", "count": n, "k": k, "texts": [" ".join(WORDS[w] for w in one) for one in words]})
+    page = Draft({"title": "many", "count": n, "k": k, "texts": [" ".join(WORDS[w] for w in one) for one in words]})
     page.facts |= {"loss": page.pack(torch.rand(n, generator=draw)), "number": page.pack(torch.arange(n))}
     views = []
     for name in ("inner product", "cosine"):
@@ -27,4 +27,4 @@ def page_of_many(n: int, k: int = 10, blocks: int = 14) -> str:
         packed = {part: page.pack(values) for part, values in view.items()}
         views.append({"of": "examples", "name": name, "k": k, "spectrum": spectrum, "blocks": ranks, **packed})
     page.facts |= {"views": views, "notes": []}
-    return page.html()
+    return page.finish().html

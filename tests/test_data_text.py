@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence.data import TextFormat, load, tokenize
-from influence.data.templates import each
+from influence.data.child import one_by_one
 from tests import tokenizers_zoo as zoo
 
 NO = -100
@@ -309,8 +309,8 @@ def test_without_a_chat_template_turns_are_concatenated_with_a_notice(case: Gold
 
 
 def here(function: Any, items: Any, what: str) -> Any:
-    """What `apart` returns, without a child."""
-    return json.loads(json.dumps(each(function, items)))
+    """What `in_child` returns, without a child."""
+    return json.loads(json.dumps(one_by_one(function, items)))
 
 
 @pytest.mark.parametrize("chat", [zoo.CHAT, zoo.CHAT_BLOCKS], ids=["by difference", "by blocks"])
@@ -331,7 +331,7 @@ def test_any_conversation_has_its_answers_labelled(chat: str, end_of_turn: bool,
     said = any(content for _, content in talk)
     expected = (ids, labels) if said else ([], [])
     form = TextFormat(conversation_column="m", end_of_turn=end_of_turn)
-    with mock.patch("influence.data.slices.apart", here):  # a child for each is slow
+    with mock.patch("influence.data.slices.in_child", here):  # a child for each is slow
         assert tokens(Golden("", tokenizer, row, form, *expected)) == expected
 
 

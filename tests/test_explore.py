@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 import threading
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 from influence.cli import main
+from influence.explorer.html_page import server
 from influence.index import open_index
 from influence.pipelines import build, reduce, score
 from influence.pipelines.explore import ExploreConfig, page_of
 from influence.pipelines.explore import run as explore
 from influence.pipelines.frame.configs import TransformConfig
 from influence.pipelines.frame.texts import cut
-from influence.pipelines.serve import server
 from tests.browser import Browser, chromium
 from tests.many_examples import page_of_many
 from tests.pipeline_world import DOCUMENTS, FAST, build_config, lines, model_config, questions, world
@@ -56,17 +57,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build.BuildConfig(str(place / "asked"), model_config(), questions(), "loss", transform=ask, execution=FAST)
     )
     reduce.run(reduce.ReduceConfig(str(place / "mean"), model_config(), questions(), transform=ask, execution=FAST))
-    for name, top in (("all", None), ("best", K)):
+    for name, how in (("all", {}), ("best", {"top_k": K}), ("tokens", {"per_token": "loss"})):
         scored = build_config(place / f"scores-{name}")
         query = (str(place / "questions"), str(place / "mean"))
-        score.run(
-            score.ScoreConfig(scored.run, scored.model, scored.data, query, top_k=top, transform=ask, execution=FAST)
-        )
+        given: dict[str, Any] = {"transform": ask, "execution": FAST, **how}
+        score.run(score.ScoreConfig(scored.run, scored.model, scored.data, query, **given))
     return place
 
 
 def page(runs: Path, name: str, **changes: Any) -> Any:
-    return read(page_of(ExploreConfig(str(runs / name), **{"k": K, "sample": 7} | changes)).html())
+    return read(page_of(ExploreConfig(str(runs / name), **{"k": K, "sample": 7} | changes)).html)
 
 
 def check(page: Any, view: dict[str, Any], scores: Tensor, parts: Tensor | None = None, own: bool = False) -> None:
@@ -177,11 +177,11 @@ def test_queries_and_scores_are_those_of_dense_products(runs: Path) -> None:
         assert found[0]["queries"] == [line["text"] for line in lines("questions.jsonl")]
     _, mean = dense(runs / "mean")
     scores = torch.cat([parts["inner product"], both_measures(mean, corpus)["inner product"]], 1).sum(0)
-    for name in ("scores-all", "scores-best"):
+    for name in ("scores-all", "scores-best", "scores-tokens"):  # of tokens' scores, their sums
         found = page(runs, "corpus", queries=str(runs / name))
         [view] = [view for view in found[0]["views"] if view["of"] == "queries"]
         check(found, view, scores)
-        assert ("counts" in view) == (name == "scores-all")
+        assert ("counts" in view) == (name != "scores-best")
         assert len(found[0]["queries"]) == len(scores)
         assert found[0]["queries"][-1] == f"mean of {world() / 'questions.jsonl'}"
 
@@ -302,6 +302,61 @@ def test_rows_with_all_of_an_inverse_are_shown_with_queries_alone(tmp_path: Path
     check(found, found[0]["views"][0], wanted @ mine.mT)
 
 
+def test_from_python_a_page_of_any_index_and_any_scores(tmp_path: Path) -> None:
+    from influence import Attributor, as_blocks, explorer
+    from influence import build as build_from_python
+
+    draw = torch.Generator().manual_seed(0)
+    ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(4)}
+    x, q = torch.randn(9, 4, generator=draw), torch.randn(2, 4, generator=draw)
+    index, queries = (build_from_python(ell, w, [rows], transform=as_blocks()) for rows in (x, q))
+    texts = [f"text {n}" for n in range(9)]
+    how: dict[str, Any] = {"k": K, "sample": 7, "progress": False}
+    made = explorer.page(index, texts=texts, queries=queries, query_texts=["one?", "two?"], title="mine", **how)
+    found = read(made.html)
+    assert (found[0]["title"], found[0]["texts"], found[0]["queries"]) == ("mine", texts, ["one?", "two?"])
+    inner, _, asked, _ = found[0]["views"]
+    check(found, inner, (x @ x.mT).double(), (x @ x.mT)[None].double(), own=True)
+    check(found, asked, (q @ x.mT).double(), (q @ x.mT)[None].double())
+    # scores by any method; numbers looked up by a function; nothing given is known by its number
+    dense = Attributor(index).scores(queries.rows(), fingerprint=queries.fingerprint)
+    found = read(explorer.page(index, texts=lambda numbers: [str(n) for n in numbers], scores=dense, **how).html)
+    check(found, found[0]["views"][2], dense.double())
+    assert found[0]["texts"] == [str(n) for n in range(9)]
+    both = explorer.Ends(
+        torch.stack([dense.topk(K).values, dense.topk(K, largest=False).values], 1),
+        torch.stack([dense.topk(K).indices, dense.topk(K, largest=False).indices], 1),
+    )
+    found = read(explorer.page(index, scores=both, **how).html)
+    assert (found[0]["texts"][3], found[0]["queries"]) == ("example 3", ["query 0", "query 1"])
+    assert "counts" not in found[0]["views"][2]
+    # a page in a notebook, and in a file
+    assert made._repr_html_().count("<iframe") == 1
+    assert unescape(re.findall('srcdoc="(.*?)"', made._repr_html_(), re.S)[0]) == made.html
+    assert made.save(tmp_path / "new" / "page.html").read_text() == made.html
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        made.save(tmp_path / "new" / "page.html")
+    for wrong, message in (
+        ({"texts": ["a"]}, "texts has 1 entries, and example 8 needs one"),
+        ({"texts": lambda numbers: ["a"]}, "returned 1 texts of 9 numbers"),
+        ({"scores": dense, "queries": queries}, "pass one of them"),
+        ({"scores": dense[:, :4]}, r"the scores have 4 examples, and 9 are shown: pass \[q, n\]"),
+        ({"scores": both, "max_examples": 4}, "raise max_examples"),
+        ({"scores": both, "k": 4}, "k must be at most 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            explorer.page(index, **(how | wrong))
+
+
+def test_a_token_index_without_tokens_of_its_texts_has_no_colours(runs: Path) -> None:
+    from influence import explorer
+
+    found = read(explorer.page(runs / "tokens", texts=["plain"] * DOCUMENTS, k=K, progress=False).html)
+    assert found[0]["texts"] == ["plain"] * DOCUMENTS
+    assert "pieces" not in found[0]
+    assert not any("tokens" in view for view in found[0]["views"])
+
+
 def test_a_page_is_served_to_this_machine_alone() -> None:
     with server("<p>é</p>") as serving:
         thread = threading.Thread(target=serving.serve_forever, daemon=True)
@@ -320,7 +375,7 @@ def test_a_page_is_served_to_this_machine_alone() -> None:
             assert answer.read().decode() == ("<p>é</p>" if status == 200 else "")
             asked.close()
         serving.shutdown()
-        with pytest.raises(ValueError, match="another --port"):
+        with pytest.raises(ValueError, match="another port"):
             server("", place[1])
 
 

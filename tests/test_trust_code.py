@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from influence import data, models
 from influence.cli import COMMANDS, _kind, main
-from influence.data import parsing, templates
+from influence.data import child, parsing
 from influence.data import parsing as sizes
 from influence.flags import names_of
 from influence.index import rows as reading
@@ -605,7 +605,7 @@ SITES = {
     "render_jinja_template": {"data/chat.py"},
     "from_string": {"data/templates.py"},
     "read_index": {"index/faiss_search.py"},
-    "from_pretrained": {"models/load.py", "pipelines/frame/loading.py", "pipelines/reading_texts.py"},
+    "from_pretrained": {"models/load.py", "pipelines/frame/loading.py", "pipelines/frame/texts.py"},
 }
 """Where files, or names from files, may lead to code; each is a line of docs/trust.md. Nothing else may be added."""
 PICKLES = {"pickle", "numpy", "np", "marshal", "joblib", "dill", "shelve"}
@@ -673,6 +673,6 @@ def test_what_is_said_to_type_can_be_typed() -> None:
     for module in re.findall(r"`(influence(?:\.\w+)+)`", text):
         assert pkgutil.resolve_name(module)
     assert f"{sizes.LARGEST_ROW >> 20} MiB; {sizes.DEEPEST} brackets" in text
-    assert f"{templates.LIMITS.seconds:g} s of a processor, {templates.LIMITS.memory >> 30} GiB" in text
+    assert f"{child.LIMITS.seconds:g} s of a processor, {child.LIMITS.memory >> 30} GiB" in text
     assert f"{parsing.LARGEST >> 20} MiB, {parsing.VALUES:,} values" in text
     assert f"{contents.LARGEST >> 20} MiB; its tensors" in text

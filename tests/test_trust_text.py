@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from influence.cli import main
-from influence.data import TextFormat, load, parsing, templates, tokenize
-from influence.data import templates as apart
+from influence.data import TextFormat, child, load, parsing, templates, tokenize
+from influence.data.child import ItemError, Limits
 from influence.data.parsing import yaml_of
-from influence.data.templates import ItemError, Limits, Template
+from influence.data.templates import Template
 from influence.pipelines.frame.config_file import read_config
 from influence.pipelines.frame.configs import DataConfig
 from influence.pipelines.frame.texts import texts_of
@@ -49,7 +49,7 @@ QUICK = Limits(seconds=0.5, memory=1 << 28, result=1 << 20)
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower the limits, that tests be quick."""
-    monkeypatch.setattr(apart, "LIMITS", QUICK)
+    monkeypatch.setattr(child, "LIMITS", QUICK)
 
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=[*ENDLESS])
@@ -81,10 +81,10 @@ def test_a_chat_template_is_stopped_too(source: str, quick: None) -> None:
 def test_prompts_and_the_texts_of_a_query_are_rendered_apart_too(quick: None, tmp_path: Path) -> None:
     endless = Template(ENDLESS["loops in loops"], "b")
     rows = load([{"a": "ok", "b": "yes", "r": 1.0}])
-    from influence.data.slices import reading
+    from influence.data.slices import slice_reader
 
     with pytest.raises(ValueError, match="the template was stopped"):
-        reading(rows, zoo.bpe(), TextFormat(template=endless), None, False, "r").prompts([*rows])
+        slice_reader(rows, zoo.bpe(), TextFormat(template=endless), None, False, "r").prompts([*rows])
     (tmp_path / "rows.jsonl").write_text('{"a": "ok"}\n')
     (tmp_path / "endless.yaml").write_text(json.dumps({"doc_to_text": ENDLESS["loops in loops"]}))
     data = DataConfig(str(tmp_path / "rows.jsonl"), template=str(tmp_path / "endless.yaml"))
@@ -93,10 +93,10 @@ def test_prompts_and_the_texts_of_a_query_are_rendered_apart_too(quick: None, tm
 
 def test_what_is_made_apart_is_what_is_made_here() -> None:
     items = ["", "a\n\u2028\ud800", "é" * 1000, None, 1, [1.5, {"a": True}]]
-    assert apart.apart(lambda item: item, items, "it") == apart.each(lambda item: item, items) == items
-    assert apart.apart(lambda item: item, [], "it") == []
+    assert child.in_child(lambda item: item, items, "it") == child.one_by_one(lambda item: item, items) == items
+    assert child.in_child(lambda item: item, [], "it") == []
     seen: list[int] = []
-    assert apart.apart(lambda item: seen.append(item), [1], "it") == [None]
+    assert child.in_child(lambda item: seen.append(item), [1], "it") == [None]
     assert seen == []  # a child's memory is its own
 
 
@@ -106,22 +106,22 @@ def test_errors_apart_say_of_which_item_and_what() -> None:
             raise ValueError("not two")
         return 1 // (item - 3)
 
-    for function in (apart.each, lambda *given: apart.apart(*given, "it")):
+    for function in (child.one_by_one, lambda *given: child.in_child(*given, "it")):
         with pytest.raises(ItemError, match=r"^not two$") as refusal:
             function(refuse, [0, 1, 2, 3])
         assert refusal.value.item == 2
     with pytest.raises(ItemError, match=r"^it failed: ZeroDivisionError") as refusal:
-        apart.apart(refuse, [0, 3], "it")
+        child.in_child(refuse, [0, 3], "it")
     assert refusal.value.item == 1
     with pytest.raises(ItemError, match=r"^it ended its process \(status 3"):
-        apart.apart(lambda item: os._exit(3), [0], "it")
+        child.in_child(lambda item: os._exit(3), [0], "it")
 
 
 def test_no_child_is_left_and_no_file_is_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     for function in (lambda item: item, lambda item: os._exit(1), lambda item: 1 // 0):
         with contextlib.suppress(ItemError):
-            apart.apart(function, [1, 2], "it")
+            child.in_child(function, [1, 2], "it")
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -130,10 +130,10 @@ def test_no_child_is_left_and_no_file_is_open() -> None:
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """A parent that is killed leaves nobody behind who holds its locks."""
     script = (
-        "import os, signal, sys\nfrom influence.data.templates import Limits, apart\n"
+        "import os, signal, sys\nfrom influence.data.child import Limits, in_child\n"
         "def work(item):\n    open(sys.argv[1], 'w').write(str(os.getpid()))\n"
         "    os.kill(os.getppid(), signal.SIGKILL)\n    while True: pass\n"
-        "apart(work, [0], 'it', Limits(seconds=600))\n"
+        "in_child(work, [0], 'it', Limits(seconds=600))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "pid")], check=False)
     assert done.returncode == -9
@@ -255,7 +255,7 @@ def test_a_row_that_is_too_deep_kills_nobody(kind: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b", "more": ' + DEEP[kind] + "}\n")
     for source in (tmp_path / "rows.jsonl", tmp_path):
         with pytest.raises(ItemError, match=r"rows\.jsonl, line \d+, is nested too deeply: it has more than 100"):
-            apart.apart(lambda path: len(load(str(path))), [source], "reading")
+            child.in_child(lambda path: len(load(str(path))), [source], "reading")
 
 
 def test_a_row_that_is_too_large_is_refused_before_a_reader_meets_it(tmp_path: Path) -> None:

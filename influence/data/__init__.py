@@ -1,4 +1,4 @@
-"""Datasets to token batches: sources, text, chat, templates, chunks, rewards, packing."""
+"""Datasets become token batches: loading, text, chat, templates, chunks, rewards, packing."""
 
 from influence.data.batches import batches, collate, pack
 from influence.data.budget import auto_token_budget

@@ -1,4 +1,4 @@
-"""Shards to padded batches, made ahead of use."""
+"""Padded batches from shards, packed by length and made ahead by a thread."""
 
 import atexit
 import queue
@@ -86,8 +86,8 @@ def batches(
     if isinstance(source, list):
         for shard in source:
             pack(shard.lengths.amax(0, keepdim=True) if len(shard) else shard.lengths, token_budget, max_rows)
-    made = _made(source, token_budget, max_rows)
-    return _ahead(made, prefetch) if prefetch > 0 else made
+    made = _packed_batches(source, token_budget, max_rows)
+    return _prefetched(made, prefetch) if prefetch > 0 else made
 
 
 def collate(shard: Tokenized, rows: Int[Tensor, " n"]) -> dict[str, Tensor]:
@@ -122,20 +122,22 @@ def collate(shard: Tokenized, rows: Int[Tensor, " n"]) -> dict[str, Tensor]:
 def _padded(
     flat: Int[Tensor, " t"], place: Int[Tensor, "n s"], real: Bool[Tensor, "n s"], fill: int
 ) -> Int[Tensor, "n s"]:
-    """Return the numbers at some places, and another where there is none."""
+    """Return `flat[place]` where `real`, and `fill` elsewhere."""
     if not len(flat):
         return torch.full(place.shape, fill)
     return flat[place.clamp_max(len(flat) - 1)].long().where(real, fill)
 
 
-def _made(shards: Iterable[Tokenized], token_budget: int, max_rows: int | None) -> Iterator[dict[str, Tensor]]:
+def _packed_batches(
+    shards: Iterable[Tokenized], token_budget: int, max_rows: int | None
+) -> Iterator[dict[str, Tensor]]:
     for shard in shards:
         for rows in pack(shard.lengths, token_budget, max_rows):
             yield collate(shard, rows)
 
 
-def _ahead(made: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
-    """Yield what an iterator yields, taken from it by a thread which is `count` items ahead at most."""
+def _prefetched(made: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield an iterator's items, which a thread takes at most `count` items ahead."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(count)
     closed = threading.Event()
 

@@ -1,10 +1,8 @@
-"""How large a batch may be: tried on the device, and remembered."""
+"""The largest token budget that fits a device, found by trials and cached in a file."""
 
 import gc
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from influence.data.batches import collate
 from influence.data.parsing import json_of
 from influence.data.tokenized import Tokenized
-from influence.store import BadFileError
+from influence.store import BadFileError, output_file
 
 
 def auto_token_budget(
@@ -95,7 +93,8 @@ def auto_token_budget(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     if cache is not None:
-        _write(Path(cache), known | {name: about | {"token_budget": low * width}})
+        with output_file(cache) as file:
+            file.write_text(json.dumps(known | {name: about | {"token_budget": low * width}}, indent=1))
     return low * width
 
 
@@ -115,18 +114,9 @@ def _fits(trial: Callable[[dict[str, Tensor]], object], batch: dict[str, Tensor]
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """Return what a budget depends on besides the run."""
+    """Return what a budget depends on besides the run: torch and the device."""
     about: dict[str, Any] = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about |= {"name": properties.name, "memory": properties.total_memory}
     return about
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(name, path)

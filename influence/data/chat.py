@@ -1,8 +1,8 @@
-"""Conversations as text, with the spans of it which the assistant says.
+"""Conversations become text with the spans that the assistant says, for labels.
 
-A span comes from the template itself: from its `{% generation %}` blocks, or, where it has none, as the part of the
-text that changes when what the turn says is replaced by a character that occurs nowhere else. Texts are never searched
-for what a turn says: a template may strip it, and another turn may say the same.
+A span comes from the template itself: from its `{% generation %}` blocks or, without any, as the part of the text that
+changes when the turn's content is replaced by a character that occurs nowhere else. The text is never searched for the
+content: a template may strip it, and another turn may have the same.
 """
 
 import functools
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 from influence.data.documents import Document, Message
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""How a template marks what the model generates."""
+"""The block by which a template marks what the model generates."""
 
 PRIVATE = "\ue000\ue001\ue002\ue003"
-"""Characters without a meaning: one that a conversation does not use stands for a turn's content."""
+"""Characters without a meaning: one that a conversation doesn't use stands for a turn's content."""
 
 
 class Span(NamedTuple):
@@ -35,13 +35,13 @@ class Span(NamedTuple):
     closed: bool = False
 
 
-class Marked(NamedTuple):
+class SpannedText(NamedTuple):
     """A text and its labelled spans.
 
     Attributes:
         text: the text.
-        spans: what of it is labelled, in order; `None` for all.
-        bare: whether it lacks the special tokens which the tokenizer puts around a text.
+        spans: its labelled parts, in order; `None` for all of it.
+        bare: whether it lacks the special tokens that the tokenizer puts around a text.
     """
 
     text: str
@@ -49,20 +49,20 @@ class Marked(NamedTuple):
     bare: bool
 
 
-def marked_from(parts: list[Any] | None) -> Marked | None:
-    """Return a marked text that was JSON in between."""
+def spanned_from(parts: list[Any] | None) -> SpannedText | None:
+    """Return a marked text from its JSON."""
     if parts is None:
         return None
     text, spans, bare = parts
-    return Marked(text, None if spans is None else tuple(Span(*span) for span in spans), bare)
+    return SpannedText(text, None if spans is None else tuple(Span(*span) for span in spans), bare)
 
 
 Render: TypeAlias = Callable[[Sequence[Message]], tuple[str, list[tuple[int, int]]]]
 """Messages to their text and the `{% generation %}` blocks in it."""
 
 
-def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
-    """Return the function from documents to marked texts, and whether it uses a chat template, which wants to be apart.
+def marker(tokenizer: Any) -> tuple[Callable[[Document], SpannedText], bool]:
+    """Return the function from documents to marked texts, and whether it renders a chat template (in a child, then).
 
     Without a chat template the turns are concatenated as they are, with the tokenizer's end-of-sequence token after
     each of the assistant's.
@@ -94,19 +94,20 @@ def marker(tokenizer: Any) -> tuple[Callable[[Document], Marked], bool]:
     import transformers.utils.chat_template_utils  # noqa: F401 (before the process that renders begins)
 
     @functools.cache
-    def spans() -> Callable[[Sequence[Message], Render], Marked]:  # which renders, so not before there is a document
+    def spans() -> Callable[[Sequence[Message], Render], SpannedText]:
+        # this renders, so it waits until there is a document
         return _by_blocks if generated and _in_place(render) else _by_difference
 
-    def mark(document: Document) -> Marked:
+    def mark(document: Document) -> SpannedText:
         if document.text is not None:
-            return Marked(document.text, None, bare=True)
+            return SpannedText(document.text, None, bare=True)
         return spans()(document.messages, render)
 
     return mark, True
 
 
 def _in_place(render: Render) -> bool:
-    """Whether a template's blocks are where it says: transformers loses the place of one that Jinja captures first."""
+    """Whether the places of a template's blocks are right: transformers loses those that Jinja captures first."""
     answer = PRIVATE[0]
     try:
         text, blocks = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
@@ -115,7 +116,7 @@ def _in_place(render: Render) -> bool:
     return answer not in text or any(answer in text[begin:end] for begin, end in blocks)
 
 
-def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
+def _by_blocks(messages: Sequence[Message], render: Render) -> SpannedText:
     """Take the spans from the template's own blocks."""
     text, blocks = render(messages)
     tails: dict[int, str] = {}
@@ -125,11 +126,11 @@ def _by_blocks(messages: Sequence[Message], render: Render) -> Marked:
             tails |= {len(inner) - 1: shorter[inner[-1][1] :]} if inner else {}
     ends = [end + _common(text[end:], tails.get(number, "")) for number, (_, end) in enumerate(blocks)]
     spans = [Span(begin, end, stop, closed=True) for (begin, end), stop in zip(blocks, ends, strict=True)]
-    return Marked(text, tuple(spans), bare=False)
+    return SpannedText(text, tuple(spans), bare=False)
 
 
-def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
-    """Take as a span what changes with a turn's content.
+def _by_difference(messages: Sequence[Message], render: Render) -> SpannedText:
+    """Take the part that changes with a turn's content as its span.
 
     Raises:
         ValueError: if the template does more with a content than to put it, stripped or not, in one place, or the turn
@@ -161,11 +162,11 @@ def _by_difference(messages: Sequence[Message], render: Render) -> Marked:
             alone = _around(messages[: k + 1], k, render)
             tail = tail[: _common(tail, alone[1] if alone else "")]
         spans.append(Span(len(head), end, end + len(tail)))
-    return Marked(text, tuple(spans), bare=False)
+    return SpannedText(text, tuple(spans), bare=False)
 
 
 def _around(messages: Sequence[Message], k: int, render: Render) -> tuple[str, str] | None:
-    """Return what a rendering has before and after the content of turn `k`, if it has it once."""
+    """Return the text before and after the content of turn `k`, if the content occurs once."""
     said = "".join(message["content"] for message in messages)
     mark = next((character for character in PRIVATE if character not in said), PRIVATE[0])
     pieces = render([*messages[:k], {**messages[k], "content": mark}, *messages[k + 1 :]])[0].split(mark)
@@ -176,10 +177,10 @@ def _fits(text: str, head: str, tail: str) -> bool:
     return len(head) + len(tail) <= len(text) and text.startswith(head) and text.endswith(tail)
 
 
-def _concatenated(document: Document, closing: str) -> Marked:
-    """Put turns one after the other, as they are."""
+def _concatenated(document: Document, closing: str) -> SpannedText:
+    """Join turns without a template."""
     if document.text is not None:
-        return Marked(document.text, None, bare=True)
+        return SpannedText(document.text, None, bare=True)
     text, spans = "", []
     for message in document.messages:
         begin, text = len(text), text + message["content"]
@@ -187,9 +188,9 @@ def _concatenated(document: Document, closing: str) -> Marked:
             ending = "" if closing and text.endswith(closing) else closing
             spans.append(Span(begin, len(text), len(text) + len(ending)))
             text += ending
-    return Marked(text, tuple(spans), bare=True)
+    return SpannedText(text, tuple(spans), bare=True)
 
 
 def _common(a: str, b: str) -> int:
-    """Return the length of the common beginning."""
+    """Return the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

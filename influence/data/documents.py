@@ -1,4 +1,4 @@
-"""The shapes of text: which columns of a row become a document, and who speaks in it."""
+"""Documents: which columns of a row hold the text, and who speaks in it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from influence.data import templates
-from influence.data.templates import Template, apart, each
+from influence.data.child import in_child, one_by_one
+from influence.data.templates import Template
 
 Message: TypeAlias = dict[str, Any]
 """A turn of a conversation: `role`, `content`, and whatever else the chat template reads."""
@@ -35,7 +36,7 @@ class TextFormat:
 
 
 class Document(NamedTuple):
-    """What a row says.
+    """The text of a row.
 
     Attributes:
         text: plain text, or `None`.
@@ -47,33 +48,26 @@ class Document(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is said."""
+        """Whether there is no text."""
         return not self.text and not any(message["content"] for message in self.messages)
 
     @property
     def bytes(self) -> int:
-        """How many bytes the text, or what all turns say, has."""
-        said = [self.text or "", *(message["content"] for message in self.messages)]
-        return sum(len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass")) for part in said)
+        """The bytes of the text, or of all turns."""
+        parts = [self.text or "", *(message["content"] for message in self.messages)]
+        return sum(len(part) if part.isascii() else len(part.encode("utf-8", "surrogatepass")) for part in parts)
 
     def prompt(self) -> str:
-        """Return what the last answer answers: equal prompts have rewards that can be compared."""
+        """Return all turns before the last answer: answers to equal prompts have rewards that can be compared."""
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "assistant"), default=0)
         return json.dumps(self.messages[:last], sort_keys=True, default=str)
 
 
 def reader(form: TextFormat, columns: list[str]) -> tuple[list[str], Callable[[Mapping[str, Any]], Document]]:
-    """Decide how rows are read.
-
-    Args:
-        form: which columns hold the text.
-        columns: the columns there are.
-
-    Returns:
-        The columns it reads, and the function from a row to its document.
+    """Return the columns to read, and the function from a row to its document.
 
     Raises:
-        ValueError: if the columns are not there, or the arguments exclude one another.
+        ValueError: if a column is not there, or settings of the format exclude one another.
 
     Example:
         >>> read = reader(TextFormat("q", "a"), ["q", "a"])[1]
@@ -84,42 +78,36 @@ def reader(form: TextFormat, columns: list[str]) -> tuple[list[str], Callable[[M
         if form.prompt_column or form.completion_column or form.conversation_column:
             raise ValueError("a template makes prompt and completion itself: pass template or columns, not both")
         template = form.template if isinstance(form.template, Template) else templates.read(form.template)
-        return columns, lambda row: _answered(*template.render(row))
+        return columns, lambda row: _dialogue(*template.render(row))
     if form.conversation_column is not None:
         if form.prompt_column or form.completion_column:
             raise ValueError("pass conversation_column, or prompt_column and completion_column, not both")
         name = form.conversation_column
-        return present([name], columns, "conversation_column"), lambda row: Document(None, _messages(row[name], name))
+        return require_columns([name], columns, "conversation_column"), lambda row: Document(
+            None, _messages(row[name], name)
+        )
     prompt, completion = form.prompt_column or "text", form.completion_column
     if completion is None:
-        return present([prompt], columns, "prompt_column"), lambda row: Document(_text(row[prompt], prompt))
-    named = present([prompt, completion], columns, "prompt_column and completion_column")
-    return named, lambda row: _answered(_text(row[prompt], prompt), _text(row[completion], completion))
+        return require_columns([prompt], columns, "prompt_column"), lambda row: Document(_text(row[prompt], prompt))
+    named = require_columns([prompt, completion], columns, "prompt_column and completion_column")
+    return named, lambda row: _dialogue(_text(row[prompt], prompt), _text(row[completion], completion))
 
 
 def read_documents(
     document_of: Callable[[Mapping[str, Any]], Document], rows: Sequence[Mapping[str, Any]], form: TextFormat
 ) -> list[Document]:
-    """Return the documents of rows; a template runs apart.
-
-    Args:
-        document_of: what `reader` returned.
-        rows: the rows.
-        form: what it was made of.
-
-    Returns:
-        The documents.
+    """Return the documents of rows by `reader`'s function; a template runs in a child process.
 
     Raises:
-        ItemError: at the first row that has none.
+        ItemError: at the first row that has no document.
     """
     if form.template is None:
-        return each(document_of, rows)
-    return [Document(text, tuple(messages)) for text, messages in apart(document_of, rows, "the template")]
+        return one_by_one(document_of, rows)
+    return [Document(text, tuple(messages)) for text, messages in in_child(document_of, rows, "the template")]
 
 
-def present(names: list[str], columns: list[str], argument: str) -> list[str]:
-    """Return names of columns, refusing those that are not there.
+def require_columns(names: list[str], columns: list[str], argument: str) -> list[str]:
+    """Return names of columns, refusing those that are missing.
 
     Raises:
         ValueError: listing the columns.
@@ -139,8 +127,8 @@ def _text(value: Any, name: str) -> str:
     return value or ""
 
 
-def _answered(prompt: str, completion: str | None) -> Document:
-    """Return a prompt and its completion as a conversation of two turns, or plain text."""
+def _dialogue(prompt: str, completion: str | None) -> Document:
+    """Return a prompt and its completion as two turns; without a completion, plain text."""
     if completion is None:
         return Document(prompt)
     return Document(None, ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion}))

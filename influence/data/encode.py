@@ -1,13 +1,13 @@
-"""Text to token ids and labels, special tokens once."""
+"""The encoder turns marked texts into token ids and labels, with special tokens added once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from influence.data.chat import Marked, Span
+from influence.data.chat import Span, SpannedText
 from influence.func.loss.losses import IGNORED
 
 
-class Encoded(NamedTuple):
+class TokenLists(NamedTuple):
     """Documents as tokens.
 
     Attributes:
@@ -21,14 +21,14 @@ class Encoded(NamedTuple):
     cut: int
 
 
-class Frame(NamedTuple):
-    """The special tokens which a tokenizer puts around a text."""
+class SpecialTokens(NamedTuple):
+    """The special tokens that a tokenizer puts around a text."""
 
     prefix: list[int]
     suffix: list[int]
 
 
-def frame_of(tokenizer: Any) -> Frame:
+def special_tokens_of(tokenizer: Any) -> SpecialTokens:
     """Return the special tokens that a tokenizer puts around a text.
 
     Raises:
@@ -41,7 +41,7 @@ def frame_of(tokenizer: Any) -> Frame:
         whole = tokenizer(word)["input_ids"]
         for k in range(len(whole) - len(inner) + 1 if inner else 0):
             if whole[k : k + len(inner)] == inner:
-                return Frame(whole[:k], whole[k + len(inner) :])
+                return SpecialTokens(whole[:k], whole[k + len(inner) :])
     if not any(tokenizer(word, add_special_tokens=False)["input_ids"] for word in words):
         raise ValueError(
             f"the tokenizer, a {type(tokenizer).__name__}, has no token for any of {len(words)} words, its own among "
@@ -53,17 +53,11 @@ def frame_of(tokenizer: Any) -> Frame:
 
 def encoder(
     tokenizer: Any, limit: int | None, end_of_turn: bool, separator: int | None = None
-) -> Callable[[Sequence[Marked | None]], Encoded]:
-    """Decide how marked texts become tokens.
+) -> Callable[[Sequence[SpannedText | None]], TokenLists]:
+    """Return the function from marked texts to tokens; an empty document, `None`, gets no special token either.
 
-    Args:
-        tokenizer: a fast tokenizer of `transformers`.
-        limit: cut documents to so many tokens; what the tokenizer puts at the end stays.
-        end_of_turn: label the special token that ends a labelled turn.
-        separator: put this token after each plain text that does not end in it.
-
-    Returns:
-        A function of marked texts, `None` for an empty document, which gets no special token either.
+    Documents are cut to `limit` tokens, closing special tokens included. `end_of_turn` labels the special token that
+    ends a labelled turn; `separator` is put after each plain text that does not end in it.
 
     Raises:
         ValueError: if the tokenizer cannot say which characters a token came from.
@@ -73,18 +67,18 @@ def encoder(
             f"{type(tokenizer).__name__} does not say which characters a token came from: use a fast tokenizer "
             "(AutoTokenizer.from_pretrained), or pass rows with input_ids and labels"
         )
-    frame = frame_of(tokenizer)
+    frame = special_tokens_of(tokenizer)
     around = len(frame.prefix) + len(frame.suffix)
     if limit is not None and limit <= around:
         raise ValueError(f"max_length={limit} leaves no room beside the tokenizer's {around} special tokens")
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
-    def encode(texts: Sequence[Marked | None]) -> Encoded:
+    def encode(texts: Sequence[SpannedText | None]) -> TokenLists:
         said = [text for text in texts if text is not None]
         spanned = any(text.spans is not None for text in said)
         if not said:
-            return Encoded([[] for _ in texts], None, 0)
+            return TokenLists([[] for _ in texts], None, 0)
         got = tokenizer(
             [text.text for text in said],
             add_special_tokens=False,
@@ -106,9 +100,9 @@ def encoder(
             if text.spans is None:
                 marked, last = [True] * len(body) if spanned else [], True
             else:
-                marked = mark_tokens(text, body, where, special, end_of_turn)
+                marked = _mark_tokens(text, body, where, special, end_of_turn)
                 last = end_of_turn and bool(text.spans) and text.spans[-1].end == len(text.text)
-            prefix, suffix = frame if text.bare else Frame([], [])
+            prefix, suffix = frame if text.bare else SpecialTokens([], [])
             prefix = [] if body[: len(prefix)] == prefix else prefix
             closing = [last] * len(suffix)
             if suffix and body[-len(suffix) :] == suffix:  # it stays at the end when the text is cut
@@ -122,13 +116,13 @@ def encoder(
             if spanned:
                 keep = [*[text.spans is None] * len(prefix), *marked[:room], *closing]
                 labels.append([token if kept else IGNORED for token, kept in zip(tokens, keep, strict=True)])
-        return Encoded(ids, labels if spanned else None, cut)
+        return TokenLists(ids, labels if spanned else None, cut)
 
     return encode
 
 
-def mark_tokens(
-    text: Marked, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: set[int], end_of_turn: bool
+def _mark_tokens(
+    text: SpannedText, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: set[int], end_of_turn: bool
 ) -> list[bool]:
     """Return which tokens are labelled: those with a character in a span, and the special token that ends it.
 
@@ -154,7 +148,7 @@ def mark_tokens(
 
 
 def _reach(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return each token's characters; a token whose whitespace was trimmed to nothing has it back."""
+    """Return each token's range of characters; one whose whitespace was trimmed to nothing gets it back."""
     reach, before = [], 0
     for begin, end in offsets:
         reach.append((begin, end) if begin < end else (min(begin, before), end))
@@ -165,7 +159,7 @@ def _reach(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def _inner_closing(
     text: str, ids: Sequence[int], reach: Sequence[tuple[int, int]], begin: int, end: int, special: set[int]
 ) -> int | None:
-    """Return the first of the special tokens with which a span ends, whitespace apart."""
+    """Return the first of the special tokens that end a span; whitespace between them doesn't count."""
     found = None
     for k in range(end - 1, begin - 1, -1):
         if ids[k] in special:

@@ -1,4 +1,4 @@
-"""Files of text, looked through before a reader meets them: a row can be so large, or so deep, that it kills a process.
+"""Text files and settings, parsed with one-line errors; rows too large or too deep are refused before a reader fails.
 
 Readers of JSON take some ten times a row's size in memory, and go down a step of the stack for each bracket; a
 tokenizer takes some two hundred times a text's size.
@@ -15,16 +15,16 @@ import numpy
 from influence.store import BadFileError
 
 LARGEST = 1 << 20
-"""Characters of the longest text of settings that is read: YAML is read slowly."""
+"""Most characters of a text of settings: YAML is slow to read."""
 VALUES = 100_000
-"""Values that a file of settings may have, each counted as often as it stands there: aliases repeat theirs."""
+"""Most values in a file of settings, with aliases counted as often as they stand there."""
 
 
 def text_of(path: str | Path) -> str:
     """Return the text of a file.
 
     Raises:
-        BadFileError: if it is no UTF-8, naming the line.
+        BadFileError: if it is not UTF-8, naming the line.
     """
     whole = Path(path).read_bytes()
     try:
@@ -38,7 +38,7 @@ def text_of(path: str | Path) -> str:
 
 
 def json_of(path: str | Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the value in a JSON file.
 
     Raises:
         BadFileError: naming the file and the line.
@@ -47,7 +47,7 @@ def json_of(path: str | Path) -> Any:
 
 
 def parsed(text: str, name: str) -> Any:
-    """Return what a JSON text says; `name` is for messages.
+    """Return the value of a JSON text, called `name` in messages.
 
     Raises:
         BadFileError: naming the text and, of several, the line.
@@ -61,14 +61,14 @@ def parsed(text: str, name: str) -> Any:
             "off: write it again"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise BadFileError(f"{name} is no JSON that can be read: {_why(error)}. Write it again") from error
+        raise BadFileError(f"{name} is no JSON that can be read: {_message(error)}. Write it again") from error
 
 
 def yaml_of(text: str, name: str, kind: type[ValueError] = BadFileError, what: str = "YAML") -> Any:
-    """Return what a text in YAML, or in JSON, says; `name` is for messages, and `kind` is the error.
+    """Return the value of a YAML or JSON text, called `name` in messages; `kind` is the error to raise.
 
     Raises:
-        ValueError: if it is none, or says more than settings do; naming it.
+        ValueError: if it is no YAML or too large, naming it.
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
@@ -78,14 +78,14 @@ def yaml_of(text: str, name: str, kind: type[ValueError] = BadFileError, what: s
         read = yaml.safe_load(text)
         number = _count(read, {})
     except Exception as error:  # a constructor may raise anything: of a date of the 13th month, ValueError
-        raise kind(f"{name} is no {what}: {_why(error)}") from error
+        raise kind(f"{name} is no {what}: {_message(error)}") from error
     if number > VALUES:
         raise kind(f"{name} has {number:,} values, aliases counted, and settings have fewer than {VALUES:,}")
     return read
 
 
 def shortly(value: Any) -> str:
-    """Return a value as Python writes it, cut where it is long or deep.
+    """Return the `repr` of a value, cut if it is long or deep.
 
     Example:
         >>> shortly([[[[[[[[]]]]]]], *range(99)])
@@ -97,7 +97,7 @@ def shortly(value: Any) -> str:
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
-    """Return how many values there are in a value; more than are allowed, where it holds itself."""
+    """Return how many values a value holds; of one that holds itself, more than are allowed."""
     if not isinstance(value, dict | list | tuple | set):
         return 1
     if id(value) not in known:
@@ -107,40 +107,36 @@ def _count(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def _why(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
 WHOLE = 1 << 28
-"""Bytes up to which a JSON document is read again, to find the line in which it breaks off."""
+"""Most bytes of a JSON document that is read again to find the broken line."""
 
 
 def unreadable(
     files: Sequence[str], kind: str, error: Exception, again: Callable[[str], Iterable[Any]]
 ) -> BadFileError:
-    """Return the error that says which of some files cannot be read, and in which line.
+    """Return the error that names the broken one of some files, and the line, found by reading each `again`.
 
-    Args:
-        files: the files that were to be read.
-        kind: what `datasets` calls their reader.
-        error: what it said.
-        again: one file's rows, read anew.
+    `kind` is `datasets`' name of the reader, and `error` what it raised.
     """
     for file in files if len(files) > 1 else ():
         try:
             for _ in again(file):
                 pass
         except Exception as found:  # a reader may raise anything; which file makes it, is asked for
-            return _blamed(file, kind, found)
+            return _bad_file(file, kind, found)
     if len(files) == 1:
-        return _blamed(files[0], kind, error)
-    return BadFileError(f"{', '.join(files[:3])} … cannot be read together as {kind}: {said(error)}")
+        return _bad_file(files[0], kind, error)
+    return BadFileError(f"{', '.join(files[:3])} … cannot be read together as {kind}: {reason(error)}")
 
 
-def said(error: BaseException) -> str:
-    """Return what an error says, or the one which it came from, in a line."""
+def reason(error: BaseException) -> str:
+    """Return the message of an error, or of its cause if it comes from `datasets`, in one line."""
     while error.__cause__ is not None and type(error).__module__.startswith("datasets."):
         error = error.__cause__
     if isinstance(error, RecursionError):
@@ -149,17 +145,17 @@ def said(error: BaseException) -> str:
     return text if text and isinstance(error, ValueError | OSError) else f"{type(error).__name__} {text}".strip()
 
 
-def _blamed(file: str, kind: str, error: Exception) -> BadFileError:
+def _bad_file(file: str, kind: str, error: Exception) -> BadFileError:
     line, what = _place(Path(file), kind)
     where = file if line is None else f"{file}, line {line},"
     return BadFileError(
-        f"{where} cannot be read as {kind}: {what or said(error)}. It is damaged or cut off, or not what its name "
+        f"{where} cannot be read as {kind}: {what or reason(error)}. It is damaged or cut off, or not what its name "
         "says: mend it, write it again, or leave it out"
     )
 
 
 def _place(path: Path, kind: str) -> tuple[int | None, str]:
-    """Return the line at which a file of text breaks off, and what is wrong there, where that can be told."""
+    """Return the line at which a text file is broken and what is wrong there, or `(None, "")`."""
     number, first = 0, True
     try:
         with open(path, "rb") as file:
@@ -175,7 +171,7 @@ def _place(path: Path, kind: str) -> tuple[int | None, str]:
 
 
 def _broken(line: str) -> str:
-    """Return what keeps a line from being a row in JSON; nothing, if nothing does."""
+    """Return why a line is no JSON object; empty if it is one."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -202,20 +198,20 @@ def _document(path: Path, number: int, broken: str) -> tuple[int | None, str]:
 
 
 def _of_json(error: Exception) -> str:
-    """Return what is wrong with a JSON text, without its place in the whole."""
+    """Return what is wrong with a JSON text, without the line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    return said(error)  # brackets too many, a number too long
+    return reason(error)  # brackets too many, a number too long
 
 
 LARGEST_ROW = 1 << 24
-"""Bytes of the largest document, unless another number is asked for."""
+"""Default of the most bytes of a document."""
 DEEPEST = 100
-"""Brackets inside one another."""
+"""Most brackets inside one another."""
 LISTS = 128
-"""A JSON list is read whole: it may be so many times as large as a document."""
+"""A JSON list is read whole: it may be this many times as large as a document."""
 AT_ONCE = 1 << 23
-"""Bytes that are looked through at once."""
+"""Bytes that are checked at a time."""
 
 QUOTE, OPEN, CLOSE, LINE = 1, 2, 3, 4
 KINDS = numpy.zeros(256, dtype=numpy.uint8)
@@ -224,11 +220,7 @@ for _bytes, _kind in ((b'"', QUOTE), (b"[{", OPEN), (b"]}", CLOSE), (b"\n", LINE
 
 
 def check_files(paths: Iterable[str | Path], most: int = LARGEST_ROW) -> None:
-    """Refuse files with a row that is too large for a reader, or too deep; of other formats than text, none.
-
-    Args:
-        paths: the files.
-        most: bytes of a row.
+    """Refuse JSON, CSV and text files with a row of more than `most` bytes, or nested too deeply.
 
     Raises:
         BadFileError: naming the file and the line of a row that is too deep.
@@ -245,7 +237,7 @@ def _check_lines(path: Path, most: int) -> None:
     begin = 0
     for at, chunk in _chunks(path):
         ends = at + numpy.flatnonzero(numpy.frombuffer(chunk, dtype=numpy.uint8) == ord("\n"))
-        begin = _measured(path, begin, ends, at + len(chunk), most)
+        begin = _check_sizes(path, begin, ends, at + len(chunk), most)
 
 
 def _check_json(path: Path, most: int) -> None:
@@ -277,14 +269,14 @@ def _check_json(path: Path, most: int) -> None:
                 "which can end the process that reads them: mend it, write it again, or leave it out"
             )
         ends = at + places[((steps < 0) | (kinds == LINE)) & (depths <= base)]
-        begin = _measured(path, begin, ends, at + len(chunk), most)
+        begin = _check_sizes(path, begin, ends, at + len(chunk), most)
         line += int((kinds == LINE).sum())
         if len(places):
             quotes, depth = int(seen[-1] - before[-1]), int(depths[-1])
 
 
-def _measured(path: Path, begin: int, ends: Any, stop: int, most: int) -> int:
-    """Return where the row begins that is not finished, those that are having been measured."""
+def _check_sizes(path: Path, begin: int, ends: Any, stop: int, most: int) -> int:
+    """Refuse finished rows that are too large, and return where the unfinished one begins."""
     begins = numpy.concatenate([[begin], ends])
     sizes = numpy.diff(numpy.concatenate([begins, [stop]]))
     large = numpy.flatnonzero(sizes > most)
@@ -298,7 +290,7 @@ def _measured(path: Path, begin: int, ends: Any, stop: int, most: int) -> int:
 
 
 def _chunks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield a file in pieces, with where each begins; none ends between a backslash and what it escapes."""
+    """Yield a file in pieces with their places; none ends between a backslash and the character it escapes."""
     at = 0
     with open(path, "rb") as file:
         while chunk := file.read(AT_ONCE):

@@ -1,4 +1,4 @@
-"""Rewards into advantages: the weights of examples under Dr. GRPO."""
+"""Dr. GRPO advantages: rewards turned into weights of examples."""
 
 from collections.abc import Hashable, Sequence
 

@@ -1,4 +1,4 @@
-"""How slices of a dataset become tokens, decided once."""
+"""The slice reader turns slices of a dataset into tokens, by settings checked once."""
 
 import math
 import warnings
@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.data.chat import Marked, marked_from, marker
-from influence.data.documents import Document, TextFormat, present, read_documents, reader
+from influence.data.chat import SpannedText, marker, spanned_from
+from influence.data.child import ItemError, in_child, one_by_one
+from influence.data.documents import Document, TextFormat, read_documents, reader, require_columns
 from influence.data.encode import encoder
 from influence.data.parsing import LARGEST_ROW
-from influence.data.sources import Rows, column_names, slices
-from influence.data.templates import ItemError, apart, each
+from influence.data.sources import Records, column_names, slices
 from influence.data.tokenized import Tokenized, flat
 from influence.func.loss.losses import IGNORED
 
 UNLIMITED = 10**9
-"""What `transformers` means by more: a tokenizer that knows no limit says 1e30."""
+"""A limit from which on there is none: a tokenizer without a limit says 1e30."""
 
 FROM_PADDING = ("camembert", "data2vec-text", "longformer", "roberta", "roberta-prelayernorm", "xlm-roberta")
-"""Models that count positions from behind the padding id, and lose that many of their position embeddings."""
+"""Models that count positions from behind the padding id, and so lose some of their position embeddings."""
 
 
 def context_length(tokenizer: Any = None, config: Any = None) -> int | None:
@@ -58,33 +58,33 @@ PLAIN = TextFormat()
 
 
 TOKENS = ("input_ids", "labels", "attention_mask")
-"""What is read of tokenised rows."""
+"""The columns that are read of tokenised rows."""
 
 RANGES = {
     "input_ids": (0, math.inf, "token ids, 0 or more"),
     "labels": (0, math.inf, f"token ids, 0 or more, or {IGNORED} for what does not count"),
     "attention_mask": (0, 1, "0 or 1"),
 }
-"""The least and the most of each, and what that means."""
+"""The range of each column's values, and its meaning."""
 
 
-class Reading(NamedTuple):
-    """How slices of a dataset become tokens.
+class SliceReader(NamedTuple):
+    """The functions that turn slices of a dataset into tokens.
 
     Attributes:
         columns: the columns to read.
-        read: a slice's first row and its rows, to tokens.
-        prompts: rows, to what the last answer of each answers.
-        notice: what the user should know.
+        read: from a slice's first row number and its rows to tokens.
+        prompts: from rows to the prompt of each one's last answer.
+        notice: a message for the user.
     """
 
     columns: list[str]
-    read: Callable[[int, Rows], Tokenized]
-    prompts: Callable[[Rows], list[str]]
+    read: Callable[[int, Records], Tokenized]
+    prompts: Callable[[Records], list[str]]
     notice: str
 
 
-def reading(
+def slice_reader(
     dataset: Any,
     tokenizer: Any,
     form: TextFormat,
@@ -92,29 +92,20 @@ def reading(
     separate: bool,
     scored: str | None,
     most: int = LARGEST_ROW,
-) -> Reading:
-    """Decide how slices become tokens.
+) -> SliceReader:
+    """Return the reader of a dataset's slices.
 
-    Args:
-        dataset: the dataset.
-        tokenizer: a fast tokenizer, or `None` for tokenised rows.
-        form: which columns hold the text.
-        limit: cut documents to so many tokens.
-        separate: end plain texts in the tokenizer's end-of-sequence token.
-        scored: a column of numbers to read too.
-        most: refuse documents of more bytes.
-
-    Returns:
-        The functions that do it.
+    Documents are cut to `limit` tokens, and refused above `most` bytes; plain texts end in the end-of-sequence token if
+    `separate`; `scored` is a column of numbers to read too.
 
     Raises:
         ValueError: if a column or the tokenizer is missing.
     """
     columns = column_names(dataset)
-    also = [] if scored is None else present([scored], columns, "another name")
+    also = [] if scored is None else require_columns([scored], columns, "another name")
     if "input_ids" in columns and form == replace(PLAIN, end_of_turn=form.end_of_turn):
         ready = [name for name in columns if name in TOKENS]
-        return Reading(_union(ready, also), partial(_read_tokens, limit, pad_of(tokenizer)), _prompt_tokens, "")
+        return SliceReader(_union(ready, also), partial(_read_tokens, limit, pad_of(tokenizer)), _prompt_tokens, "")
     named, document_of = reader(form, columns)
     if tokenizer is None:
         raise ValueError(f"text in {', '.join(map(repr, named))} needs a tokenizer: pass tokenizer=")
@@ -125,7 +116,7 @@ def reading(
         notice = "the tokenizer has no chat template: turns were concatenated as they are"
         warnings.warn(notice, stacklevel=3)
 
-    def marked_of(document: Document) -> Marked | None:
+    def marked_of(document: Document) -> SpannedText | None:
         return None if document.empty else mark(document)
 
     def within(document: Document) -> Document:
@@ -136,20 +127,20 @@ def reading(
             )
         return document
 
-    def read(first: int, rows: Rows) -> Tokenized:
+    def read(first: int, rows: Records) -> Tokenized:
         try:
-            documents = each(within, read_documents(document_of, rows, form))
+            documents = one_by_one(within, read_documents(document_of, rows, form))
             if templated and any(document.messages for document in documents):
-                marked = [marked_from(parts) for parts in apart(marked_of, documents, "the chat template")]
+                marked = [spanned_from(parts) for parts in in_child(marked_of, documents, "the chat template")]
             else:
-                marked = each(marked_of, documents)
+                marked = one_by_one(marked_of, documents)
         except ItemError as error:
             raise ValueError(f"row {first + error.item}: {error}") from error
         encoded = encode(marked)
         tokenized = flat(encoded.ids, encoded.labels, first, pad)
         return replace(tokenized, counts=tokenized.counts._replace(truncated=encoded.cut))
 
-    def prompts(rows: Rows) -> list[str]:
+    def prompts(rows: Records) -> list[str]:
         documents = read_documents(document_of, rows, form)
         if any(document.text for document in documents):
             raise ValueError(
@@ -157,24 +148,16 @@ def reading(
             )
         return [document.prompt() for document in documents]
 
-    return Reading(_union(named, also), read, prompts, notice)
+    return SliceReader(_union(named, also), read, prompts, notice)
 
 
-def pieces(
-    dataset: Any, how: Reading, size: int, max_tokens: int | None, rank: int = 0, world: int = 1
-) -> Iterator[tuple[int, Rows, Tokenized]]:
-    """Yield a dataset as tokenised slices, up to the document with which there are too many tokens.
+def token_slices(
+    dataset: Any, how: SliceReader, size: int, max_tokens: int | None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Records, Tokenized]]:
+    """Yield slices `rank`, `rank + world`, … of a dataset: first row number, rows, tokens.
 
-    Args:
-        dataset: the dataset.
-        how: how to read it.
-        size: rows of a slice.
-        max_tokens: most tokens of all documents together, if there is such a limit.
-        rank: yield slices `rank`, `rank + world`, … only; the others are not even tokenised unless they are counted.
-        world: see `rank`.
-
-    Yields:
-        A slice's first row, its rows and their tokens. The last slice may be cut, to no row even.
+    Stops before the document that would exceed `max_tokens` of all documents together: the last slice may be cut, to no
+    row even. Other ranks' slices are tokenised only if tokens are counted.
 
     Raises:
         ValueError: if there is no row, or not one token fits.
@@ -204,13 +187,13 @@ def pieces(
 
 
 def pad_of(tokenizer: Any) -> int:
-    """Return the id that fills a batch: it is masked, so any will do where a tokenizer has none."""
+    """Return the id that fills a batch: it is masked, so any will do if the tokenizer has none."""
     known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((int(number) for number in known if number is not None), 0)
 
 
 def longest(tokenizer: Any, max_length: int | None, truncation: bool, chunk_length: int | None) -> int | None:
-    """Return how long a document may be, checked against what is asked for.
+    """Return the most tokens of a document, after a check of the arguments.
 
     Raises:
         ValueError: if the arguments exclude one another.
@@ -230,7 +213,7 @@ def longest(tokenizer: Any, max_length: int | None, truncation: bool, chunk_leng
 
 
 def scores(reward: str | None, advantage: str | None, chunk_length: int | None, skip_nan: bool) -> str | None:
-    """Return the column that weighs examples, checked against what is asked for.
+    """Return the column that weighs examples, after a check of the arguments.
 
     Raises:
         ValueError: if the arguments exclude one another.
@@ -246,7 +229,7 @@ def scores(reward: str | None, advantage: str | None, chunk_length: int | None, 
 
 
 def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
-    """Return documents of which none is too long.
+    """Return the documents, refused if one is too long.
 
     Raises:
         ValueError: saying how many are.
@@ -262,8 +245,8 @@ def none_too_long(tokenized: Tokenized, limit: int | None) -> Tokenized:
     return tokenized
 
 
-def numbers(rows: Rows, name: str, first: int) -> Float[Tensor, " n"]:
-    """Return a column of numbers; `None` is NaN, true is 1.
+def numbers(rows: Records, name: str, first: int) -> Float[Tensor, " n"]:
+    """Return a column of numbers, with NaN for `None` and 1 for true.
 
     Raises:
         ValueError: if a value is no number.
@@ -276,7 +259,7 @@ def numbers(rows: Rows, name: str, first: int) -> Float[Tensor, " n"]:
 
 
 def all_finite(values: Float[Tensor, " n"], name: str, first: int = 0) -> Float[Tensor, " n"]:
-    """Return values that are all finite.
+    """Return the values, refused if one is not finite.
 
     Raises:
         ValueError: naming the rows whose value is not.
@@ -294,8 +277,8 @@ def _union(names: list[str], more: list[str]) -> list[str]:
     return list(dict.fromkeys([*names, *more]))
 
 
-def _read_tokens(limit: int | None, pad: int, first: int, rows: Rows) -> Tokenized:
-    """Return rows that are tokens already, without the padding they may have."""
+def _read_tokens(limit: int | None, pad: int, first: int, rows: Records) -> Tokenized:
+    """Return the tokens of tokenised rows, without padding."""
     kept = [_unpadded(row, first + i) for i, row in enumerate(rows)]
     labels = [parts[-1][:limit] for parts in kept] if rows and "labels" in rows[0] else None
     tokenized = flat([parts[0][:limit] for parts in kept], labels, first, pad)
@@ -303,7 +286,7 @@ def _read_tokens(limit: int | None, pad: int, first: int, rows: Rows) -> Tokeniz
     return replace(tokenized, counts=tokenized.counts._replace(truncated=cut))
 
 
-def _prompt_tokens(rows: Rows) -> list[str]:
+def _prompt_tokens(rows: Records) -> list[str]:
     """Return the tokens before the first labelled one."""
     if any("labels" not in row for row in rows):
         raise ValueError("rewards compare answers to equal prompts: tokenised rows need labels, -100 on the prompt")

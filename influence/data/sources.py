@@ -1,4 +1,4 @@
-"""Where rows come from: the Hub, files, saved datasets, memory; and how they are read, slice by slice."""
+"""Datasets from the Hub, files, saved folders or memory, loaded and read slice by slice."""
 
 import contextlib
 import glob
@@ -8,14 +8,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from influence.data.parsing import LARGEST_ROW, check_files, said, shortly, unreadable, yaml_of
+from influence.data.parsing import LARGEST_ROW, check_files, reason, shortly, unreadable, yaml_of
 from influence.store import BadFileError
 
-Rows: TypeAlias = list[dict[str, Any]]
-"""A slice of a dataset."""
+Records: TypeAlias = list[dict[str, Any]]
+"""A slice of a dataset, a dictionary a row."""
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
-"""Local files by suffix, and what `datasets` calls their reader."""
+"""The name that `datasets` has for the reader of a local file, by suffix."""
 
 
 def load(
@@ -97,17 +97,8 @@ def mapping_of(kwargs: str | Mapping[str, Any] | None, name: str = "data_kwargs"
     return dict(read or {})
 
 
-def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Rows]]:
-    """Yield a dataset in contiguous slices.
-
-    Args:
-        dataset: a `Dataset` or an `IterableDataset`.
-        size: rows per slice; the last may have fewer.
-        columns: read only these.
-
-    Yields:
-        The number of the slice's first row, and its rows.
-    """
+def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Records]]:
+    """Yield slices of `size` rows of a dataset, with some columns: the first row's number, and the rows."""
     import datasets
 
     chosen = dataset.with_format(None)
@@ -125,7 +116,7 @@ def slices(dataset: Any, size: int, columns: Sequence[str] | None = None) -> Ite
         begin += len(piece)
 
 
-def _next(stream: Any, rows: Iterator[Any], begin: int, size: int) -> Rows:
+def _next(stream: Any, rows: Iterator[Any], begin: int, size: int) -> Records:
     """Return the next rows of a stream."""
     with _readable(stream, begin):
         return list(islice(rows, size))
@@ -133,10 +124,10 @@ def _next(stream: Any, rows: Iterator[Any], begin: int, size: int) -> Rows:
 
 @contextlib.contextmanager
 def _readable(dataset: Any, begin: int) -> Iterator[None]:
-    """Say which file it is, or which row it begins at, where rows cannot be read.
+    """Name the file, or the first row, if rows cannot be read.
 
     Raises:
-        BadFileError: saying it.
+        BadFileError: with that name.
     """
     try:
         yield
@@ -145,7 +136,7 @@ def _readable(dataset: Any, begin: int) -> Iterator[None]:
         if files and dataset.info.builder_name:
             raise _unreadable(Path(files[0]), files, dataset.info.builder_name, error, {}) from error
         name = f" {dataset.info.dataset_name}" if dataset.info.dataset_name else ""
-        raise BadFileError(f"the dataset{name} cannot be read from row {begin} on: {said(error)}") from error
+        raise BadFileError(f"the dataset{name} cannot be read from row {begin} on: {reason(error)}") from error
 
 
 def column_names(dataset: Any) -> list[str]:
@@ -179,7 +170,7 @@ def _saved(folder: str) -> Any:
         return datasets.load_from_disk(folder)
     except Exception as error:  # of its JSON and its Arrow files, datasets raises whatever it meets
         gone = isinstance(error, FileNotFoundError) and error.filename
-        what = f"{error.filename} is missing" if gone else said(error)  # type: ignore[attr-defined]
+        what = f"{error.filename} is missing" if gone else reason(error)  # type: ignore[attr-defined]
         raise BadFileError(
             f"the dataset saved in {folder} cannot be read: {what}. One of its files is damaged, cut off or gone: save "
             "it again"
@@ -240,14 +231,14 @@ def _read(
 
 
 def _unreadable(path: Path, files: list[str], builder: str, error: Exception, kwargs: Mapping[str, Any]) -> Exception:
-    """Return what to say of data that cannot be read: of files, which it is."""
+    """Return the error for data that cannot be read: it names the file, if there are files."""
     import datasets
 
     cause = error.__cause__ or error
     if not files or (isinstance(cause, OSError) and cause.errno is not None):  # a full disk, no permission
-        return ValueError(f"the dataset {path} cannot be read: {said(error)}")
+        return ValueError(f"the dataset {path} cannot be read: {reason(error)}")
     if isinstance(error, TypeError) or "BuilderConfig" in str(error):
-        return ValueError(f"data_kwargs is not for {path}: {said(error)}")
+        return ValueError(f"data_kwargs is not for {path}: {reason(error)}")
     more = {name: value for name, value in kwargs.items() if name != "data_files"}
 
     def again(file: str) -> Iterator[Any]:
@@ -259,7 +250,7 @@ def _unreadable(path: Path, files: list[str], builder: str, error: Exception, kw
 
 
 def _here(path: Path, data_files: Any) -> list[str]:
-    """Return the files here that a reader will be given: a folder's, or those that are named."""
+    """Return the local files that a reader will get: a folder's, or those named."""
     if path.is_dir():
         return [str(file) for file in path.rglob("*") if file.is_file()]
     names = data_files.values() if isinstance(data_files, Mapping) else [data_files]
@@ -275,7 +266,7 @@ def _of_one_kind(paths: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _from_list(rows: Sequence[Any]) -> Any:
-    """Return a dataset made of dictionaries; what a row lacks is None."""
+    """Return a dataset of dictionaries; a value that a row lacks is None."""
     import datasets
 
     strange = next((row for row in rows if not isinstance(row, Mapping)), None)
@@ -286,7 +277,7 @@ def _from_list(rows: Sequence[Any]) -> Any:
 
 
 def _choose(splits: Mapping[Any, Any], split: str | None) -> Any:
-    """Return a split, or the slices of splits which an expression names."""
+    """Return a split, or the slices and sums of splits in an expression."""
     import datasets
 
     named = {str(name): dataset for name, dataset in splits.items()}

@@ -1,4 +1,4 @@
-"""A dataset to tokens shard by shard, as it is read."""
+"""`stream` turns a dataset into tokens shard by shard, without holding it."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from influence.data.parsing import LARGEST_ROW
 from influence.data.rewards import advantages
 from influence.data.slices import (
     PLAIN,
-    Reading,
+    SliceReader,
     all_finite,
     longest,
     none_too_long,
     numbers,
-    pieces,
-    reading,
     scores,
+    slice_reader,
+    token_slices,
 )
-from influence.data.sources import Rows, slices
+from influence.data.sources import Records, slices
 from influence.data.tokenized import NOTHING, Tokenized, check_shards, chunk, join
 
 
@@ -80,13 +80,13 @@ def stream(
     scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
     cut, separate = limit if truncation else None, chunk_length is not None
-    how = reading(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
+    how = slice_reader(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
     rewards = advantage = None
     if reward_column is not None:
         rewards, groups = _rewards(dataset, how, shard_size, max_tokens, reward_column)
         advantage = advantages(rewards, groups, skip_nan_rewards)
 
-    def weigh(first: int, rows: Rows, piece: Tokenized) -> Tokenized:
+    def weigh(first: int, rows: Records, piece: Tokenized) -> Tokenized:
         if scored is None:
             return piece
         found = numbers(rows, scored, first)
@@ -98,12 +98,12 @@ def stream(
         return replace(piece, weight=advantage[here])
 
     def documents() -> Iterator[Tokenized]:
-        for first, rows, piece in pieces(dataset, how, shard_size, max_tokens, rank, world):
+        for first, rows, piece in token_slices(dataset, how, shard_size, max_tokens, rank, world):
             if rows:
                 yield none_too_long(weigh(first, rows, piece), limit)
 
     def chunks(length: int) -> Iterator[Tokenized]:
-        read = (piece for _, _, piece in pieces(dataset, how, shard_size, max_tokens))
+        read = (piece for _, _, piece in token_slices(dataset, how, shard_size, max_tokens))
         for number, shard in enumerate(_chunked(read, length, shard_size)):
             if number % world == rank:
                 yield shard
@@ -112,13 +112,13 @@ def stream(
 
 
 def _rewards(
-    dataset: Any, how: Reading, size: int, max_tokens: int | None, column: str
+    dataset: Any, how: SliceReader, size: int, max_tokens: int | None, column: str
 ) -> tuple[Float[Tensor, " n"], list[int]]:
-    """Return all rewards, and a number for each one's prompt."""
+    """Return all rewards, and the number of each one's prompt."""
     if max_tokens is None:
         read = slices(dataset, size, how.columns)
     else:
-        read = ((first, rows) for first, rows, _ in pieces(dataset, how, size, max_tokens))
+        read = ((first, rows) for first, rows, _ in token_slices(dataset, how, size, max_tokens))
     rewards: list[Tensor] = []
     groups: list[int] = []
     known: dict[bytes, int] = {}

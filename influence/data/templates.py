@@ -1,199 +1,22 @@
-"""Templates: YAML with Jinja which says how a row becomes text. Rendered in a sandbox.
+"""Templates: YAML with Jinja that turns a row into text, rendered in a sandbox.
 
-The sandbox keeps a template from Python, not from looping for ever: whoever reads a dataset renders `apart`.
+The sandbox keeps a template from Python, not from looping for ever: whoever reads a dataset renders `in_child`.
 """
 
-import ctypes
-import gc
-import json
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any
 
 from influence.data.parsing import shortly, text_of, yaml_of
-
-T = TypeVar("T")
-
-PR_SET_PDEATHSIG = 1
-"""What Linux calls the signal that a process gets when its parent ends."""
-
-
-class Limits(NamedTuple):
-    """What one item may take.
-
-    Attributes:
-        seconds: of a processor.
-        memory: bytes beyond what this process has.
-        result: characters of what is made of it.
-    """
-
-    seconds: float = 10.0
-    memory: int = 1 << 30
-    result: int = 1 << 27
-
-
-LIMITS = Limits()
-
-
-class ItemError(ValueError):
-    """Something could not be made of an item.
-
-    Attributes:
-        item: its number.
-    """
-
-    def __init__(self, item: int, message: str) -> None:
-        """Say of which item."""
-        super().__init__(message)
-        self.item = item
-
-
-def apart(function: Callable[[T], Any], items: Sequence[T], what: str, limits: Limits | None = None) -> list[Any]:
-    """Return what a function makes of items, in a child of this process, which is ended if it takes too much.
-
-    The child has this process's memory as it is now, and nothing that it does to it is seen here. Where processes have
-    no children of this kind (Windows), the function is called here, without a limit.
-
-    Args:
-        function: from an item to what JSON holds.
-        items: the items.
-        what: whose program it is, for messages.
-        limits: what one item may take; default `LIMITS`.
-
-    Returns:
-        For each item, what the function returned.
-
-    Raises:
-        ItemError: at the first item of which nothing could be made: with the function's own message if it raised a
-            ValueError, or with the limit.
-
-    Example:
-        >>> apart(lambda text: text.upper(), ["a", "b"], "the template")
-        ['A', 'B']
-    """
-    if not items:
-        return []
-    limits = LIMITS if limits is None else limits
-    if not hasattr(os, "fork"):
-        return [_raised(number, _told(function, item, limits), what) for number, item in enumerate(items)]
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # that other threads end there: the child has need of none
-        child = os.fork()
-    if not child:
-        _work(function, items, limits, reader, writer)
-    ended = True
-    try:
-        os.close(writer)
-        with open(reader, encoding="ascii") as file:
-            lines = [json.loads(line) for line in file if line.endswith("\n")]
-        ended = False
-    finally:
-        if ended:
-            os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = [_raised(number, line, what) for number, line in enumerate(lines)]
-    if len(found) < len(items):
-        raise ItemError(len(found), _why(what, status, limits))
-    return found
-
-
-def each(function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
-    """Return what a function of ours makes of items, here and without a limit; errors are those of `apart`.
-
-    Raises:
-        ItemError: at the first item that the function refuses.
-    """
-    found = []
-    for number, item in enumerate(items):
-        try:
-            found.append(function(item))
-        except ValueError as error:
-            raise ItemError(number, str(error)) from error
-    return found
-
-
-def _raised(number: int, line: Any, what: str) -> Any:
-    """Return an item's result, or raise its error."""
-    kind, value = line
-    if kind == "made":
-        return value
-    raise ItemError(number, value if kind == "refused" else f"{what} failed: {value}")
-
-
-def _why(what: str, status: int, limits: Limits) -> str:
-    if status == -signal.SIGPROF:
-        return f"{what} was stopped after {limits.seconds:g} seconds: does it loop without an end?"
-    return f"{what} ended its process (status {status}): is what it makes too large, or without an end?"
-
-
-def _told(function: Callable[[T], Any], item: T, limits: Limits) -> list[Any]:
-    """Return what a function makes of an item, or why it makes nothing."""
-    try:
-        made = function(item)
-        size = len(json.dumps(made))
-    except MemoryError:
-        return ["failed", f"it needs more than {limits.memory:,} bytes"]
-    except ValueError as error:
-        return ["refused", str(error)]
-    except Exception as error:  # a program of somebody else's may raise anything; here it becomes a message
-        return ["failed", f"{type(error).__name__}: {error}"]
-    return ["made", made] if size <= limits.result else ["failed", f"it makes more than {limits.result:,} characters"]
-
-
-def _work(function: Callable[[T], Any], items: Sequence[T], limits: Limits, reader: int, writer: int) -> NoReturn:
-    """Do the child's work: a line of JSON for each item, up to the first that fails."""
-    try:
-        os.close(reader)
-        gc.disable()  # what was collected here belongs to the parent: a graphics card's memory, say
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-        _end_with_parent()
-        _limit(limits.memory)
-        with open(writer, "w", encoding="ascii") as out:
-            for item in items:
-                signal.setitimer(signal.ITIMER_PROF, limits.seconds)
-                line = _told(function, item, limits)
-                _write(out, line)
-                if line[0] != "made":
-                    break
-    finally:
-        os._exit(0)
-
-
-def _write(out: IO[str], line: list[Any]) -> None:
-    out.write(json.dumps(line) + "\n")
-    out.flush()
-
-
-def _end_with_parent() -> None:
-    """See that a parent which is killed leaves nobody behind who holds its locks, where the system can (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _limit(memory: int) -> None:
-    """Let this process have so much more memory than it has, where the system says how much it has."""
-    import resource
-
-    place = Path("/proc/self/statm")
-    if place.exists():
-        has = int(place.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (has + memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
 
 FIELDS = ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a row becomes text.
+    """A recipe that turns a row into text.
 
     Attributes:
         text: Jinja of the text, or of the prompt where there is a target.
@@ -260,8 +83,8 @@ class Template:
             raise ValueError(f"{self.name}: {field} could not be rendered: {error}") from error
 
 
-def environment() -> Any:
-    """Return the sandbox: no row is changed, no attribute of Python reached; a name must be there, and may be None."""
+def _sandbox() -> Any:
+    """Return the sandbox: it changes no row and reaches no Python attribute; names must exist, and may be None."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -272,18 +95,12 @@ def environment() -> Any:
 
 @lru_cache(maxsize=64)
 def compiled(source: str) -> Any:
-    """Return Jinja ready to render: made once, not once a row."""
-    return environment().from_string(source)
+    """Return a compiled Jinja template; each source is compiled once, not once a row."""
+    return _sandbox().from_string(source)
 
 
 def read(source: str | Path) -> Template:
-    """Read a template.
-
-    Args:
-        source: a YAML file, or the name of a template that ships with the package: `"multiple_choice"`.
-
-    Returns:
-        The template.
+    """Return the template in a YAML file, or the package's own by name: `"multiple_choice"`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -303,17 +120,10 @@ def read(source: str | Path) -> Template:
 
 
 def parse(text: str, name: str = "template") -> Template:
-    """Return the template that a YAML text describes.
-
-    Args:
-        text: YAML with `doc_to_text`, and optionally `doc_to_target` and `doc_to_choice`.
-        name: what messages call it.
-
-    Returns:
-        The template.
+    """Return the template in a YAML text with `doc_to_text`, and optionally `doc_to_target` and `doc_to_choice`.
 
     Raises:
-        ValueError: saying what is wrong with it, and in which line.
+        ValueError: saying what is wrong with it, and in which line; `name` is what it calls the template.
 
     Example:
         >>> parse("doc_to_text: '{{ title }}: {{ body }}'").render({"title": "A", "body": "b"})
@@ -344,7 +154,7 @@ def parse(text: str, name: str = "template") -> Template:
         *(("doc_to_choice", choice) for choice in (listed if isinstance(listed, tuple) else (listed or "",))),
     ):
         try:
-            environment().parse(source)
+            _sandbox().parse(source)
         except TemplateSyntaxError as error:
             raise ValueError(f"{name}: {field}, line {error.lineno}: {error.message}") from error
         except RecursionError as error:

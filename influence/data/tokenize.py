@@ -1,4 +1,4 @@
-"""A whole dataset to tokens."""
+"""`tokenize` turns a whole dataset into tokens in memory."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 from influence.data.documents import TextFormat
 from influence.data.parsing import LARGEST_ROW
 from influence.data.rewards import advantages
-from influence.data.slices import PLAIN, all_finite, longest, none_too_long, numbers, pieces, reading, scores
+from influence.data.slices import PLAIN, all_finite, longest, none_too_long, numbers, scores, slice_reader, token_slices
 from influence.data.tokenized import Tokenized, chunk, join
 
 SLICE = 1000
-"""Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough to be nothing in memory."""
+"""Rows tokenised at a time: enough to keep the tokenizer's threads busy, few enough to take little memory."""
 
 
 def tokenize(
@@ -60,11 +60,11 @@ def tokenize(
     scored = scores(reward_column, advantage_column, chunk_length, skip_nan_rewards)
     limit = longest(tokenizer, max_length, truncation, chunk_length)
     cut, separate = limit if truncation else None, chunk_length is not None
-    how = reading(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
+    how = slice_reader(dataset, tokenizer, form, cut, separate, scored, max_document_bytes)
     read: list[Tokenized] = []
     known: list[Tensor] = []
     prompts: list[str] = []
-    for first, rows, piece in pieces(dataset, how, SLICE, max_tokens):
+    for first, rows, piece in token_slices(dataset, how, SLICE, max_tokens):
         read.append(piece)
         if scored is not None:
             known.append(numbers(rows, scored, first))

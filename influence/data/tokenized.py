@@ -1,4 +1,4 @@
-"""Documents cut into pieces of one length, each token knowing which document it is from."""
+"""Tokenised examples in flat tensors: counted, joined, dealt out in shards, cut into chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from influence.func.loss.losses import IGNORED
 
 
 class Counts(NamedTuple):
-    """What was seen on the way to tokens.
+    """What was counted while documents became tokens.
 
     Attributes:
         documents: rows of the dataset.
@@ -36,7 +36,7 @@ class Counts(NamedTuple):
 
 
 NOTHING = Counts()
-"""Nothing was seen."""
+"""Nothing counted."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def shards(tokenized: Tokenized, size: int, *, rank: int = 0, world: int = 1) ->
 
 
 def check_shards(size: int, rank: int, world: int) -> None:
-    """Refuse shards and ranks that cannot be.
+    """Refuse a shard size or rank that is out of range.
 
     Raises:
         ValueError: saying what came.
@@ -140,25 +140,15 @@ def check_shards(size: int, rank: int, world: int) -> None:
 
 
 def flat(ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None, first: int, pad: int = 0) -> Tokenized:
-    """Return documents as flat tensors.
-
-    Args:
-        ids: token ids of each document.
-        labels: their labels, or `None` where every token is its own.
-        first: the row of the first.
-        pad: the id that fills a batch.
-
-    Returns:
-        The documents, counted.
-    """
+    """Return documents, numbered from `first`, as flat tensors, counted; without labels every token is its own."""
     lengths = torch.tensor([len(document) for document in ids], dtype=torch.int64)
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    joined = None if labels is None else _joined(labels)
-    return count(Tokenized(_joined(ids), joined, offsets, torch.arange(first, first + len(ids)), pad))
+    joined = None if labels is None else _flat(labels)
+    return count(Tokenized(_flat(ids), joined, offsets, torch.arange(first, first + len(ids)), pad))
 
 
 def count(documents: Tokenized) -> Tokenized:
-    """Return documents with what can be counted from them alone."""
+    """Return documents with their counts."""
     lengths, unlabelled = documents.lengths, 0
     if documents.labels is not None:
         predicted = documents.labels != IGNORED
@@ -175,7 +165,7 @@ def count(documents: Tokenized) -> Tokenized:
 
 
 def join(pieces: Sequence[Tokenized]) -> Tokenized:
-    """Return pieces of a dataset as one; where one has labels of its own, all have."""
+    """Return pieces of a dataset as one; if one of them has labels, the whole has."""
     if len(pieces) == 1:
         return pieces[0]
     labelled = any(piece.labels is not None for piece in pieces)
@@ -188,18 +178,18 @@ def join(pieces: Sequence[Tokenized]) -> Tokenized:
         torch.cat([*(p.offsets[:-1] + start for p, start in zip(pieces, starts, strict=True)), ends[-1:]]),
         torch.cat([piece.index for piece in pieces]),
         pieces[0].pad,
-        _all([piece.weight for piece in pieces]),
-        _all([piece.document for piece in pieces]),
+        _cat_present([piece.weight for piece in pieces]),
+        _cat_present([piece.document for piece in pieces]),
         Counts._make([*sums, pieces[0].counts.notice]),
     )
 
 
-def _all(parts: Sequence[Tensor | None]) -> Tensor | None:
+def _cat_present(parts: Sequence[Tensor | None]) -> Tensor | None:
     present = [part for part in parts if part is not None]
     return torch.cat(present) if present else None
 
 
-def _joined(lists: Sequence[Sequence[int]]) -> Int[Tensor, " t"]:
+def _flat(lists: Sequence[Sequence[int]]) -> Int[Tensor, " t"]:
     return torch.tensor([number for numbers in lists for number in numbers], dtype=torch.int32)
 
 

@@ -1,5 +1,6 @@
 """An index of projected rows, read at a smaller dim."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,8 +8,12 @@ from torch import Tensor
 
 from influence.func.transform.nested import corner
 from influence.func.transform.project import NESTING
+from influence.index.choosing import Chosen
 from influence.index.columns import Columns, Encoded, decode
+from influence.index.matching import matched
+from influence.index.provenance import Fingerprint
 from influence.index.rows import Index, Part
+from influence.types import Rows
 
 AT_ONCE = 1 << 24
 """Stored entries that are narrowed at once."""
@@ -82,3 +87,22 @@ class Narrowed:
             narrow = [corner(rows[each[0]], *each).flatten(1) for each in self.corners]
             found.append(torch.cat(narrow, 1))
         return torch.cat(found)
+
+
+def rows_for(queries: Index, stored: Fingerprint, chosen: Chosen, force: bool = False) -> Rows:
+    """Return the rows of a query index as stored rows want them: checked, and of the smaller dim if both nest.
+
+    Raises:
+        FingerprintError: if they do not belong together, naming the field and both values.
+        ValueError: if there is no row, or blocks are missing.
+    """
+    if not len(queries):
+        raise ValueError(f"the query {queries.path or 'index'} holds no row")
+    mine = queries.fingerprint.dim
+    if mine is not None and stored.dim is not None and mine > stored.dim:
+        with suppress(ValueError):  # where it does not nest, what follows says so
+            queries = narrowed(queries, stored.dim)
+    common = [name for name in chosen.names if name in queries.blocks]
+    rows = matched(queries.rows(common or None), stored, chosen, queries.fingerprint, force=force)
+    chosen.matrix(rows)  # says what does not fit where a difference was forced
+    return rows

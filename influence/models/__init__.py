@@ -1,4 +1,4 @@
-"""Models: loading them, and finding in any of them the blocks to attribute to."""
+"""Models: loading one, and finding the blocks of any to attribute to."""
 
 from influence.models.describe import describe, layer_matrices
 from influence.models.load import load

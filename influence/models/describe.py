@@ -1,8 +1,8 @@
-"""What a model is made of, as a tree: its layers, blocks, heads and parameter counts."""
+"""A model as a tree of layers, blocks, heads and parameter counts, and the default targets in it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -49,7 +49,7 @@ def layer_matrices(model: nn.Module) -> tuple[str, ...]:
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Return how the names of a PEFT model's active adapter parameters begin; nothing for any other model."""
+    """Return the prefixes of a PEFT model's active adapter parameters; none for any other model."""
     return tuple(
         f"{name}.{kind}.{adapter}".removeprefix(".")
         for name, module in model.named_modules()
@@ -60,16 +60,15 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 PARTS = ("embedding", "attention", "mlp", "other", "unembedding")
 
-
-Tree = dict[str, Any]
+Tree: TypeAlias = dict[str, Any]
 """Lines, each with the tree of the lines below it."""
 
 
 def describe(model: nn.Module) -> str:
     """Describe a model as a tree of its layers, blocks and heads, with the number of parameters of each.
 
-    Layers which are made alike are described once. Blocks are `[o, i]`, output first whatever the module stores, and
-    `4 × [o, i]` where one parameter holds four experts. Those which pipelines take when nobody says have a star.
+    Layers that are alike are described once. Blocks are `[o, i]`, output first whatever the module stores, and
+    `4 × [o, i]` where one parameter holds four experts. Default targets of pipelines have a star.
     Integers that store a quantised weight are not counted.
 
     Args:
@@ -102,11 +101,11 @@ def describe(model: nn.Module) -> str:
         root[f"{tie}: tied to {owner}"] = {}
     title = f"{_title(model, layout)}: {_count(layout.params, layout)} parameters, {_kinds(layout)}"
     footer = f"* default targets: {len(starred)} matrices, {_count(starred, layout)} parameters"
-    return "\n".join((title, *_drawn(root), footer))
+    return "\n".join((title, *_lines(root), footer))
 
 
 def _layers(names: list[str], where: Mapping[str, Place], layout: Layout, starred: set[str]) -> tuple[Tree, int]:
-    """Return a branch for each kind of layer of a stack, and how many layers there are."""
+    """Return a branch for each kind of layer in a stack, and the number of layers."""
     layers: dict[int, list[str]] = {}
     for name in names:
         layers.setdefault(where[name].layer or 0, []).append(name)
@@ -122,10 +121,7 @@ def _layers(names: list[str], where: Mapping[str, Place], layout: Layout, starre
 
 
 def _parts(names: list[str], where: Mapping[str, Place], layout: Layout, starred: set[str]) -> Tree:
-    """Return a branch for each part, its blocks below, or the blocks of the only part which has no name.
-
-    A bias is on the line of its matrix.
-    """
+    """Return a branch for each part with its blocks below; if nothing has a part, the blocks. Biases join matrices."""
     partners = {layout[name].bias for name in names}
     tree: Tree = {}
     for part in PARTS:
@@ -148,18 +144,18 @@ def _parts(names: list[str], where: Mapping[str, Place], layout: Layout, starred
 
 
 def _ties(model: nn.Module) -> list[tuple[str, str]]:
-    """Return the names under which parameters come again, and their first names."""
+    """Return the second names of tied parameters, each with the first."""
     first = {id(p): name for name, p in model.named_parameters()}
     again = model.named_parameters(remove_duplicate=False)
     return [(block_name(name), block_name(first[id(p)])) for name, p in again if first[id(p)] != name]
 
 
-def _drawn(tree: Tree, indent: str = "") -> Iterator[str]:
-    """Yield the lines with their branches drawn."""
+def _lines(tree: Tree, indent: str = "") -> Iterator[str]:
+    """Yield the lines of a tree with its branches drawn."""
     for at, (line, below) in enumerate(tree.items(), 1):
         last = at == len(tree)
         yield f"{indent}{'└─' if last else '├─'} {line}"
-        yield from _drawn(below, indent + ("   " if last else "│  "))
+        yield from _lines(below, indent + ("   " if last else "│  "))
 
 
 def _title(model: nn.Module, layout: Layout) -> str:

@@ -1,4 +1,4 @@
-"""Loading a model: from a folder or the Hub, in a precision, with adapters."""
+"""`load` opens a model from a folder or the Hub, in a precision, with adapters."""
 
 import importlib.util
 import warnings
@@ -28,9 +28,9 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "token": ("AutoModelForTokenClassification", "TOKEN_CLS"),
     "image": ("AutoModelForImageClassification", None),
 }
-"""What a model is for: transformers' class of it, and PEFT's name of it."""
+"""The tasks of models: transformers' class and PEFT's name for each."""
 LEAD_TO_CODE = ("trust_remote_code", "weights_only", "allow_all_kernels", "code_revision")
-"""Arguments of `from_pretrained` by which files of the model would be run; there is one way to ask for that."""
+"""Arguments of `from_pretrained` that would run code from the model's files; `trust_remote_code=` alone allows that."""
 
 
 def load(
@@ -57,8 +57,8 @@ def load(
         adapter: folder or Hub id of a saved PEFT adapter.
         peft_init_kwargs: settings of fresh LoRA, those of `peft.LoraConfig`. It begins at zero, so the gradients of its
             `A` are zero; `init_lora_weights=False` draws `B` too.
-        seed: of a fresh adapter.
-        device: where to; default where transformers puts it.
+        seed: the seed of a fresh adapter.
+        device: the device; by default the one that transformers chooses.
         trust_remote_code: run code that comes with the model.
 
     Returns:
@@ -67,8 +67,8 @@ def load(
     Raises:
         ValueError: if an option is unknown or two exclude each other, the checkpoint lacks weights that the task
             needs, or the adapter was made for another base.
-        ImportError: if bitsandbytes or PEFT is needed and not there.
-        FileNotFoundError: if a folder is not there.
+        ImportError: if bitsandbytes or PEFT is needed and missing.
+        FileNotFoundError: if a folder is missing.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
@@ -91,7 +91,7 @@ def load(
             raise FileNotFoundError(f"{error}: {path} names it as its base; load(base, adapter={path!r})") from error
     if adapter is not None or peft_init_kwargs is not None:
         _require("peft", "an adapter needs PEFT", "peft")
-    settings = {**_dtype(precision, device, model_kwargs or {}), **(model_kwargs or {})}
+    settings = {**_precision_arguments(precision, device, model_kwargs or {}), **(model_kwargs or {})}
     source = {"revision": revision, "trust_remote_code": trust_remote_code, **settings}
     model: Any = _whole(path, task, source)
     if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False):
@@ -106,7 +106,7 @@ def load(
 
 
 def _whole(path: str, task: str, source: Mapping[str, Any]) -> nn.Module:
-    """Return a model none of whose weights is random."""
+    """Return a model, refused if a weight would be random or if it doesn't fit the task."""
     try:
         kind = getattr(transformers, TASKS[task][0])
         model, report = kind.from_pretrained(path, output_loading_info=True, **source)
@@ -132,7 +132,7 @@ def _whole(path: str, task: str, source: Mapping[str, Any]) -> nn.Module:
 
 
 def _existing(path: str | Path) -> str:
-    """Return a Hub id or the path of a folder, which must be there."""
+    """Return a Hub id, or the path of a folder, which must exist."""
     place = Path(path).expanduser()
     local = isinstance(path, Path) or place.is_absolute() or str(path).startswith((".", "~"))
     if local and not place.is_dir():
@@ -162,8 +162,8 @@ def _require(package: str, what: str, extra: str) -> None:
         raise ImportError(f"{what}: pip install 'influence[{extra}]'")
 
 
-def _dtype(precision: str, device: str | torch.device | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that a precision means."""
+def _precision_arguments(precision: str, device: str | torch.device | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for a precision."""
     if precision not in (*PRECISIONS, *QUANTISED):
         raise ValueError(f"precision must be one of {', '.join((*PRECISIONS, *QUANTISED))}; got {precision!r}")
     twice = {"dtype", "torch_dtype", "quantization_config"} & {*given}
@@ -213,7 +213,7 @@ def _with_saved(model: nn.Module, path: str, adapter: str, revision: str | None)
 
 
 def _refuse_megatron(config: Any, what: str) -> None:
-    """Refuse settings by which PEFT imports a module that they name."""
+    """Refuse settings that make PEFT import a module named in them."""
     if getattr(config, "megatron_config", None):
         raise ValueError(f"{what} has a megatron_config, for which PEFT imports the module that it names: not loaded")
 
@@ -221,7 +221,7 @@ def _refuse_megatron(config: Any, what: str) -> None:
 def _with_fresh(model: nn.Module, settings: Mapping[str, Any], seed: int) -> nn.Module:
     """Put fresh LoRA on a model: `A` uniform in `±1/√i`, as a linear layer's weight, and `B` zero.
 
-    PEFT draws from the global generator; made on the meta device its adapters have no values, and are given some here.
+    PEFT draws from the global generator. So its adapters are made without values, on the meta device, and drawn here.
     """
     import peft
 

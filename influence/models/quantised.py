@@ -1,4 +1,4 @@
-"""Linear layers with quantised weights as pure functions, and their weights as things to differentiate by."""
+"""Linear layers with quantised weights as pure functions, differentiable by the weight."""
 
 import copy
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class QuantisedLinear(nn.Linear):
-    r"""A linear layer `y = x (W_q + W)ᵀ + b`: `W_q` is dequantised where it is used, and `W` is a zero.
+    r"""A linear layer `y = x (W_q + W)ᵀ + b`: `W_q` is dequantised when it is used, and `W` is zero.
 
     The gradient by `W` at zero is the gradient by the weight: a quantised weight has rows like any other, under the
     same name, and no dense weight is held. `W` takes no storage, and no product either unless it is differentiated.
-    bitsandbytes' own layers will not do: they refuse `torch.func`, change their state in the forward, and on CPUs with
+    bitsandbytes' own layers don't serve: they refuse `torch.func`, change their state in the forward, and on CPUs with
     AVX-512 lose their gradient for good once they were called without one. Its 8-bit layers also round the inputs;
     here the weights alone are rounded. Such a model is there to be differentiated, not to be saved.
 
@@ -41,13 +41,13 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def quantisation(self) -> Any:
-        """What unpacks the weight, as values that a fingerprint can read."""
+        """The values that unpack the weight, in a form that a fingerprint can read."""
         return self.state if isinstance(self.state, Tensor) else self.state.as_dict()
 
     def forward(self, input: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """Return the layer's output."""
         packed, state, dtype = self.packed.detach(), self.state, input.dtype
-        output = Product.apply(input, lambda: unpack(packed, state, dtype))
+        output = _Product.apply(input, lambda: unpack(packed, state, dtype))
         if not _is_still_zero(self.weight):
             output = output + nn.functional.linear(input, self.weight)
         return output if self.bias is None else output + self.bias
@@ -71,8 +71,8 @@ class QuantisedLinear(nn.Linear):
         return self
 
 
-class Product(torch.autograd.Function):
-    """`x Wᵀ` with a weight that is made again in the backward."""
+class _Product(torch.autograd.Function):
+    """`x Wᵀ` with a weight that is unpacked again in the backward pass."""
 
     @staticmethod
     def forward(x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
@@ -81,7 +81,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the way to the weight, not the weight."""
+        """Keep the function that unpacks the weight, not the weight."""
         ctx.weight = inputs[1]
 
     @staticmethod
@@ -91,28 +91,20 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Callable[[], Tensor]) -> tuple[Tensor, int]:
-        """Return the product for a batch, and where its axis is: all axes but the last are alike."""
+        """Return the product for a batch, and the batch axis; all axes but the last are alike."""
         assert in_dims[0] is not None
-        return Product.apply(x.movedim(in_dims[0], 0), weight), 0
+        return _Product.apply(x.movedim(in_dims[0], 0), weight), 0
 
 
 def unpack(packed: Shaped[Tensor, "..."], state: Any, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-    """Return a dense weight: `packed · state / 127` row by row for 8 bits, bitsandbytes' own for 4."""
+    """Return the dense weight: `packed · state / 127` row by row for 8 bits, by bitsandbytes for 4."""
     if isinstance(state, Tensor):
         return packed.to(dtype) * (state / 127).to(dtype)[:, None]
     return import_module("bitsandbytes.functional").dequantize_4bit(packed, state).to(dtype)
 
 
 def make_pure(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace the bitsandbytes layers of a model, in place; the weights are shared, not copied.
-
-    Args:
-        model: the model, none of whose layers has been called yet.
-        dtype: of the zero weights.
-
-    Returns:
-        The model.
-    """
+    """Replace a model's bitsandbytes layers (not called yet) in place, and return it; weights are shared."""
     layers = import_module("bitsandbytes.nn")
     for owner in list(model.modules()):
         for name, layer in list(owner.named_children()):
@@ -129,6 +121,6 @@ def _zero(shape: tuple[int, ...], entry: Float[Tensor, "1 1"]) -> nn.Parameter:
 
 
 def _is_still_zero(weight: Tensor) -> bool:
-    """Whether a weight is the zero without storage, and nobody differentiates by it."""
+    """Whether a weight is the zero without storage, and is not differentiated."""
     plain = type(weight) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
     return plain and not weight.requires_grad and not any(weight.stride())

@@ -1,23 +1,24 @@
-"""Write a page to explore an index with: one file, no server, nothing from elsewhere."""
+"""The command `explore`: writes or serves a page to look at an index with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
+from jaxtyping import Float
+from torch import Tensor
 
-from influence.index import Index, check, open_index
-from influence.index.by_example import Examples
+from influence import explorer
+from influence.explorer.by_example import summed_tokens
+from influence.index import Index, open_index
+from influence.pipelines.frame.directory import names_in
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.planning import size
-from influence.pipelines.frame.prepare import check_gradients
-from influence.pipelines.page import LARGEST, Page
-from influence.pipelines.panels import Limits, estimated, of_examples, of_queries
-from influence.pipelines.reading_texts import Texts, texts_for
-from influence.pipelines.score_panels import of_scores
-from influence.pipelines.serve import serve
-from influence.store import output_file
+from influence.pipelines.frame.texts import texts_of_run
+from influence.pipelines.passes.best import read_best
+from influence.pipelines.passes.queries import column
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,16 @@ def run(config: ExploreConfig, say: Say = quiet) -> Outcome:
         ValueError: if the run has no rows or no texts, or a number is out of range.
     """
     path = _path(config)
-    page = page_of(config, say)
-    text = page.html()
-    facts = {"run": config.run, "examples": page.facts["count"], "characters": len(text)}
+    page = page_of(config)
+    facts = {"run": config.run, "examples": page.count, "characters": len(page.html)}
     if config.serve:
-        serve(text, config.port, say)
+        page.serve(config.port, say)
         return Outcome(config.run, facts, "stopped")
-    with output_file(path) as name:
-        name.write_text(text, encoding="utf-8")
-    bytes_ = path.stat().st_size
+    bytes_ = page.save(path, overwrite=config.overwrite).stat().st_size
     return Outcome(
         str(path),
         {**facts, "file": str(path), "bytes": bytes_},
-        f"{page.facts['count']:,} examples in {path}, {size(bytes_)}: open it in a browser",
+        f"{page.count:,} examples in {path}, {size(bytes_)}: open it in a browser",
     )
 
 
@@ -117,137 +115,111 @@ def _path(config: ExploreConfig) -> Path:
     return path
 
 
-def page_of(config: ExploreConfig, say: Say = quiet) -> Page:
-    """Return the page of a configuration.
-
-    Args:
-        config: of what.
-        say: where its lines go.
-
-    Returns:
-        The page.
-    """
-    index = _opened(config.run)
-    count = min(config.max_examples, index.examples)
-    _check_numbers(config, index, count)
-    limits = Limits(
-        config.k, config.max_tokens, config.sample, config.device, config.progress, config.trust_remote_code
+def page_of(config: ExploreConfig) -> explorer.Page:
+    """Return the page of a configuration: its runs opened, and their texts found."""
+    index = _open(config.run)
+    return explorer.page(
+        index,
+        texts=texts_of_run(index, config.texts, index.per_token, config.trust_remote_code),
+        other=_open_other(config),
+        **_asked(config, index),
+        title=config.run,
+        k=config.k,
+        max_examples=config.max_examples,
+        max_characters=config.max_characters,
+        max_tokens=config.max_tokens,
+        sample=config.sample,
+        device=config.device,
+        progress=config.progress,
     )
-    runs = {config.run: Examples(index, count)}
-    if config.other is not None:
-        runs[config.other] = Examples(_beside(config, index, count), count)
-    pairs = [fits(each.index) for each in runs.values()]
-    if not (all(pairs) or config.queries):
-        raise ValueError(
-            f"the rows of {list(runs)[pairs.index(False)]} are one side of a score, with all of a curvature's inverse "
-            "in them, so they have no score among themselves: pass --queries RUN, rows of the other side"
-        )
-    trust = config.trust_remote_code
-    texts = texts_for(index, index.index[:count], config.texts, config.max_characters, config.max_tokens, trust)
-    characters = sum(map(len, texts.texts)) + sum(len(one) + 3 for each in texts.pieces or () for one in each)
-    needed = characters + sum(estimated(each, limits) for each in runs.values() if all(pairs))
-    if needed > LARGEST:
-        raise ValueError(
-            f"the page would have about {size(needed)}, and browsers take {size(LARGEST)}: pass a smaller --k, "
-            "--max-examples, --max-characters or --max-tokens"
-        )
-    page = Page({"title": config.run, "count": count, "k": config.k, **_said(page_facts(index, count, texts))})
-    page.facts |= {"loss": page.pack(index.loss[:count]), "number": page.pack(index.index[:count])}
-    views = []
-    for name, examples in runs.items() if all(pairs) else ():
-        say(f"scores of {count:,} examples of {name} with one another")
-        views += of_examples(page, examples, limits, texts.lengths, name if config.other else "")
-    if config.queries is not None:
-        queries = open_index(config.queries) if (Path(config.queries) / "index.h5").exists() else None
-        if queries is None or queries.about.kind == "scores":
-            views += of_scores(page, config.queries, Examples(index, count), limits)
-        else:
-            for name, examples in runs.items():
-                views += of_queries(page, config.queries, examples, limits, texts.lengths, name if config.other else "")
-    page.facts["views"] = views
-    page.facts["notes"] = notes(config, index, count, texts)
-    return page
 
 
-def page_facts(index: Index, count: int, texts: Texts) -> dict[str, Any]:
-    """Return what the page says of its examples: texts, as tokens where they are coloured."""
-    return {"texts": texts.texts, "pieces": texts.pieces, "per_token": index.per_token, "count": count}
-
-
-def _said(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return facts without those that are not there."""
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def notes(config: ExploreConfig, index: Index, count: int, texts: Texts) -> list[str]:
-    """Return what the page shows and what it leaves out, in sentences."""
-    metric = index.fingerprint.must_match.get("metric")
-    powers = index.fingerprint.complement.get("curvature", [])
-    sampled = min(config.sample, count)
-    found = [
-        f"{count:,} of {index.examples:,} examples of {config.run}: "
-        + ("all" if count == index.examples else "the first"),
-        f"{min(config.k, count - 1)} at either end of each example's scores with the others shown, itself left out",
-        "a score is the inner product of two rows: positive where a step on one lowers the other's loss",
-        f"rows: {index.fingerprint.recorded.get('transform', 'as they were collected')}",
-        f"histograms and spectra: of {sampled:,} examples" + ("" if sampled == count else ", evenly spaced"),
-        "blue is positive, orange negative (in a text, dotted below)",
-        "effective rank: exp of the entropy of the eigenvalues' shares; the Gram matrix is not centred",
-    ]
-    if metric == "cosine":
-        found.append("the rows have unit norm: inner product and cosine are one")
-    if powers:
-        found.append("curvature: " + ", ".join(f"{one['step']} to the power {one['power']:g}" for one in powers))
-    if index.per_token:
-        found.append(
-            f"an example's row is the sum of its tokens'; a token's colour is its part of the score, of the first "
-            f"{config.max_tokens}"
-        )
-    if texts.cut:
-        found.append(f"{texts.cut:,} texts are cut at {config.max_characters:,} characters")
-    return found
-
-
-def fits(index: Index) -> bool:
-    """Whether rows of an index may be multiplied with one another."""
-    try:
-        check(index.fingerprint, index.fingerprint)
-    except ValueError:
-        return False
-    return True
-
-
-def _opened(path: str) -> Index:
+def _open(path: str) -> Index:
     if not Path(path).is_dir():
         raise FileNotFoundError(f"there is no run directory {path}")
     if (Path(path) / "best.h5").exists():
         raise ValueError(f"{path} holds scores, and no gradients: explore the index they are of, with --queries {path}")
-    index = open_index(path)
-    check_gradients(index)
-    return index
+    return open_index(path)
 
 
-def _beside(config: ExploreConfig, index: Index, count: int) -> Index:
-    """Return the other run, whose examples must be those of the first."""
-    assert config.other is not None
+def _open_other(config: ExploreConfig) -> Index | None:
+    if config.other is None:
+        return None
     if Path(config.other).resolve() == Path(config.run).resolve():
         raise ValueError(f"--other {config.other} is the run itself: give another, or leave it out")
-    other = _opened(config.other)
-    if other.examples < count or not torch.equal(other.index[:count], index.index[:count]):
+    return _open(config.other)
+
+
+def _asked(config: ExploreConfig, index: Index) -> dict[str, Any]:
+    """Return the arguments of `explorer.page` that say which queries are shown: rows or scores, and their texts."""
+    path = config.queries
+    if path is None:
+        return {}
+    rows = open_index(path) if (Path(path) / "index.h5").exists() else None
+    if rows is not None and rows.about.kind != "scores":
+        run, number = path, rows.examples
+        return {"queries": rows, "query_texts": lambda _: _query_texts(run, number, config.trust_remote_code)}
+    scores: explorer.Ends | Tensor
+    scores, numbers = _kept_scores(config, index) if rows is None else _all_scores(config, index, rows)
+    names = names_in(path, "query")
+    names += [column(number) for number in range(len(names), len(numbers))]
+
+    def texts(_: Sequence[int]) -> list[str]:
+        each = zip(names, numbers, strict=False)  # a configuration may name more
+        return [text for name, number in each for text in _query_texts(name, number, config.trust_remote_code)]
+
+    return {"scores": scores, "query_texts": texts}
+
+
+def _all_scores(config: ExploreConfig, index: Index, scores: Index) -> tuple[Float[Tensor, "q n"], list[int]]:
+    """Return the scores of the examples that are shown (tokens' scores summed), and how many each query run has."""
+    count = min(config.max_examples, index.examples)
+    if not torch.equal(scores.index[:count], index.index[:count]):
         raise ValueError(
-            f"{config.other} has other examples than {config.run} ({other.examples:,} and {index.examples:,}; their "
-            "numbers must be the same): build both from the same dataset, or show fewer by --max-examples"
+            f"{config.queries} scores other examples than {config.run} shows: score the dataset that it was built from"
         )
-    return other
+    found = []
+    for name in scores.blocks:
+        if "/" in name:  # a block's part of a score
+            continue
+        rows = int(scores.offsets[count]) if scores.per_token else count
+        each = scores.rows([name], 0, rows)[name]
+        each = summed_tokens(each, scores.offsets[: count + 1]) if scores.per_token else each
+        found.append(each.mT.contiguous())
+    return torch.cat(found), [len(each) for each in found]
 
 
-def _check_numbers(config: ExploreConfig, index: Index, count: int) -> None:
-    for name, least in {"k": 1, "max_examples": 2, "max_characters": 1, "max_tokens": 1, "sample": 2}.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(config, name)}")
-    if count < 2:
-        raise ValueError(f"{config.run} shows {count} examples, and there is nothing to compare: two are needed")
-    if config.k >= count:
-        raise ValueError(f"k must be less than the number of examples shown, {count:,}; got {config.k}")
-    if config.sample > 65_535:
-        raise ValueError(f"sample must be at most 65,535; got {config.sample}")
+def _kept_scores(config: ExploreConfig, index: Index) -> tuple[explorer.Ends, list[int]]:
+    """Return the best and worst examples, as places among those that are shown, and how many each query run has."""
+    assert config.queries is not None
+    kept, values, indices = read_best(config.queries), [], []
+    shown = index.index[: min(config.max_examples, index.examples)]
+    for number in range(len(kept) // 2):
+        heaps = [kept[f"{column(number)}/{end}"] for end in ("best", "worst")]
+        if config.k > heaps[0].values.shape[1]:
+            raise ValueError(
+                f"k must be at most {heaps[0].values.shape[1]}, which {config.queries} kept; got {config.k}"
+            )
+        numbers = torch.stack([heap.indices[:, : config.k] for heap in heaps], 1)
+        places = torch.searchsorted(shown, numbers).clamp(max=len(shown) - 1)
+        if not torch.equal(shown[places], numbers):
+            raise ValueError(
+                f"{config.queries} found examples that are not shown: raise --max-examples, or score the run's dataset"
+            )
+        values.append(torch.stack([heap.values[:, : config.k] for heap in heaps], 1))
+        indices.append(places)
+    return explorer.Ends(torch.cat(values), torch.cat(indices)), [len(each) for each in values]
+
+
+def _query_texts(path: str, number: int, trust: bool) -> list[str]:
+    """Return the texts of a query run's rows or, where they are not texts themselves, the run and the row."""
+    if (Path(path) / "index.h5").exists():
+        index = open_index(path)
+        if index.about.kind == "index" and index.examples == number:
+            try:
+                return texts_of_run(index, trust=trust)(index.index.tolist())
+            except ValueError:
+                pass
+        elif index.about.kind == "reduce":
+            return [f"{index.about.config['method']} of {index.about.config['data']['dataset']}"]
+    return [f"row {row} of {path}" for row in range(number)]

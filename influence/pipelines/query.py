@@ -15,13 +15,13 @@ from influence import data
 from influence.data.parsing import text_of
 from influence.func.engine.per_example import per_example_grads_fn
 from influence.func.fingerprint import weights_hash
-from influence.index import Fingerprint, Index, fingerprint_of, open_index
+from influence.index import Fingerprint, fingerprint_of, open_index
 from influence.index.attributor import Attributor
 from influence.pipelines.frame import recorded
 from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, RunConfig, at_least
 from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
 from influence.pipelines.frame.prepare import Measured, check_gradients, measure, predicted
-from influence.pipelines.frame.texts import by_part, highlighted, short, texts_of
+from influence.pipelines.frame.texts import by_part, datasets_of, highlighted, short, texts_of
 from influence.pipelines.frame.tokens import tokens_of, vocabulary_hash
 from influence.types import Rows
 
@@ -264,13 +264,6 @@ def open_session(config: QueryConfig) -> Session:
         known["reference"] = reference
     asked = Attributor(config.index, faiss=config.faiss.made())
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
-
-
-def datasets_of(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
-    """Return the first example and the configuration of each dataset that an index is of."""
-    appended = [change for change in index.about.appended if "data" in change["config"]]
-    begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]
-    return begins, [own, *(recorded.data_of(change["config"]["data"], index.path) for change in appended)]
 
 
 def ask(session: Session, texts: Sequence[str]) -> list[Answer]:

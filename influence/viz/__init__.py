@@ -1,4 +1,4 @@
-"""Pictures of results, as matplotlib figures (the extra `viz`): readable without tuning, and without colour vision."""
+"""Pictures of results as matplotlib figures (the extra `viz`), readable without tuning and without colour vision."""
 
 from influence.viz.attribution_plots import heat_map, recall_curves, score_distributions, spectra
 from influence.viz.canvas import check, save

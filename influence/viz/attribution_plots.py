@@ -1,4 +1,4 @@
-"""Spectra of curvature, and how many directions they are worth."""
+"""Pictures of attribution: heat maps, recall curves, score distributions, and spectra of curvature."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.numbers import check_number
-from influence.viz.canvas import MARKERS, SIGNED, Figure, clean, colours, drawn, figure, legend, ticks
+from influence.viz.canvas import MARKERS, SIGNED, Figure, clean, colours, figure, legend, plain, ticks
 
 
 def heat_map(
@@ -19,17 +19,17 @@ def heat_map(
     title: str = "",
     limit: float | None = None,
 ) -> Figure:
-    """Return a heat map of signed values, red above zero and blue below, white at it.
+    """Return a heat map of signed values: red above zero, blue below, white at zero.
 
-    Where all values have one sign, the scale shows that half of the colours.
+    If all values have one sign, the scale shows that half of the colours.
 
     Args:
-        influences: the matrix: of examples, or of the tokens of two examples.
+        influences: the matrix, between examples, or between the tokens of two examples.
         rows: their labels: names, texts or tokens.
-        columns: the same.
-        label: of the scale.
-        title: of the picture.
-        limit: the value of the strongest colour; default the largest, but for a diagonal that outshines the rest.
+        columns: their labels.
+        label: the label of the colour scale.
+        title: the title of the picture.
+        limit: the value of the strongest colour; by default the largest, off the diagonal if the matrix is square.
 
     Returns:
         The figure.
@@ -44,7 +44,7 @@ def heat_map(
         >>> [text.get_text() for text in made.axes[0].get_yticklabels()]
         ['a', 'b']
     """
-    influences = drawn(influences)
+    influences = plain(influences)
     n, m = influences.shape
     for what, labels, count in (("rows", rows, n), ("columns", columns, m)):
         if labels and len(labels) != count:
@@ -56,7 +56,7 @@ def heat_map(
     made, axes = figure(width=width, height=height)
     if limit is not None:
         check_number("limit", limit, 0, above=True)
-    most = strongest(influences) if limit is None else limit
+    most = _colour_limit(influences) if limit is None else limit
     shown = axes.imshow(influences.numpy(), cmap=SIGNED, vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
     axes.set_facecolor("#CCCCCC")  # where there is no number
     axes.spines[:].set_visible(False)
@@ -74,8 +74,8 @@ def heat_map(
     return made
 
 
-def strongest(influences: Float[Tensor, "n m"]) -> float:
-    """Return the largest size of an entry; off the diagonal, where the diagonal is of ones or outshines the rest."""
+def _colour_limit(influences: Float[Tensor, "n m"]) -> float:
+    """Return the largest `|entry|`; of a square matrix, off the diagonal, which would outshine the rest."""
     sizes = influences.double().abs().nan_to_num()
     whole = float(sizes.max())
     n, m = sizes.shape
@@ -88,10 +88,10 @@ def strongest(influences: Float[Tensor, "n m"]) -> float:
 def recall_curves(
     recall: Mapping[str, Float[Tensor, " k"] | Float[Tensor, "seeds k"]], *, at: Tensor | None = None
 ) -> Figure:
-    """Return recall@k over k, a line per method; a band of two standard errors where there are several seeds.
+    """Return recall@k over k, a line per method, with a band of two standard errors if there are several seeds.
 
     Args:
-        recall: by method, the share found among the first `k`.
+        recall: for each method, the share found among the first `k`.
         at: the values of `k`; default 1, 2, ….
 
     Returns:
@@ -110,7 +110,7 @@ def recall_curves(
     made, axes = figure(width=7.0, height=4.4)
     for number, (name, values) in enumerate(recall.items()):
         colour = colours(len(recall))[number]
-        each = drawn(values).reshape(-1, values.shape[-1])
+        each = plain(values).reshape(-1, values.shape[-1])
         ks = torch.arange(1, each.shape[1] + 1) if at is None else at
         if len(ks) != each.shape[1]:
             raise ValueError(f"recall of {name!r} has {each.shape[1]} values, and there are {len(ks)} values of k")
@@ -133,11 +133,11 @@ def recall_curves(
 
 
 def score_distributions(scores: Float[Tensor, " n"] | Mapping[str, Float[Tensor, " n"]], *, k: int = 10) -> Figure:
-    """Return a histogram of scores on a logarithmic count, the `k` largest and smallest as ticks below it.
+    """Return a histogram of scores with logarithmic counts, and the `k` largest and smallest as ticks below it.
 
     Args:
-        scores: of a query, or by method or query; each has its own axis, since their units differ.
-        k: how many are marked at either end.
+        scores: a query's scores, or several by name, each with an axis of its own, since their units differ.
+        k: how many scores are marked at either end.
 
     Returns:
         The figure.
@@ -155,7 +155,7 @@ def score_distributions(scores: Float[Tensor, " n"] | Mapping[str, Float[Tensor,
     named = dict(scores) if isinstance(scores, Mapping) else {"": scores}
     made, axes = figure(len(named), width=7.0, height=max(3.0, 2.1 * len(named)), squeeze=False)
     for (name, each), colour, plot in zip(named.items(), colours(len(named)), axes[:, 0], strict=True):
-        finite = drawn(each[each.isfinite()])
+        finite = plain(each[each.isfinite()])
         if not len(finite):
             raise ValueError(f"the scores {name!r} have no finite number: there is nothing to draw")
         plot.hist(finite.numpy(), bins=min(120, max(12, int(len(finite) ** 0.5))), color=colour, alpha=0.75)
@@ -201,7 +201,7 @@ def spectra(values: Mapping[str, Float[Tensor, " d"]]) -> Figure:
     made, (curves, bars) = figure(1, 2, width=10.0, height=max(4.2, 0.2 * count + 1.4), width_ratios=(1.5, 1.0))
     ranks, sizes = [], []
     for (_, each), colour in zip(values.items(), shades, strict=True):
-        ordered = drawn(each).flatten().sort(descending=True).values
+        ordered = plain(each).flatten().sort(descending=True).values
         positive = ordered[ordered > 0]
         at = (torch.logspace(0, torch.tensor(float(max(len(positive), 1))).log10(), 600).round().long() - 1).unique()
         at = at[at < len(positive)]

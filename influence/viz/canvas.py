@@ -1,4 +1,4 @@
-"""What all pictures share: figures made without pyplot and without touching its settings, colours, and saving."""
+"""Figures, colours, labels and saving, for all pictures; without pyplot, whose settings stay as they are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,33 +21,19 @@ MARKERS = "osD^vP*X"
 """A second way to tell lines apart."""
 
 SIGNED = "RdBu_r"
-"""The map of signed values: red above zero, blue below, white at it."""
+"""The colour map of signed values: red above zero, blue below, white at zero."""
 
 GREY = "#777777"
 ALTERNATIVE = "choose .png, .pdf or .svg"
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 4.2, **settings: Any) -> Any:
-    """Return a figure and its axes.
-
-    Args:
-        rows: of axes.
-        columns: of axes.
-        width: in inches.
-        height: in inches.
-        settings: more for `Figure.subplots`.
-
-    Returns:
-        `(figure, axes)`, the axes an array where there are several.
-
-    Raises:
-        ImportError: if the extra is not installed.
-    """
+    """Return a figure, sizes in inches, and its axes, an array where there are several; `settings` are `subplots`'."""
     try:
-        from matplotlib.figure import Figure as Made
+        from matplotlib.figure import Figure as MatplotlibFigure
     except ImportError as error:
         raise ImportError("pictures need the extra: pip install 'influence[viz]'") from error
-    made = Made(figsize=(width, height), layout="constrained")
+    made = MatplotlibFigure(figsize=(width, height), layout="constrained")
     axes = made.subplots(rows, columns, **settings)
     for each in made.axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -56,7 +42,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 7.0, height: float = 
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure; the ending decides the format.
+    """Write a figure to a file, whose ending decides the format.
 
     Raises:
         ValueError: if matplotlib does not know the ending.
@@ -68,7 +54,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def check(path: str | Path) -> None:
-    """Refuse what `save` could not write, before anything is computed.
+    """Refuse a file name that `save` could not write, before anything is computed.
 
     Raises:
         ImportError: if the extra is not installed.
@@ -81,7 +67,7 @@ def check(path: str | Path) -> None:
 
 
 def colours(count: int) -> list[Any]:
-    """Return so many colours: Okabe and Ito's while they last, otherwise a scale from dark to light."""
+    """Return `count` colours: Okabe and Ito's if they suffice, otherwise a scale from dark to light."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     from matplotlib import colormaps
@@ -90,20 +76,20 @@ def colours(count: int) -> list[Any]:
 
 
 def legend(axes: Axes, count: int) -> None:
-    """Explain lines, beside the axes where there are too many to lie on them."""
+    """Add a legend of `count` lines: inside the axes or, for more than six, beside them."""
     if count > 6:
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=1 + count // 24)
     elif count > 1:
         axes.legend(fontsize=9, frameon=False)
 
 
-def drawn(values: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's numbers in float64, wherever it is and whatever is differentiated through it."""
+def plain(values: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's numbers in float64 on the CPU, detached."""
     return values.detach().cpu().double()
 
 
 def ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], most: int = 72) -> None:
-    """Label a matrix's rows and columns, where there are not too many to read."""
+    """Label the rows and columns of a matrix, unless there are too many to read."""
     for labels, setter, turned in ((rows, axes.set_yticks, {}), (columns, axes.set_xticks, {"rotation": 90})):
         if 0 < len(labels) <= most:
             size = max(4.5, min(9.0, 230 / len(labels)))
@@ -111,7 +97,7 @@ def ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], most: int = 7
 
 
 def clean(text: str) -> str:
-    """Return a label that matplotlib draws as it is: no mathematics, spaces seen, no line breaks.
+    """Return a label that matplotlib draws literally: no mathematics, leading spaces visible, no line breaks.
 
     Example:
         >>> clean(" the")

@@ -1,4 +1,4 @@
-"""Susceptibilities in the plane of their first two principal components."""
+"""Pictures of sampling: LLC traces, the plateau of a calibration, and the plane of susceptibilities."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from influence.sgmcmc.estimators.susceptibility import pca
 from influence.viz.canvas import GREY, MARKERS, Figure, clean, colours, figure, legend
 
 POINTS = 60
-"""Places along a trace where its standard error is computed."""
+"""Steps of a trace at which its standard error is computed."""
 
 
-def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
+def llc_traces(estimates: LLC | Mapping[str, LLC]) -> Figure:
     """Return the excess loss along chains, and below it the LLC so far with a band of two standard errors.
 
     Args:
-        found: an estimate, or several by name: then chains are averaged, and each name has a line.
+        estimates: an estimate, or several by name: then chains are averaged, and each name has a line.
 
     Returns:
         The figure.
@@ -33,8 +33,8 @@ def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
         >>> len(viz.llc_traces(sgmcmc.llc.estimate(run)).axes)
         2
     """
-    several = isinstance(found, Mapping)
-    named = dict(found) if isinstance(found, Mapping) else {"": found}
+    several = isinstance(estimates, Mapping)
+    named = dict(estimates) if isinstance(estimates, Mapping) else {"": estimates}
     made, (above, below) = figure(2, width=7.5, height=6.0, sharex=True)
     for (name, each), colour in zip(named.items(), colours(len(named)), strict=True):
         trace = each.trace.double()
@@ -47,7 +47,7 @@ def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
                 below.plot(steps, chain, color=GREY, alpha=0.6, linewidth=0.8)
         smooth = trace.mean(0).unfold(0, width, 1).mean(1)
         above.plot(steps[width - 1 :] - (width - 1) / 2, smooth, color=colour, linewidth=1.6, label=name)
-        at, mean, error = so_far(trace)
+        at, mean, error = _running_mean(trace)
         shown = f"{name}: {each.mean:.3g} ± {each.stderr:.2g}" if several else None
         below.fill_between(at, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.22, linewidth=0)
         below.plot(at, mean, color=colour, linewidth=1.8, label=shown)
@@ -56,7 +56,7 @@ def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
     above.set_ylabel("nβ · excess loss")
     below.set_ylabel("LLC so far ± 2 s.e.")
     below.set_xlabel("step after burn-in")
-    room(below, named)
+    _limit_axis(below, named)
     if several:
         legend(below, len(named))
         above.set_title("local learning coefficients", fontsize=11)
@@ -71,16 +71,16 @@ def llc_traces(found: LLC | Mapping[str, LLC]) -> Figure:
     return made
 
 
-def so_far(trace: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return some numbers of steps, the mean over all chains' so many first steps, and its standard error."""
+def _running_mean(trace: Float[Tensor, "c s"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return some step counts `t`, the mean over the first `t` steps of all chains, and its standard error."""
     steps = trace.shape[1]
     at = torch.linspace(min(8, steps), steps, min(POINTS, steps)).long().unique()
     mean = torch.stack([trace[:, :t].mean() for t in at.tolist()])
     return at, mean, torch.tensor([standard_error(trace[:, :t]) for t in at.tolist()], dtype=torch.float64)
 
 
-def room(axes: object, named: Mapping[str, LLC]) -> None:
-    """Let the first wild steps of a running mean leave the picture rather than flatten the rest of it."""
+def _limit_axis(axes: object, named: Mapping[str, LLC]) -> None:
+    """Set the limits by the later steps, so that the first wild ones of a running mean don't flatten the rest."""
     later = [each.running()[:, each.trace.shape[1] // 10 :] for each in named.values()]
     low, high = min(float(x.min()) for x in later), max(float(x.max()) for x in later)
     low = min([low, *(each.mean - 3 * each.stderr for each in named.values() if each.stderr == each.stderr)])
@@ -90,10 +90,10 @@ def room(axes: object, named: Mapping[str, LLC]) -> None:
 
 
 def plateau(grid: Calibration) -> Figure:
-    """Return the LLC over step sizes, a line for each localization; crosses are points where every chain diverged.
+    """Return the LLC over step sizes, a line per localization; a cross is a point where every chain diverged.
 
     Args:
-        grid: what `llc.calibrate` found.
+        grid: what `llc.calibrate` returns.
 
     Returns:
         The figure.
@@ -139,15 +139,15 @@ def susceptibility_plane(
     named: int = 14,
     kind: str = "tokens",
 ) -> Figure:
-    """Return tokens in the plane of the first two principal components, and the restrictions' loadings beside it.
+    """Return the tokens in the plane of their first two principal components, with the restrictions' loadings.
 
     Args:
-        matrix: `Susceptibility.matrix()`, of one observable or of several below one another.
-        restrictions: names of its columns.
-        tokens: what each row is, to name the outermost ones.
-        groups: which data each row is from, to colour it.
-        named: how many tokens are named.
-        kind: what the rows are, for the title: `"examples"` where the loss has one number for each.
+        matrix: `Susceptibility.matrix()` of one observable, or several of them stacked.
+        restrictions: the names of its columns.
+        tokens: each row's token, to label the outermost ones.
+        groups: which data each row comes from, to colour it.
+        named: how many tokens are labelled.
+        kind: what the rows are, for the title: `"examples"` if the loss has one number per example.
 
     Returns:
         The figure.
@@ -213,7 +213,7 @@ def susceptibility_plane(
 
 
 def _outermost(scores: Float[Tensor, "tokens 2"], count: int) -> list[tuple[int, tuple[int, int]]]:
-    """Return the points farthest from the middle, no two of them close, each with the side its name is put on."""
+    """Return the points farthest from the middle, no two of them close, each with the side its label goes to."""
     if not count:
         return []
     scaled = scores / scores.abs().amax(0).clamp_min(1e-300)

@@ -1,34 +1,107 @@
-"""What the rows of a dataset say, for people: text as the run read it, chunks decoded from their tokens."""
+"""Texts of a run's examples, for people: as the run read them, chunks decoded from their tokens."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from typing import Any
 
 from influence.data import Tokenized
 from influence.data.documents import Document, read_documents, reader
 from influence.data.sources import column_names
-from influence.pipelines.frame.configs import DataConfig
+from influence.index import Index
+from influence.pipelines.frame import recorded
+from influence.pipelines.frame.configs import DataConfig, ModelConfig
+from influence.pipelines.frame.loading import load_tokenizer
 from influence.pipelines.frame.tokens import load_rows, text_format, tokens_of
 from influence.visible import visible
+
+
+def texts_of_run(
+    index: Index, source: str | None = None, per_token: bool = False, trust: bool = False
+) -> Callable[[Sequence[int]], list[Any]]:
+    """Return a function from numbers of an index's examples to their texts, or to the texts of their tokens.
+
+    Nothing is read before it is called.
+
+    Args:
+        index: the index, whose configuration says where its texts are.
+        source: another dataset to read them from.
+        per_token: return each text as its tokens' texts, if there is a tokenizer.
+        trust: run code that comes with the tokenizer; the index cannot allow it.
+
+    Returns:
+        The function. It raises a `ValueError` that says what to do where the texts cannot be read.
+
+    Raises:
+        ValueError: if the index does not say where its texts are.
+    """
+    stored = index.about.config
+    if not {"model", "data"} <= set(stored) and source is None:
+        raise ValueError(
+            f"{index.path} was built from Python, so it does not say where its texts are: pass --texts FILE, a dataset "
+            "whose rows are numbered as the index's"
+        )
+    if source is None:
+        begins, parts = datasets_of(index, recorded.data_of(stored["data"], index.path))
+    else:
+        known = DataConfig(source) if "data" not in stored else recorded.data_of(stored["data"], index.path, source)
+        begins, parts = [0], [known]
+    model = recorded.tokenizer_of(stored["model"], index.path, trust) if "model" in stored else None
+
+    def texts(numbers: Sequence[int]) -> list[Any]:
+        try:
+            chunks = any(part.chunk_length is not None for part in parts)
+            tokenizer, config = _tokenizer(model, needed=chunks or per_token)
+            made: list[Callable[..., list[Any]]]
+            if per_token and tokenizer is not None:
+                made = [token_texts(part, tokenizer, config) for part in parts]
+            else:
+                made = [texts_of(part, tokenizer, config, strict=True) for part in parts]
+            return (made[0] if len(made) == 1 else by_part(begins, made))(numbers)
+        except IndexError as error:
+            raise ValueError(
+                f"examples of {index.path} are numbered up to {max(numbers)}, and {source or 'its dataset'} has fewer "
+                "rows: pass --texts FILE, a dataset whose rows are numbered as the index's"
+            ) from error
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"the texts of {index.path} cannot be read: {' '.join(str(error).split())[:300]}. Pass --texts FILE, "
+                "where they are now"
+            ) from error
+
+    return texts
+
+
+def datasets_of(index: Index, own: DataConfig) -> tuple[list[int], list[DataConfig]]:
+    """Return the first example and the configuration of each dataset in an index: its own, and what was appended."""
+    appended = [change for change in index.about.appended if "data" in change["config"]]
+    begins = [0, *(int(index.about.plan["shards"][change["first"]][0]) for change in appended)]
+    return begins, [own, *(recorded.data_of(change["config"]["data"], index.path) for change in appended)]
+
+
+def _tokenizer(model: ModelConfig | None, needed: bool) -> tuple[Any, Any]:
+    """Return a model's tokenizer and config; plain texts do without them, so there a model that is gone is no error."""
+    if model is None:
+        return None, None
+    from transformers import AutoConfig
+
+    tokenizer = config = None
+    with nullcontext() if needed else suppress(ValueError, OSError):
+        tokenizer = load_tokenizer(model)
+    with suppress(ValueError, OSError):  # an adapter's folder has none
+        config = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code)
+    return tokenizer, config
 
 
 def texts_of(
     config: DataConfig, tokenizer: Any, model: Any, strict: bool = False
 ) -> Callable[[Sequence[int]], list[str]]:
-    """Return a function from rows of a run's dataset to what they say.
+    """Return a function from row numbers of a run's dataset to their texts.
 
-    Numbers are those of the run: of chunks where there were chunks, of the dataset's rows otherwise, also where the run
-    used some of them only. A dataset that is gone says so, and nothing else fails.
-
-    Args:
-        config: the run's data.
-        tokenizer: the run's tokenizer.
-        model: transformers' config of the model.
-        strict: let a dataset that is gone be an error.
-
-    Returns:
-        The function.
+    Numbers are the run's: of chunks where there were chunks, of the dataset's rows otherwise, also where the run used
+    some of them only. A dataset that is gone is an error if `strict`, and otherwise a text that says so. `model` is
+    transformers' config of the model.
     """
 
     @lru_cache
@@ -56,12 +129,12 @@ def texts_of(
             return [str(row) if tokenizer is None else tokenizer.decode(row) for row in ids]
         form = text_format(config)
         _, document_of = reader(form, columns)
-        return [_said(document) for document in read_documents(document_of, found, form)]
+        return [_text(document) for document in read_documents(document_of, found, form)]
 
     return _read if strict else texts
 
 
-def _said(document: Document) -> str:
+def _text(document: Document) -> str:
     if document.text is not None:
         return document.text
     return "\n".join(f"{message['role']}: {message['content']}" for message in document.messages)
@@ -70,17 +143,7 @@ def _said(document: Document) -> str:
 def highlighted(
     config: DataConfig, tokenizer: Any, model: Any, around: int = 12
 ) -> Callable[[Sequence[int], Sequence[int]], list[str]]:
-    """Return a function from examples and positions to the text around each token, the token in «».
-
-    Args:
-        config: the run's data.
-        tokenizer: the run's tokenizer.
-        model: transformers' config of the model.
-        around: tokens on either side that are shown.
-
-    Returns:
-        The function.
-    """
+    """Return a function from examples and positions to each token in «», with `around` tokens on either side."""
 
     @lru_cache
     def whole() -> Tokenized:
@@ -102,16 +165,7 @@ def highlighted(
 
 
 def token_texts(config: DataConfig, tokenizer: Any, model: Any) -> Callable[[Sequence[int]], list[list[str]]]:
-    """Return a function from examples to their tokens' texts, white space included: joined, they are the text.
-
-    Args:
-        config: the run's data.
-        tokenizer: the run's tokenizer.
-        model: transformers' config of the model.
-
-    Returns:
-        The function.
-    """
+    """Return a function from examples to their tokens' texts, white space included: joined, they are the text."""
 
     @lru_cache
     def whole() -> Tokenized:
@@ -136,13 +190,6 @@ def cut(text: str, tokens: Sequence[str]) -> list[str]:
 
     A token that is not found in its place, such as a byte of a letter, has an empty piece; its text is with the next.
 
-    Args:
-        text: the text.
-        tokens: what each token says alone, without white space.
-
-    Returns:
-        The pieces; joined, they are the text.
-
     Example:
         >>> cut("to be ...", ["to", "be", "\ufffd", "..."])
         ['to', ' be', '', ' ...']
@@ -165,9 +212,6 @@ def by_part(begins: Sequence[int], parts: Sequence[Callable[..., list[str]]]) ->
     Args:
         begins: the number of each dataset's first example.
         parts: for each, a function of its own numbers (and of whatever goes with each).
-
-    Returns:
-        The function of all numbers.
 
     Example:
         >>> by_part([0, 10], [lambda numbers: ["a"], lambda numbers: [f"b{n}" for n in numbers]])([11, 2])

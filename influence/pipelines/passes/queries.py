@@ -1,6 +1,5 @@
 """Query rows of finished runs, and their scores with the rows of a pass."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import vectors
-from influence.index import Fingerprint, narrowed, open_index
+from influence.index import Fingerprint, open_index
 from influence.index.choosing import choose
-from influence.index.matching import matched
+from influence.index.narrowing import rows_for
 from influence.pipelines.frame.prepare import check_gradients
 from influence.pipelines.passes.steps import Seen
 from influence.types import Rows
@@ -64,15 +63,7 @@ def load_queries(
     for path in paths:
         index = open_index(path)
         check_gradients(index)
-        if not len(index):
-            raise ValueError(f"the query {path} holds no row")
-        mine, theirs = index.fingerprint.dim, fingerprint.dim
-        if mine is not None and theirs is not None and mine > theirs:
-            with contextlib.suppress(ValueError):  # where it does not nest, what follows says so
-                index = narrowed(index, theirs)
-        common = [name for name in chosen.names if name in index.blocks]
-        rows = matched(index.rows(common or None), fingerprint, chosen, index.fingerprint, force=force)
-        chosen.matrix(rows)  # says what does not fit where a difference was forced
+        rows = rows_for(index, fingerprint, chosen, force)
         found.append(Queries(path, rows))
     return found
 

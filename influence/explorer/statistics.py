@@ -1,10 +1,11 @@
-r"""What an explorer shows of an index, computed as the rows stream by: no matrix of all pairs is ever held.
+r"""The explorer's statistics of an index, computed as its rows stream by: no matrix of all pairs is ever held.
 
-For each row that is asked about, under each measure with weights `w` (1 for the inner product, `1/‖g_n‖` for cosine):
+For each query row `q`, under each measure with weights `w` (1 for the inner product, `1/‖g_n‖` for cosine):
 
 $$s_{qn} = w_q w_n \langle g_q, g_n \rangle = \sum_b w_q w_n \langle g_q^b, g_n^b \rangle$$
 
-the `k` largest and the `k` smallest, each block's part of their sums, each token's part of each, and a histogram.
+the `k` largest and the `k` smallest scores, each block's part of their sums, each token's part of each, and a
+histogram.
 """
 
 from collections.abc import Mapping
@@ -14,26 +15,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from influence.explorer.by_example import Examples
 from influence.func import top
 from influence.func.top import Top
 from influence.index import scan
-from influence.index.by_example import Examples
 from influence.index.choosing import Chosen
 
-ENTRIES = 1 << 25
-"""Entries of rows that are looked at in one go where they are decoded."""
+DECODED_AT_ONCE = 1 << 25
+"""Entries of rows that are decoded at a time."""
 
 Weights: TypeAlias = Float[Tensor, " _"] | None
-"""What each row is multiplied with; `None` is 1."""
+"""A factor for each row; `None` is 1."""
 
 
-class Asked(NamedTuple):
-    """Rows that are asked about.
+class QueryRows(NamedTuple):
+    """Rows whose scores with all examples are wanted.
 
     Attributes:
         rows: the rows.
-        weight: what each is multiplied with under each measure.
-        own: the example that each is itself, which is left out of what is found.
+        weight: the factor of each row under each measure.
+        own: where the rows are examples themselves, which ones: an example is not among its own neighbours.
     """
 
     rows: Float[Tensor, "q d"]
@@ -42,11 +43,11 @@ class Asked(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """The largest scores first, and the smallest first, of each row that is asked about.
+    """Both ends of each query's scores.
 
     Attributes:
-        values: scores; `[:, 0]` the largest, `[:, 1]` the smallest.
-        indices: their examples.
+        values: scores; `[:, 0]` the largest, largest first; `[:, 1]` the smallest, smallest first.
+        indices: the examples that have them, by their place in the index.
     """
 
     values: Float[Tensor, "q 2 k"]
@@ -54,10 +55,10 @@ class Ends(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many of some scores are where.
+    """Counts of each query's scores in bins.
 
     Attributes:
-        edges: the first edge and the last; bins between them are of one width.
+        edges: the first edge and the last; the bins between them have equal widths.
         counts: scores in each bin.
     """
 
@@ -66,7 +67,7 @@ class Histogram(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    r"""The eigenvalues of rows' Gram matrix, and how many of them matter.
+    r"""The eigenvalues of the Gram matrix of rows, and how many of them matter.
 
     Attributes:
         values: eigenvalues of $\frac{1}{n} \sum_n w_n^2 g_n g_n^\top$, largest first.
@@ -77,41 +78,29 @@ class Spectrum(NamedTuple):
     rank: float
 
 
-def ends(examples: Examples, asked: Asked, measures: Mapping[str, Weights], k: int) -> dict[str, Ends]:
-    """Return both ends of the scores of every example, exactly; equal scores by example.
+def ends(examples: Examples, queries: QueryRows, measures: Mapping[str, Weights], k: int) -> dict[str, Ends]:
+    """Return both ends of the exact scores with every example, by measure; equal scores in the order of examples.
 
-    Costs `2 q n d` FLOPs and one pass over the rows for all measures together.
-
-    Args:
-        examples: the examples.
-        asked: the rows that are asked about; the products are computed where these are.
-        measures: the weight of each example under each measure.
-        k: how many at either end.
-
-    Returns:
-        The ends, by measure.
-
-    Raises:
-        ValueError: if a score is not finite.
+    Costs `2 q n d` FLOPs and one pass over the rows for all measures together, on the device of the queries.
     """
-    found = {(name, sign): top.start(asked.rows, k) for name in measures for sign in (1, -1)}
-    weights = {name: None if w is None else w.to(asked.rows) for name, w in measures.items()}
+    found = {(name, sign): top.start(queries.rows, k) for name in measures for sign in (1, -1)}
+    weights = {name: None if w is None else w.to(queries.rows) for name, w in measures.items()}
     for begin, scores in scan.products(
-        examples.pieces(scan.rows_a_piece(len(asked.rows))), asked.rows, examples.columns
+        examples.pieces(scan.rows_a_piece(len(queries.rows))), queries.rows, examples.columns
     ):
         here = slice(begin, begin + scores.shape[1])
-        self_scores = None if asked.own is None else _inside(asked.own, here)
+        self_scores = None if queries.own is None else _inside(queries.own, here)
         for (name, sign), best in found.items():
             weight = weights[name]
             signed = scores * sign if weight is None else scores * (sign * weight[here])
             if self_scores is not None:
                 signed[self_scores] = -torch.inf
             found[name, sign] = top.update(best, signed, begin)
-    return {name: _both(found[name, 1], found[name, -1], asked.weight[name]) for name in measures}
+    return {name: _both(found[name, 1], found[name, -1], queries.weight[name]) for name in measures}
 
 
 def _inside(own: Int[Tensor, " q"], here: slice) -> tuple[Tensor, Tensor]:
-    """Return where each row meets itself among some columns."""
+    """Return where queries meet themselves among the examples of a slice."""
     query = ((own >= here.start) & (own < here.stop)).nonzero()[:, 0]
     return query, own[query] - here.start
 
@@ -123,28 +112,18 @@ def _both(largest: Top, smallest: Top, weight: Weights) -> Ends:
 
 
 def block_parts(
-    examples: Examples, asked: Asked, found: Mapping[str, Ends], measures: Mapping[str, Weights]
+    examples: Examples, queries: QueryRows, found: Mapping[str, Ends], measures: Mapping[str, Weights]
 ) -> dict[str, Float[Tensor, "q 2 b"]]:
-    """Return each block's part of the sum of each list's scores.
-
-    Args:
-        examples: the examples.
-        asked: the rows that were asked about.
-        found: their lists.
-        measures: the weights under which they were found.
-
-    Returns:
-        The parts, by measure: those of a list sum to the sum of its scores.
-    """
+    """Return each block's part of the sum of each list's scores, by measure: the parts add up to that sum."""
     columns = examples.columns
-    parts = {name: torch.empty(len(asked.rows), 2, len(columns.inside), dtype=asked.rows.dtype) for name in found}
+    parts = {name: torch.empty(len(queries.rows), 2, len(columns.inside), dtype=queries.rows.dtype) for name in found}
     k = next(iter(found.values())).indices.shape[2]
-    for some in torch.arange(len(asked.rows)).split(max(1, ENTRIES // (2 * k * len(found) * columns.dim))):
+    for some in torch.arange(len(queries.rows)).split(max(1, DECODED_AT_ONCE // (2 * k * len(found) * columns.dim))):
         numbers, where = torch.stack([ends.indices[some] for ends in found.values()]).unique(return_inverse=True)
-        rows, mine = examples.take(numbers).to(asked.rows), asked.rows[some.to(asked.rows.device)]
+        rows, mine = examples.take(numbers).to(queries.rows), queries.rows[some.to(queries.rows.device)]
         for (name, lists), places in zip(found.items(), where, strict=True):
             for end in range(lists.indices.shape[1]):
-                own, theirs = asked.weight[name], measures[name]
+                own, theirs = queries.weight[name], measures[name]
                 weight = torch.ones(len(some), k) if theirs is None else theirs[lists.indices[some, end]]
                 weight = weight if own is None else weight * own[some, None]
                 mixing = mine.new_zeros(len(some), len(numbers))
@@ -155,65 +134,39 @@ def block_parts(
 
 
 def token_parts(
-    examples: Examples, asked: Asked, found: Ends, own: Weights, theirs: Weights, lengths: Int[Tensor, " n"]
+    examples: Examples, queries: QueryRows, found: Ends, own: Weights, theirs: Weights, lengths: Int[Tensor, " n"]
 ) -> Float[Tensor, " t"]:
-    """Return each token's part of every score that was found, list after list, `lengths[example]` of each.
+    """Return each token's part of every score in the lists, flat: `lengths[example]` numbers a score, 0 without a row.
 
-    Args:
-        examples: the examples of a token index.
-        asked: the rows that were asked about.
-        found: their lists.
-        own: the weights of the rows that were asked about.
-        theirs: the weights of the examples.
-        lengths: tokens of each example to return; of the later ones nothing is said.
-
-    Returns:
-        The parts, flat: a token that has no row has 0.
+    `own` and `theirs` are the factors of the queries and of the examples. Tokens behind the first `lengths` are left
+    out.
     """
     out = [torch.zeros(0)]
     longest = max(1, int(examples.index.offsets.diff().max()))
     for query, lists in enumerate(found.indices):
-        for numbers in lists.flatten().split(max(1, ENTRIES // (longest * examples.index.dim))):
+        for numbers in lists.flatten().split(max(1, DECODED_AT_ONCE // (longest * examples.index.dim))):
             rows, whose = examples.tokens_of(numbers)
-            scores = examples.index.take(rows).to(asked.rows) @ asked.rows[query]
+            scores = examples.index.take(rows).to(queries.rows) @ queries.rows[query]
             if theirs is not None:
                 scores = scores * theirs.to(scores)[numbers.to(scores.device)][whose.to(scores.device)]
             scores = (scores if own is None else scores * own[query].to(scores)).float().cpu()
             size, position = lengths[numbers], examples.index.position[rows]
-            told = position < size[whose]
+            shown = position < size[whose]
             flat = torch.zeros(int(size.sum()))
-            flat[((size.cumsum(0) - size)[whose] + position)[told]] = scores[told]
+            flat[((size.cumsum(0) - size)[whose] + position)[shown]] = scores[shown]
             out.append(flat)
     return torch.cat(out)
 
 
-def products(asked: Asked, name: str, rows: Float[Tensor, "m d"], theirs: Weights) -> Float[Tensor, "q m"]:
-    """Return the scores of some examples under a measure.
-
-    Args:
-        asked: the rows that are asked about.
-        name: the measure.
-        rows: rows of the examples.
-        theirs: their weights.
-
-    Returns:
-        The scores.
-    """
-    scores, own = asked.rows @ rows.to(asked.rows).mT, asked.weight[name]
+def products(queries: QueryRows, name: str, rows: Float[Tensor, "m d"], theirs: Weights) -> Float[Tensor, "q m"]:
+    """Return the scores of the queries with some examples' rows, whose factors are `theirs`, under a measure."""
+    scores, own = queries.rows @ rows.to(queries.rows).mT, queries.weight[name]
     scores = scores if theirs is None else scores * theirs.to(scores)
     return scores if own is None else scores * own.to(scores)[:, None]
 
 
 def histogram(scores: Float[Tensor, "q m"], left_out: Bool[Tensor, "q m"] | None = None, bins: int = 32) -> Histogram:
-    """Return how scores lie, from the smallest to the largest of each row.
-
-    Args:
-        scores: the scores.
-        left_out: those that do not count.
-        bins: how many.
-
-    Returns:
-        The histogram of each row.
+    """Return the histogram of each query's scores, from its smallest to its largest, without those left out.
 
     Example:
         >>> import torch
@@ -231,13 +184,7 @@ def histogram(scores: Float[Tensor, "q m"], left_out: Bool[Tensor, "q m"] | None
 
 
 def spectrum(rows: Float[Tensor, "m d"]) -> Spectrum:
-    """Return the spectrum of rows, in float64, by the smaller of their two Gram matrices.
-
-    Args:
-        rows: the rows, weighted.
-
-    Returns:
-        The spectrum; of rows that are all zero the rank is 0.
+    """Return the spectrum of weighted rows, in float64, by the smaller of their two Gram matrices; all zero: rank 0.
 
     Example:
         >>> import torch
@@ -255,5 +202,5 @@ def spectrum(rows: Float[Tensor, "m d"]) -> Spectrum:
 
 
 def spectra(rows: Float[Tensor, "m d"], columns: Chosen) -> tuple[Spectrum, dict[str, Spectrum]]:
-    """Return the spectrum of rows over all blocks, and over each alone."""
+    """Return the spectrum of rows over all blocks, and of each block alone."""
     return spectrum(rows), {name: spectrum(rows[:, where]) for name, where in columns.inside.items()}
