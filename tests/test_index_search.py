@@ -332,9 +332,13 @@ def test_bad_questions() -> None:
 CHANGES: list[tuple[str, Transform, Transform]] = [
     ("dim", chain(as_blocks(), project(3, kind="sparse")), chain(as_blocks(), project(4, kind="sparse"))),
     ("seed", chain(as_blocks(), project(3, seed=1)), chain(as_blocks(), project(3))),
-    ("projection", chain(as_blocks(), project(3, kind="normal")), chain(as_blocks(), project(3))),
-    ("metric", chain(as_blocks(), unit_norm()), as_blocks()),
-    ("scaling", chain(as_blocks(), scale_by_adam(Moments({k: p.square() for k, p in PARAMS.items()}))), as_blocks()),
+    ("project.kind", chain(as_blocks(), project(3, kind="normal")), chain(as_blocks(), project(3))),
+    ("unit_norm", chain(as_blocks(), unit_norm()), as_blocks()),
+    (
+        "scale_by_adam",
+        chain(as_blocks(), scale_by_adam(Moments({k: p.square() for k, p in PARAMS.items()}))),
+        as_blocks(),
+    ),
 ]
 
 

@@ -151,7 +151,7 @@ def finalize(factors: Factors, about: About, sums: Sums) -> Factors:
     return replace(about.factors(sums, blocks), positions=factors.positions, notes=factors.notes)
 
 
-def rotation(factors: Factors) -> Transform:
+def rotate(factors: Factors) -> Transform:
     """Return the transform into the eigenbasis of every block, where it is a Kronecker product."""
 
     def extend(folded: Folded) -> Folded:
@@ -164,7 +164,7 @@ def rotation(factors: Factors) -> Transform:
 
         return with_sides(folded, sides)
 
-    return Transform((Step("rotation", {"factors": factors.digest}, extend, {}, needs=("as_blocks",)),))
+    return Transform((Step("rotate", {"factors": factors.digest}, extend, needs_blocks=True),))
 
 
 def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transform | None, first: Batch) -> FitStep:
@@ -174,7 +174,7 @@ def _plan(factors: Factors, loss_fn: LossFn, params: Params, transform: Transfor
         raise ValueError(
             f"{factors!r} has no Kronecker factors to correct: dense and diagonal curvature is exact in its own basis"
         )
-    turned, labels = chain(chosen, rotation(factors)), factors.labels
+    turned, labels = chain(chosen, rotate(factors)), factors.labels
     labels.check(loss_fn)
 
     def make(params: Params, batch: Batch) -> tuple[Plan, Any]:

@@ -20,7 +20,7 @@ from influence.func.fingerprint import weights_hash
 from influence.func.fold import Sink, fold
 from influence.func.loss.losses import IGNORED, widen
 from influence.func.transform.blocks import as_blocks
-from influence.func.transform.chain import Transform, chain
+from influence.func.transform.chain import Stage, Transform, chain
 from influence.func.transform.curvature import Basis, Curvature, decompose
 from influence.func.transform.project import project
 from influence.hessians.factors import Factors
@@ -227,8 +227,9 @@ def default_transform(transform: Transform | None) -> Transform:
 
 def checked(transform: Transform) -> Transform:
     """Return the transform under which a plan is checked: small rows, so that no whole gradients are formed for it."""
-    made = {step.name for step in transform.steps}
-    return transform if "project" in made or "as_blocks" not in made else chain(transform, project(8))
+    sketched = any(step.kind == "sketch" for step in transform.steps)
+    blocks = any(step.stage is Stage.BLOCKS for step in transform.steps)
+    return transform if sketched or not blocks else chain(transform, project(8))
 
 
 def describe(

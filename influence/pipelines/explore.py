@@ -181,8 +181,7 @@ def _said(facts: dict[str, Any]) -> dict[str, Any]:
 
 def notes(config: ExploreConfig, index: Index, count: int, texts: Texts) -> list[str]:
     """Return what the page shows and what it leaves out, in sentences."""
-    metric = index.fingerprint.must_match.get("metric")
-    powers = index.fingerprint.complement.get("curvature", [])
+    powers = index.fingerprint.powers
     sampled = min(config.sample, count)
     found = [
         f"{count:,} of {index.examples:,} examples of {config.run}: "
@@ -194,10 +193,10 @@ def notes(config: ExploreConfig, index: Index, count: int, texts: Texts) -> list
         "blue is positive, orange negative (in a text, dotted below)",
         "effective rank: exp of the entropy of the eigenvalues' shares; the Gram matrix is not centred",
     ]
-    if metric == "cosine":
+    if index.fingerprint.cosine:
         found.append("the rows have unit norm: inner product and cosine are one")
     if powers:
-        found.append("curvature: " + ", ".join(f"{one['step']} to the power {one['power']:g}" for one in powers))
+        found.append("curvature: " + ", ".join(f"{one.name} to the power {one.settings['power']:g}" for one in powers))
     if index.per_token:
         found.append(
             f"an example's row is the sum of its tokens'; a token's colour is its part of the score, of the first "

@@ -65,7 +65,7 @@ def estimated(examples: Examples, limits: Limits) -> int:
 
 def measures_of(examples: Examples) -> dict[str, Weights]:
     """Return the measures of an index and the weight of each row under them."""
-    if examples.index.fingerprint.must_match.get("metric") == "cosine":
+    if examples.index.fingerprint.cosine:
         return {"cosine": None}
     norms = examples.squared_norms().sqrt()
     return {"inner product": None, "cosine": torch.where(norms > 0, 1 / norms, 0)}
