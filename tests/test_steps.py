@@ -4,6 +4,7 @@ Nothing here names a step to cover it: a new line of the table is covered as soo
 """
 
 import ast
+import contextlib
 import inspect
 import itertools
 import json
@@ -35,8 +36,10 @@ from influence.func.fingerprint import differences
 from influence.func.transform.chain import CollectedRows, Stage, Step
 from influence.func.transform.folding import start, with_sides
 from influence.func.transform.layout import Layout, ParamLayout
-from influence.func.transform.steps import FACTORIES, STEPS
+from influence.func.transform.steps import FACTORIES, STEPS, written_step
 from influence.index import FingerprintError, check, fingerprint_of, rebuild, recipe
+from influence.pipelines.frame.configs import TransformConfig
+from influence.pipelines.frame.prepare import transform_of
 
 D = torch.float64
 
@@ -98,15 +101,14 @@ def others(make: Callable[..., Transform], name: str, parameter: inspect.Paramet
 
 def variants(make: Callable[..., Transform]) -> Iterator[tuple[str, Transform, Transform]]:
     """Yield, for each argument alone, a transform and one in which it is another; what is refused is left out."""
-    for name, parameter in inspect.signature(make).parameters.items():
-        for more in ({}, *({"kind": kind} for kind in ("sparse",) if "kind" in inspect.signature(make).parameters)):
+    parameters = inspect.signature(make).parameters
+    for name, parameter in parameters.items():
+        for more in ({}, *([{"kind": "sparse"}] if "kind" in parameters else [])):
+            before = made(make, **more)
             for value in others(make, name, parameter):
-                if more.get(name) == value:
-                    continue
-                try:
-                    yield name, made(make, **more), made(make, **{**more, name: value})
-                except ValueError:
-                    continue
+                if before.steps[-1].settings.get(name) != value:
+                    with contextlib.suppress(ValueError):
+                        yield name, before, made(make, **{**more, name: value})
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -162,7 +164,7 @@ def test_two_sides_agree_as_the_step_declares(name: str) -> None:
             check(side(after), side(before))
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(STEPS, STEPS))
+@pytest.mark.parametrize(("first", "second"), [*itertools.product(STEPS, STEPS)])
 def test_what_chain_accepts_works(first: str, second: str) -> None:
     """An order is refused by the declarations, or serves: nothing is accepted and dies of a shape."""
     one, two = (STEPS[name](**arguments(STEPS[name])) for name in (first, second))
@@ -178,6 +180,30 @@ def test_what_chain_accepts_works(first: str, second: str) -> None:
     folded = per_example_grads(LOSS, PARAMS, BATCH, transform=both)
     for block, row in both.apply(RAW, LOSS.layout).items():
         torch.testing.assert_close(folded[block], row, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_it_is_written_as_it_prints(name: str) -> None:
+    step = made(STEPS[name]).steps[-1]
+    if {"factors", "moments"} & step.settings.keys():
+        with pytest.raises(ValueError, match=f"{name} needs tensors, which cannot be written"):
+            written_step(f"{name}('kfac:0123')")
+        return
+    assert written_step(repr(step)).fingerprint == Transform((step,)).fingerprint
+    if step.stage is not Stage.BLOCKS:
+        config = TransformConfig(steps=(repr(step),), projection_dim=0)
+        assert transform_of(config).fingerprint == chain(BLOCKS, Transform((step,))).fingerprint
+
+
+def test_what_is_no_step_says_what_to_write() -> None:
+    for text, said in {
+        "project(8": "is no step: write it as name",
+        "project(dim=open('x'))": "is no step: write it as name",
+        "unit_normal()": "did you mean unit_norm",
+        "project(size=8)": "does not fit project: .*'size'",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            written_step(text)
 
 
 def test_heads_are_not_split_after_curvature() -> None:
