@@ -172,7 +172,7 @@ def test_some_blocks_alone() -> None:
         torch.testing.assert_close(sum(parts[name] for name in names), expected, rtol=1e-10, atol=1e-13)
         only = CollectedRows({name: query[name] for name in names}, transform, query.layout)
         assert attr.search(only, 4, blocks, unchecked=True).indices.equal(ordered(expected).indices[:, :4])
-        with pytest.raises(ValueError, match="blocks"):
+        with pytest.raises(ValueError, match="shapes"):
             attr.search(only, 4, unchecked=True)
 
 

@@ -53,8 +53,8 @@ def matched(
             fingerprint = None if fingerprint is None else fingerprint.at_dim(stored.dim, shapes)
         if fingerprint is None and unchecked:
             shapes = {name: tuple(row.shape[1:]) for name, row in query.items()}  # and weights on trust
-            how = {"weights": stored.weights or "", "layout": query.layout}
-            fingerprint = fingerprint_of(None, None, query.transform, shapes, **how)
+            weights = stored.weights or ""
+            fingerprint = fingerprint_of(None, None, query.transform, shapes, weights, layout=query.layout)
     if fingerprint is None:
         missing = "of which weights they are" if isinstance(query, CollectedRows) else "how they were made"
         raise ValueError(

@@ -56,7 +56,7 @@ class Fingerprint:
         held = conform(fields, FingerprintFacts, "a fingerprint")
         if "trial" in held.recorded:
             conform(held.recorded["trial"], Trial, "the trial of a fingerprint")
-        return cls(*held, live)
+        return cls(held.weights, held.function, held.shapes, held.steps, held.recorded, live)
 
     @property
     def digest(self) -> str:
@@ -229,8 +229,7 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
         yield "weights", _said("weights", query.weights, stored.weights)
     if None not in (query.function, stored.function) and query.function != stored.function:  # one by hand has none
         yield "function", _said("function", query.function, stored.function)
-    equal = [[step for step in side.steps if step.sides == "equal"] for side in (query, stored)]
-    for name, mine, theirs, kind in _steps_apart(*equal):
+    for name, mine, theirs, kind in _steps_apart(_with_sides(query, "equal"), _with_sides(stored, "equal")):
         if not (smaller and kind == "sketch" and name.endswith(".dim")):
             yield name, _said(name, mine, theirs, kind)
     if query.shapes != stored.shapes and not smaller:
@@ -258,10 +257,14 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
             "have to add up to 0 or -1, and one inverse is applied in all. Make both sides with power=-0.5, or "
             "one with power=-1.0 and the other without curvature",
         )
-    trained = [[step for step in side.steps if step.sides == "train only"] for side in (query, stored)]
-    if trained[0]:
-        for name, mine, theirs, kind in _steps_apart(*trained):
+    trained = _with_sides(query, "train only")
+    if trained:
+        for name, mine, theirs, kind in _steps_apart(trained, _with_sides(stored, "train only")):
             yield name, _said(name, mine, theirs, kind)
+
+
+def _with_sides(side: Fingerprint, sides: str) -> list[StepFacts]:
+    return [step for step in side.steps if step.sides == sides]
 
 
 def _said(name: str, mine: Any, theirs: Any, kind: str | None = None) -> str:
@@ -280,7 +283,8 @@ def _steps_apart(
     both = [name for name in mine if name in theirs]
     for name, step in {**theirs, **mine}.items():
         if name not in both:
-            yield name, *(side[name].settings if name in side else None for side in (mine, theirs)), step.kind
+            own = step.settings
+            yield name, own if name in mine else None, own if name in theirs else None, step.kind
     if [name for name in theirs if name in mine] != both:
         yield "order", list(mine), list(theirs), None
     for name in both:
@@ -289,8 +293,8 @@ def _steps_apart(
         told = [{**step.settings, **(step.resolved if decided else {})} for step in pair]
         if not powers and pair[0].kind == "curvature":
             told = [{key: value for key, value in each.items() if key != "power"} for each in told]
-        for path, *values in differences(*told, name):
-            yield path, *values, pair[0].kind
+        for path, one_value, other_value in differences(told[0], told[1], name):
+            yield path, one_value, other_value, pair[0].kind
 
 
 def _by_name(steps: Iterable[StepFacts]) -> dict[str, StepFacts]:
