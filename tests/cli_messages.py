@@ -160,7 +160,9 @@ MISTAKES = [
     ),
     Mistake("a second writer", build(run="locked"), ("locked is being written by",)),
     Mistake("another model's weights", ask("--model", "other"), ("the query's weights is", "(field 'weights')")),
-    Mistake("another seed", score("--projection-seed", 1), ("the query's seed is 0, and the stored rows' is 1",)),
+    Mistake(
+        "another seed", score("--projection-seed", 1), ("the query's project.seed is 0, and the stored rows' is 1",)
+    ),
     Mistake("another metric", score("--unit-norm"), ("'inner product', and the stored rows' is 'cosine'",)),
     Mistake(
         "curvature on one side",

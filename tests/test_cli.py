@@ -200,9 +200,12 @@ def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, 
     for flags, parts in (
         (["--projection-seed", "1"], ("seed", "0", "1")),
         (["--unit-norm"], ("metric", "inner product", "cosine")),
-        (["--bias"], ("the query's bias is False, and the stored rows' is True",)),
-        (["--heads"], ("the query's heads is None, and the stored rows' is",)),
-        (["--projection-target", "global", "--projection-kind", "rademacher"], ("the query's target is 'per_block'",)),
+        (["--bias"], ("the query's as_blocks.bias is False, and the stored rows' is True",)),
+        (["--heads"], ("the query's split_heads is None, and the stored rows' is",)),
+        (
+            ["--projection-target", "global", "--projection-kind", "rademacher"],
+            ("the query's project.target is 'per_block'",),
+        ),
     ):
         refused(capsys, made(tmp_path / "s", "score", "--query", str(mean), *flags), *parts)
     assert not (tmp_path / "s").exists()

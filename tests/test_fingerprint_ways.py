@@ -107,34 +107,34 @@ def other_weights() -> ModelConfig:
 Stored = TransformConfig | Transform
 REFUSED: dict[str, tuple[Callable[[], Side], Callable[[], Stored], str]] = {
     "weights": (lambda: Side(sketch(), other_weights()), lambda: PLAIN, "weights"),
-    "blocks": (lambda: Side(sketch(), targets=("*q_proj.weight",)), lambda: PLAIN, "blocks"),
-    "bias": (lambda: Side(chain(as_blocks(bias=True), project(4))), lambda: PLAIN, "bias"),
-    "heads": (lambda: Side(sketch(split_heads())), lambda: PLAIN, "heads"),
-    "kind": (lambda: Side(sketch(kind="normal")), lambda: PLAIN, "projection"),
-    "seed": (lambda: Side(sketch(seed=1)), lambda: PLAIN, "seed"),
-    "no projection": (lambda: Side(as_blocks()), lambda: PLAIN, "dim"),
+    "blocks": (lambda: Side(sketch(), targets=("*q_proj.weight",)), lambda: PLAIN, "shapes"),
+    "bias": (lambda: Side(chain(as_blocks(bias=True), project(4))), lambda: PLAIN, "as_blocks.bias"),
+    "heads": (lambda: Side(sketch(split_heads())), lambda: PLAIN, "split_heads"),
+    "kind": (lambda: Side(sketch(kind="normal")), lambda: PLAIN, "project.kind"),
+    "seed": (lambda: Side(sketch(seed=1)), lambda: PLAIN, "project.seed"),
+    "no projection": (lambda: Side(as_blocks()), lambda: PLAIN, "project"),
     "a dim that does not nest": (
         lambda: Side(sketch(kind="srht", dim=2)),
         lambda: TransformConfig(projection_dim=4, projection_kind="srht"),
-        "dim",
+        "project.dim",
     ),
     "a dim under a norm": (
         lambda: Side(chain(sketch(dim=2), unit_norm())),
         lambda: TransformConfig(projection_dim=4, unit_norm=True),
-        "dim",
+        "project.dim",
     ),
     "target": (
         lambda: Side(sketch(kind="sparse")),
         lambda: TransformConfig(projection_dim=4, projection_target="global"),
-        "target",
+        "project.target",
     ),
     "signs": (
         lambda: Side(sketch(kind="sparse", signs=2)),
         lambda: TransformConfig(projection_dim=4, projection_kind="sparse"),
-        "signs",
+        "project.signs",
     ),
-    "square": (lambda: Side(sketch(reshape_to_square=True)), lambda: PLAIN, "reshape_to_square"),
-    "metric": (lambda: Side(chain(sketch(), unit_norm())), lambda: PLAIN, "metric"),
+    "square": (lambda: Side(sketch(reshape_to_square=True)), lambda: PLAIN, "project.reshape_to_square"),
+    "metric": (lambda: Side(chain(sketch(), unit_norm())), lambda: PLAIN, "unit_norm"),
     "order": (
         lambda: Side(chain(as_blocks(), unit_norm(), project(4))),
         lambda: TransformConfig(projection_dim=4, unit_norm=True),
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Callable[[], Side], Callable[[], Stored], str]] = {
     "basis": (
         lambda: Side(chain(as_blocks(), eigen_whiten(load_factors(fitted("two")), 4))),
         lambda: TransformConfig(projection_dim=4, hessian=fitted("one"), whiten="eigen"),
-        "basis",
+        "eigen_whiten.factors",
     ),
     "half an inverse": (lambda: Side(curved(power=-0.5)), lambda: WHOLE, "curvature"),
     "the other half": (lambda: Side(as_blocks()), lambda: whole(-0.5), "curvature"),
@@ -155,16 +155,16 @@ REFUSED: dict[str, tuple[Callable[[], Side], Callable[[], Stored], str]] = {
         lambda: whole(-0.5),
         "curvature",
     ),
-    "a scale on the query alone": (lambda: Side(sketch(scale_by_adam(moments(1)))), lambda: PLAIN, "scaling"),
+    "a scale on the query alone": (lambda: Side(sketch(scale_by_adam(moments(1)))), lambda: PLAIN, "scale_by_adam"),
     "two moments": (
         lambda: Side(sketch(scale_by_adam(moments(2)))),
         lambda: sketch(scale_by_adam(moments(1))),
-        "scaling",
+        "scale_by_adam.moments",
     ),
     "two optimizers": (
         lambda: Side(sketch(scale_by_adafactor(moments(1)))),
         lambda: sketch(scale_by_adam(moments(1))),
-        "scaling",
+        "scale_by_adam",
     ),
 }
 ACCEPTED: dict[str, tuple[Callable[[], Side], Callable[[], Stored]]] = {
@@ -293,7 +293,9 @@ def test_every_way_names_the_field_and_both_values(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_warns_where_it_is_forced(way: str, tmp_path: Path) -> None:
     at = sides(REFUSED["seed"][:2], tmp_path)
-    with pytest.warns(UserWarning, match="forced past 1 differences: 'seed': the query's seed is 1, and the stored"):
+    with pytest.warns(
+        UserWarning, match="forced past 1 differences: 'project.seed': the query's project.seed is 1, and the stored"
+    ):
         found = WAYS[way](at, tmp_path / way, True)
     query, train = (flat(open_index(run).rows()) for run in (at.asked, at.train))
     torch.testing.assert_close(found, query @ train.mT)
@@ -349,13 +351,17 @@ def test_the_command_line_refuses_each_field_and_takes_what_fits(tmp_path: Path,
     for name, power in (("half", -0.5), ("one", -1.0)):
         assert told(capsys, *flags_of("reduce", tmp_path / name, "questions.jsonl", *curvature, power))[0] == 0
     refused = {
-        "kind": (asked, ["--projection-kind", "normal"], "the query's projection is 'rademacher', and"),
-        "dim": (sparse, ["--projection-kind", "sparse", "--projection-dim", 3], "the query's dim is 4, and"),
-        "signs": (sparse, ["--projection-kind", "sparse", "--projection-signs", 2], "the query's signs is 1, and"),
-        "target": (sparse, ["--projection-target", "global"], "the query's target is 'per_block', and"),
-        "blocks": (asked, ["--targets", "*q_proj.weight", "--unit-norm"], "the query's metric is 'inner product'"),
-        "no projection": (asked, ["--projection-dim", 0], "the query's dim is 4, and the stored rows' is None"),
-        "basis": (asked, ["--hessian", fitted("one"), "--whiten", "eigen"], "the query's basis is None, and"),
+        "kind": (asked, ["--projection-kind", "normal"], "the query's project.kind is 'rademacher', and"),
+        "dim": (sparse, ["--projection-kind", "sparse", "--projection-dim", 3], "the query's project.dim is 4, and"),
+        "signs": (
+            sparse,
+            ["--projection-kind", "sparse", "--projection-signs", 2],
+            "the query's project.signs is 1, and",
+        ),
+        "target": (sparse, ["--projection-target", "global"], "the query's project.target is 'per_block', and"),
+        "blocks": (asked, ["--targets", "*q_proj.weight", "--unit-norm"], "the query's unit_norm is None, and"),
+        "no projection": (asked, ["--projection-dim", 0], "the query's project is {'dim': 4"),
+        "basis": (asked, ["--hessian", fitted("one"), "--whiten", "eigen"], "the query's eigen_whiten is None, and"),
         "half": (
             tmp_path / "half",
             ["--projection-dim", 0],

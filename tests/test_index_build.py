@@ -198,7 +198,7 @@ def test_appending_counts_on(tmp_path: Path) -> None:
         setattr(named, known, getattr(loss_fn, known))
     with pytest.raises(ValueError, match=r"a batch holds row 0 of the dataset, and .* has rows up to 3: count on"):
         build(named, params, [tuples], path, dtype="float16", transform=SMALL, append=True, weights=weights_of(path))
-    with pytest.raises(ValueError, match=r"Its dim is 3, and this run's is 2"):
+    with pytest.raises(ValueError, match=r"Its project.dim is 3, and this run's is 2"):
         build(loss_fn, params, [batch], path, transform=chain(as_blocks(bias=True), project(2)), append=True)
     with pytest.raises(ValueError, match=r"has dtype = \"float16\"; appended rows must have it too, got \"float32\""):
         build(loss_fn, params, [batch], path, transform=SMALL, append=True, dtype="float32")
@@ -228,7 +228,7 @@ def test_an_append_that_was_killed_before_its_root_is_finished_by_the_next(
 
 
 def weights_of(path: Path) -> str:
-    return open_index(path).fingerprint.must_match["weights"]
+    return open_index(path).fingerprint.weights
 
 
 def test_what_build_refuses(tmp_path: Path) -> None:

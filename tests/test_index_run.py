@@ -1,8 +1,8 @@
 """Runs: resumed after anything, never overwritten unless told, one writer at a time, and a full disk loses nothing."""
 
 import errno
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +18,14 @@ import torch
 
 from influence import store
 from influence.index import Collected, Columns, Fingerprint, Run, done, finish, open_index, shard_sink, start
+from influence.index.recipe import StepFacts
 from influence.store import hdf5
 from influence.store.folder import read_manifest
 from influence.store.lock import HELD
 
 COLUMNS = Columns({"w": (50,)})
-PRINT = Fingerprint({"weights": "abc", "dim": 8}, {"curvature": []}, {"data": "one", "loss": "sum"})
+SKETCH = StepFacts("project", "sketch", "equal", {"dim": 8})
+PRINT = Fingerprint("abc", steps=(SKETCH,), recorded={"data": "one", "loss": "sum"})
 PLAN: dict[str, Any] = {"shards": [[0, 4], [4, 8], [8, 10]], "tokens": 100}
 COMMAND = ["influence", "build", "--model", "tiny"]
 
@@ -121,25 +123,24 @@ def test_an_unfinished_run_is_resumed_only_when_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "value"),
+    ("field", "theirs", "mine", "other"),
     [
-        ("must_match", "weights", "abd"),
-        ("must_match", "dim", 4),
-        ("complement", "curvature", [1]),
-        ("recorded", "data", "two"),
+        ("weights", '"abc"', '"abd"', {"weights": "abd"}),
+        ("project.dim", "8", "4", {"steps": (SKETCH._replace(settings={"dim": 4}),)}),
+        ("clip", "null", '{"norm": 1.0}', {"steps": (SKETCH, StepFacts("clip", None, "equal", {"norm": 1.0}))}),
+        ("data", '"one"', '"two"', {"recorded": {"data": "two", "loss": "sum"}}),
     ],
     ids=str,
 )
-def test_another_fingerprint_is_refused_with_both_values(tmp_path: Path, kind: str, field: str, value: Any) -> None:
+def test_another_fingerprint_is_refused_with_both_values(
+    tmp_path: Path, field: str, theirs: str, mine: str, other: dict[str, Any]
+) -> None:
     """Two halves of one index from two models."""
     with begin(tmp_path) as run:
         write(run, [0])
     before = contents(tmp_path)
-    other = replace(PRINT, **{kind: {**getattr(PRINT, kind), field: value}})
-    theirs = json.dumps(getattr(PRINT, kind)[field]).replace("[", r"\[").replace("]", r"\]")
-    mine = json.dumps(value).replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(ValueError, match=rf"Its {field} is {theirs}, and this run's is {mine}"):
-        begin(tmp_path, fingerprint=other)
+    with pytest.raises(ValueError, match=re.escape(f"Its {field} is {theirs}, and this run's is {mine}")):
+        begin(tmp_path, fingerprint=replace(PRINT, **other))
     assert contents(tmp_path) == before
 
 

@@ -172,7 +172,7 @@ def test_some_blocks_alone() -> None:
         torch.testing.assert_close(sum(parts[name] for name in names), expected, rtol=1e-10, atol=1e-13)
         only = CollectedRows({name: query[name] for name in names}, transform, query.layout)
         assert attr.search(only, 4, blocks, unchecked=True).indices.equal(ordered(expected).indices[:, :4])
-        with pytest.raises(ValueError, match="blocks"):
+        with pytest.raises(ValueError, match="shapes"):
             attr.search(only, 4, unchecked=True)
 
 
@@ -332,9 +332,13 @@ def test_bad_questions() -> None:
 CHANGES: list[tuple[str, Transform, Transform]] = [
     ("dim", chain(as_blocks(), project(3, kind="sparse")), chain(as_blocks(), project(4, kind="sparse"))),
     ("seed", chain(as_blocks(), project(3, seed=1)), chain(as_blocks(), project(3))),
-    ("projection", chain(as_blocks(), project(3, kind="normal")), chain(as_blocks(), project(3))),
-    ("metric", chain(as_blocks(), unit_norm()), as_blocks()),
-    ("scaling", chain(as_blocks(), scale_by_adam(Moments({k: p.square() for k, p in PARAMS.items()}))), as_blocks()),
+    ("project.kind", chain(as_blocks(), project(3, kind="normal")), chain(as_blocks(), project(3))),
+    ("unit_norm", chain(as_blocks(), unit_norm()), as_blocks()),
+    (
+        "scale_by_adam",
+        chain(as_blocks(), scale_by_adam(Moments({k: p.square() for k, p in PARAMS.items()}))),
+        as_blocks(),
+    ),
 ]
 
 

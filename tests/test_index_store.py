@@ -175,7 +175,7 @@ import sys
 with h5py.File(sys.argv[1] + "/index.h5") as root:
     print(json.dumps({
         "scores": [scores(sys.argv[1], name, numpy.arange(n)).tolist() for name, n in (("a", 12.0), ("b", 5.0))],
-        "weights": json.loads(root.attrs["about"])["fingerprint"]["must_match"]["weights"],
+        "weights": json.loads(root.attrs["about"])["fingerprint"]["weights"],
         **{name: root[name][()].tolist() for name in root if name not in ("rows", "scale")},
     }))
 """

@@ -221,7 +221,7 @@ def test_norms_are_over_all_blocks_so_queries_of_more_blocks_are_refused(tmp_pat
         return open_index(tmp_path / run).rows(["query0"])["query0"]
 
     assert scored("s", "plain", targets=few).shape == (DOCUMENTS, len(lines("questions.jsonl")))
-    with pytest.raises(ValueError, match=r"the query's blocks is .*, and the stored rows' is .*\(field 'blocks'\)"):
+    with pytest.raises(ValueError, match=r"the query's shapes is .*, and the stored rows' is .*\(field 'shapes'\)"):
         scored("t", "unit", targets=few)
     assert not (tmp_path / "t").exists()
     assert scored("u", "unit").abs().max() <= 1

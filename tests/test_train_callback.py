@@ -243,7 +243,7 @@ def test_two_epochs_added(tmp_path: Path) -> None:
     parts = [open_index(path / f"epoch-{e}") for e in (0, 1)]
     torch.testing.assert_close(total.matrix(), parts[0].matrix() + parts[1].matrix(), rtol=1e-12, atol=1e-12)
     assert total.index.tolist() == list(range(10))
-    assert total.fingerprint.must_match["weights"] == "those of each step of a training run"
+    assert total.fingerprint.weights == "those of each step of a training run"
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 weights", "bf16 autocast"])

@@ -236,7 +236,7 @@ def _shown(texts: list[Text], per_token: bool, options: PageOptions, most: int) 
 
 def _notes(title: str, index: Index, count: int, cut: int, most: int, options: PageOptions) -> list[str]:
     """Return what the page shows and what it leaves out, in sentences."""
-    powers = index.fingerprint.complement.get("curvature", [])
+    powers = index.fingerprint.powers
     sampled = min(options.sample, count)
     notes = [
         f"{count:,} of {index.examples:,} examples of {title}: " + ("all" if count == index.examples else "the first"),
@@ -247,10 +247,10 @@ def _notes(title: str, index: Index, count: int, cut: int, most: int, options: P
         "blue is positive, orange negative (in a text, dotted below)",
         "effective rank: exp of the entropy of the eigenvalues' shares; the Gram matrix is not centred",
     ]
-    if index.fingerprint.must_match.get("metric") == "cosine":
+    if index.fingerprint.cosine:
         notes.append("the rows have unit norm: inner product and cosine are one")
     if powers:
-        notes.append("curvature: " + ", ".join(f"{one['step']} to the power {one['power']:g}" for one in powers))
+        notes.append("curvature: " + ", ".join(f"{one.name} to the power {one.settings['power']:g}" for one in powers))
     if index.per_token:
         notes.append(
             f"an example's row is the sum of its tokens'; a token's colour is its part of the score, of the first "

@@ -64,7 +64,7 @@ def estimated_size(examples: Examples, options: PageOptions, tokens: bool) -> in
 
 def measures_of(examples: Examples) -> dict[str, Weights]:
     """Return the measures of an index and the factor of each row under them; unit rows have the cosine alone."""
-    if examples.index.fingerprint.must_match.get("metric") == "cosine":
+    if examples.index.fingerprint.cosine:
         return {"cosine": None}
     norms = examples.squared_norms().sqrt()
     return {"inner product": None, "cosine": torch.where(norms > 0, 1 / norms, 0)}

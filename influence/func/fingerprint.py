@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -42,6 +42,20 @@ def canonical(value: Any) -> Any:
     if isinstance(value, float):
         return value.hex()
     return value
+
+
+def differences(one: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two nestings differ, by the dotted path to it, and both values; `None` where one has nothing.
+
+    Example:
+        >>> list(differences({"project": {"dim": 8, "seed": 0}}, {"project": {"dim": 8, "seed": 1}}))
+        [('project.seed', 0, 1)]
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            yield from differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+    elif one != other:
+        yield path, one, other
 
 
 def describe(value: Any) -> str:

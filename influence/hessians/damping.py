@@ -21,7 +21,7 @@ from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.plan import make_plan
-from influence.func.transform.chain import Transform
+from influence.func.transform.chain import Stage, Transform
 from influence.func.transform.curvature import Curvature, inverse_weights, replaced
 from influence.func.transform.precondition import fitted_under, without_curvature
 from influence.hessians import ekfac
@@ -94,9 +94,6 @@ def implied_regularization(
 
 DEFINITE = ("damped", "absolute", "factored")
 """Inversions that divide by something positive everywhere, so that `H^{-1}` is the inverse of a covariance."""
-
-ISOMETRIC = {"as_blocks", "split_heads"}
-"""Steps that leave the parameters' own coordinates, in which weight decay is a multiple of the identity."""
 
 
 class DampingCurve(NamedTuple):
@@ -207,7 +204,8 @@ def select_damping(
     source = _labels(factors, loss_fn, labels)
     source.check(loss_fn)
     if regularization is None:
-        apart = [step.name for step in chosen.steps if step.name not in ISOMETRIC]
+        # in blocks and heads, as in parameters, weight decay is a multiple of the identity
+        apart = [step.name for step in chosen.steps if step.stage >= Stage.SCALE]
         if apart:
             raise ValueError(
                 f"the implied regularization is that of parameters, and {apart[0]}(…) makes other coordinates of them: "

@@ -154,7 +154,7 @@ def correct(
     return fit_pass(CORRECTION, setup, params, batches, progress)
 
 
-def _rotation(factors: Factors) -> Transform:
+def rotate(factors: Factors) -> Transform:
     """Return the transform into the eigenbasis of every block, where it is a Kronecker product."""
 
     def extend(folded: Folded) -> Folded:
@@ -167,7 +167,7 @@ def _rotation(factors: Factors) -> Transform:
 
         return with_sides(folded, sides)
 
-    return Transform((Step("rotation", {"factors": factors.digest}, extend, {}, needs=("as_blocks",)),))
+    return Transform((Step("rotate", {"factors": factors.digest}, extend, needs_blocks=True),))
 
 
 def sums_in_basis(setup: FitSetup, params: Params, batch: Batch) -> Summing:
@@ -178,7 +178,7 @@ def sums_in_basis(setup: FitSetup, params: Params, batch: Batch) -> Summing:
         raise ValueError(
             f"{factors!r} has no Kronecker factors to correct: dense and diagonal curvature is exact in its own basis"
         )
-    turned = chain(setup.transform, _rotation(factors))
+    turned = chain(setup.transform, rotate(factors))
     plan = make_plan(loss_fn, params, batch, kfac.checked(turned), "auto")
     folded = turned.bind(plan.layout)
     if plan.batched is None or folded.finish:

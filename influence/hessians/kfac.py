@@ -21,7 +21,7 @@ from influence.func.engine.per_token import with_positions
 from influence.func.engine.plan import EngineError, Plan, make_plan
 from influence.func.engine.row_sums import watched
 from influence.func.loss.losses import IGNORED
-from influence.func.transform.chain import Transform, chain
+from influence.func.transform.chain import Stage, Transform, chain
 from influence.func.transform.project import project
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import fit as fit_method
@@ -140,8 +140,9 @@ def gather(method: str, joint: Joint | None, max_side: int, setup: FitSetup, par
 
 def checked(transform: Transform) -> Transform:
     """Return the transform under which a plan is checked: small rows, so that no whole gradients are formed for it."""
-    made = {step.name for step in transform.steps}
-    return transform if "project" in made or "as_blocks" not in made else chain(transform, project(8))
+    sketched = any(step.kind == "sketch" for step in transform.steps)
+    blocks = any(step.stage is Stage.BLOCKS for step in transform.steps)
+    return transform if sketched or not blocks else chain(transform, project(8))
 
 
 def padding(loss_fn: LossFn, batch: Batch) -> Bool[Tensor, "n s"] | None:

@@ -16,6 +16,7 @@ from influence.func.transform.chain import CollectedRows, Transform
 from influence.func.transform.layout import Layout
 from influence.func.transform.precondition import BlockCurvature
 from influence.func.transform.scale import Moments
+from influence.func.transform.steps import STEPS
 from influence.index import scan
 from influence.index.choosing import Chosen, choose
 from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours_of
@@ -383,15 +384,14 @@ class Attributor:
         Raises:
             ValueError: if it needs factors or moments that are not at hand, or another transform was given.
         """
-        steps = self.index.fingerprint.recorded.get("steps")
+        stored = self.index.fingerprint
         if self.transform is not None:
-            stored = self.index.fingerprint
-            weights = stored.must_match.get("weights")
-            check(fingerprint_of(None, None, self.transform, self.index.blocks, weights=weights), stored)
+            check(fingerprint_of(None, None, self.transform, self.index.blocks, weights=stored.weights or ""), stored)
             return self.transform
-        if steps is None:
-            raise ValueError("the index does not say how its rows were made: pass transform=")
-        return rebuild(steps, self.factors, self.moments)
+        # what only training can make, as the scale of each of its steps, is on the training side alone
+        return rebuild(
+            [s for s in stored.steps if s.sides != "train only" or s.name in STEPS], self.factors, self.moments
+        )
 
     def loss_of(self, model: nn.Module) -> tuple[LossFn, Params]:
         """Return a model's loss function and parameters, as the index's were.

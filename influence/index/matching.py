@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.transform.chain import CollectedRows, Transform
+from influence.func.transform.chain import CollectedRows
 from influence.func.transform.nested import at_dim, down_project, projection, raise_project, unprojected
 from influence.func.transform.project import project
 from influence.index.choosing import Chosen
@@ -49,9 +49,12 @@ def matched(
         if step is not None and stored.dim is not None and step.settings["dim"] > stored.dim:
             made = at_dim(query.transform, stored.dim)
             query = CollectedRows(down_project(query, stored.dim), made, query.layout)
-            fingerprint = None if fingerprint is None else _read_at(fingerprint, stored.dim, query)
+            shapes = {name: tuple(row.shape[1:]) for name, row in query.items()}
+            fingerprint = None if fingerprint is None else fingerprint.at_dim(stored.dim, shapes)
         if fingerprint is None and unchecked:
-            fingerprint = _said(query, query.transform, stored)
+            shapes = {name: tuple(row.shape[1:]) for name, row in query.items()}  # and weights on trust
+            weights = stored.weights or ""
+            fingerprint = fingerprint_of(None, None, query.transform, shapes, weights, layout=query.layout)
     if fingerprint is None:
         missing = "of which weights they are" if isinstance(query, CollectedRows) else "how they were made"
         raise ValueError(
@@ -69,7 +72,8 @@ def matched(
             f"rows of dim {lower} can be compared with the stored ones of dim {stored.dim} only if they know their "
             "layout: pass them as per_example_grads returns them"
         )
-    step = project(lower, fingerprint.must_match["seed"], fingerprint.must_match["projection"]).steps[0]
+    assert fingerprint.sketch is not None
+    step = project(**fingerprint.sketch.settings).steps[0]
     shapes = {name: tuple(known[name]) for name in chosen.names}
     return raise_project({name: query[name] for name in chosen.names}, stored.dim, step, shapes)
 
@@ -89,22 +93,8 @@ def query_matrix(rows: Rows, chosen: Chosen) -> Float[Tensor, "q d"]:
     return matrix
 
 
-def _said(rows: Rows, transform: Transform, stored: Fingerprint) -> Fingerprint:
-    """Return the fingerprint of rows that know their transform; their weights are taken on trust."""
-    shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
-    return fingerprint_of(None, None, transform, shapes, weights=stored.must_match.get("weights", ""))
-
-
-def _read_at(fingerprint: Fingerprint, dim: int, rows: Rows) -> Fingerprint:
-    """Return the fingerprint of rows that were read at a smaller dim."""
-    shapes = {name: list(row.shape[1:]) for name, row in rows.items()}
-    return replace(fingerprint, must_match={**fingerprint.must_match, "dim": dim, "blocks": shapes})
-
-
 def _restricted(fingerprint: Fingerprint, chosen: Chosen) -> Fingerprint:
     """Return the fingerprint of some blocks of rows; a norm is over all blocks, so of rows that have one all count."""
-    blocks = fingerprint.must_match.get("blocks")
-    if blocks is None or fingerprint.must_match.get("metric") == "cosine":
+    if fingerprint.cosine:
         return fingerprint
-    kept = {name: shape for name, shape in blocks.items() if name in chosen.shapes}
-    return replace(fingerprint, must_match={**fingerprint.must_match, "blocks": kept})
+    return replace(fingerprint, shapes={n: shape for n, shape in fingerprint.shapes.items() if n in chosen.shapes})

@@ -1,12 +1,12 @@
 """An index of projected rows, read at a smaller dim."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from influence.func.transform.nested import corner
+from influence.func.transform.nested import corner, nests
 from influence.func.transform.project import NESTING
 from influence.index.choosing import Chosen
 from influence.index.columns import Columns, Encoded, decode
@@ -35,26 +35,25 @@ def narrowed(index: Index, dim: int) -> Index:
         ValueError: if its projection does not nest, or `dim` is not smaller.
     """
     stored = index.fingerprint
-    settings, shapes = stored.must_match, stored.recorded.get("unprojected")
-    p, kind = settings.get("dim"), settings.get("projection")
-    if p is None or kind not in NESTING or settings.get("target") == "global" or settings.get("reshape_to_square"):
+    sketch, shapes = stored.sketch, stored.recorded.get("unprojected")
+    if sketch is None or not nests(sketch.settings):
         raise ValueError(
             f"this index cannot be read at dim {dim}: only {' and '.join(NESTING)} projections per block nest, and its "
             f"rows were collected under {stored.recorded.get('transform')}"
         )
     if shapes is None:
         raise ValueError("this index does not say what its blocks were before they were projected: build it again")
+    p, kind, seed = (sketch.settings[key] for key in ("dim", "kind", "seed"))
     if not 1 <= dim < p:
         raise ValueError(f"this index is stored at dim {p}, and is read at a smaller one from 1 on; got {dim}")
-    if settings.get("order", [])[-1:] != ["project"]:
+    if stored.steps[-1] is not sketch:
         raise ValueError(
             f"something followed the projection of {stored.recorded.get('transform')}: it cannot be undone"
         )
     columns = Columns({name: tuple(min(size, dim) for size in shape) for name, shape in index.blocks.items()})
-    corners = tuple((name, tuple(shapes[name]), p, dim, settings["seed"], kind) for name in index.blocks)
+    corners = tuple((name, tuple(shapes[name]), p, dim, seed, kind) for name in index.blocks)
     parts = [Narrowed(part, index.columns, corners) for part in index.parts]
-    blocks = {name: list(shape) for name, shape in columns.shapes.items()}
-    fingerprint = replace(stored, must_match={**settings, "dim": dim, "blocks": blocks})
+    fingerprint = stored.at_dim(dim, columns.shapes)
     dtype = "float64" if index.dtype == "float64" else "float32"
     return Index(index.about._replace(columns=columns, fingerprint=fingerprint, dtype=dtype), parts, index.path)
 

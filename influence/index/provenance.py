@@ -1,30 +1,26 @@
-"""Whether two sides of a score fit: what they must have in common, and what has to add up over both.
+"""What rows are, and whether two sides of a score fit.
 
-Powers of one curvature add up to 0 or −1; an optimizer's scale is on both sides, on neither, or on the training side
-alone (LESS). A query may be projected to a smaller dim, where projections nest. It may measure another loss, under
-another name or other settings; a loss which says that it is the same has to say the same of the same examples.
+Sides compare step by step, as the steps declare it. Most have the same settings on both sides. Powers of one curvature
+add up to 0 or −1; an optimizer's scale is on both sides, on neither, or on the training side alone (LESS). A query may
+be projected to a smaller dim, where projections nest. It may measure another loss, under another name or other
+settings; a loss which says that it is the same has to say the same of the same examples.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from influence.func.fingerprint import canonical, weights_hash
+from influence.func.fingerprint import differences, weights_hash
 from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.loss.described import differing
 from influence.func.loss.trial import Trial, again, apart, can_repeat, tried
-from influence.func.transform.chain import CollectedRows, Step, Transform
+from influence.func.transform.chain import CollectedRows, Transform
 from influence.func.transform.layout import Layout
-from influence.func.transform.nested import unprojected
-from influence.func.transform.project import NESTING
-from influence.index.recipe import recipe
+from influence.func.transform.nested import nests, projection, unprojected
+from influence.index.recipe import StepFacts, plain, recipe
 from influence.store.schema import conform
 from influence.types import Batch, LossFn, Params
-
-CURVATURE = ("precondition", "eigen_whiten")
-SCALES = ("scale_by_adam", "scale_by_adafactor", "adam_update")
-PROJECTION = ("kind", "dim", "seed", "target", "signs", "reshape_to_square")
 
 
 @dataclass(frozen=True)
@@ -32,24 +28,27 @@ class Fingerprint:
     """What rows are, as fields that JSON can write.
 
     Attributes:
-        must_match: fields that have to be equal on both sides (the dim may be smaller on the query's).
-        complement: fields that have to fit: `curvature` (a list of applied powers) and `scaling`.
+        weights: hash of every number that the model computes with.
+        function: what it makes of them, as its settings say it; `None` of a function by hand.
+        shapes: shape of each block's row.
+        steps: what was made of the gradients.
         recorded: what else is known: data, loss, reduction, and what the function says of a few examples (`trial`).
         live: the loss function and its parameters, where they are at hand: they can say what they say of the examples
             that another side was tried on. No part of what is written.
     """
 
-    must_match: Mapping[str, Any] = field(default_factory=dict)
-    complement: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    function: Mapping[str, Any] | None = None
+    shapes: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[StepFacts, ...] = ()
     recorded: Mapping[str, Any] = field(default_factory=dict)
     live: tuple[LossFn, Params] | None = field(default=None, compare=False, repr=False)
 
-    def json(self) -> dict[str, dict[str, Any]]:
+    def json(self) -> dict[str, Any]:
         """Return the fields as JSON writes them."""
-        return {"must_match": _plain(self.must_match), **self._rest()}
-
-    def _rest(self) -> dict[str, dict[str, Any]]:
-        return {"complement": _plain(self.complement), "recorded": _plain(self.recorded)}
+        steps = [step._asdict() for step in self.steps]
+        fields = (self.weights, self.function, self.shapes, steps, self.recorded)
+        return dict(zip(FingerprintFacts._fields, plain(fields), strict=True))
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], live: tuple[LossFn, Params] | None = None) -> "Fingerprint":
@@ -57,7 +56,7 @@ class Fingerprint:
         held = conform(fields, FingerprintFacts, "a fingerprint")
         if "trial" in held.recorded:
             conform(held.recorded["trial"], Trial, "the trial of a fingerprint")
-        return cls(held.must_match, held.complement, held.recorded, live)
+        return cls(held.weights, held.function, held.shapes, held.steps, held.recorded, live)
 
     @property
     def digest(self) -> str:
@@ -65,16 +64,41 @@ class Fingerprint:
         return hash_of(self.json())
 
     @property
+    def sketch(self) -> StepFacts | None:
+        """The projection, if there is one."""
+        return next((step for step in self.steps if step.kind == "sketch"), None)
+
+    @property
     def dim(self) -> int | None:
         """The projection's dim, if there is one."""
-        return self.must_match.get("dim")
+        return None if self.sketch is None else self.sketch.settings.get("dim")
+
+    @property
+    def cosine(self) -> bool:
+        """Whether rows have unit norm, so that inner products are cosines."""
+        return any(step.kind == "norm" for step in self.steps)
+
+    @property
+    def powers(self) -> list[StepFacts]:
+        """The steps that apply a power of a curvature."""
+        return [step for step in self.steps if step.kind == "curvature"]
+
+    def at_dim(self, dim: int, shapes: Mapping[str, Any]) -> "Fingerprint":
+        """Return the fingerprint of the same rows at another dim of their projection."""
+        steps = tuple(
+            step._replace(settings={**step.settings, "dim": dim}) if step is self.sketch else step
+            for step in self.steps
+        )
+        return replace(self, steps=steps, shapes=plain(shapes))
 
 
 class FingerprintFacts(NamedTuple):
     """A fingerprint as JSON holds it."""
 
-    must_match: dict[str, Any]
-    complement: dict[str, Any]
+    weights: str | None
+    function: dict[str, Any] | None
+    shapes: dict[str, list[int]]
+    steps: tuple[StepFacts, ...]
     recorded: dict[str, Any]
 
 
@@ -127,84 +151,28 @@ def fingerprint_of(
     Example:
         >>> from influence import as_blocks, chain, project
         >>> found = fingerprint_of(None, None, chain(as_blocks(), project(8)), {"w": (8, 8)}, weights="abc")
-        >>> found.must_match["dim"], found.must_match["projection"], found.must_match["metric"]
-        (8, 'rademacher', 'inner product')
+        >>> found.dim, found.cosine, [step.name for step in found.steps]
+        (8, False, ['as_blocks', 'project'])
     """
     if weights is None:
         weights = weights_hash(loss_fn, params or {})
-    steps = {step.name: step.settings for step in transform.steps}
-    projection = steps.get("project", {})
-    others = [
-        [step.name, canonical(step.settings)]
-        for step in transform.steps
-        if step.name not in ("as_blocks", "split_heads", "project", "unit_norm", *CURVATURE, *SCALES)
-    ]
-    must_match = {
-        "weights": weights,
-        "function": getattr(loss_fn, "function", None),
-        "blocks": {name: list(shape) for name, shape in shapes.items()},
-        "bias": steps["as_blocks"]["bias"] if "as_blocks" in steps else None,
-        "heads": canonical(steps["split_heads"]["heads"]) or "the family's" if "split_heads" in steps else None,
-        "projection": projection.get("kind"),
-        **{key: projection.get(key) for key in PROJECTION if key != "kind"},
-        "basis": _basis(transform.steps),
-        "metric": "cosine" if "unit_norm" in steps else "inner product",
-        "order": [step.name for step in transform.steps if step.name not in ("precondition", *SCALES)],
-        "other steps": others,
-    }
-    complement = {"curvature": list(_powers(transform.steps)), "scaling": _scaling(transform.steps)}
     said = {"loss": getattr(loss_fn, "name", getattr(loss_fn, "__qualname__", type(loss_fn).__name__))}
     said["reduction"] = getattr(loss_fn, "reduction", "own")
     said["transform"] = repr(transform)
-    said["steps"] = recipe(transform)
     settings = getattr(loss_fn, "settings", None)
     if settings is not None:
         said |= {"loss_settings": settings, "params": list(params or ())}
     if layout is None and params is not None and getattr(loss_fn, "layout", None) is not None:
         layout = loss_fn.layout.restrict(params)  # type: ignore[union-attr]
-    if projection and layout is not None:
+    if projection(transform) is not None and layout is not None:
         said["unprojected"] = unprojected(transform, layout)
     live = None if loss_fn is None or params is None else (loss_fn, params)
     if "reference" not in (recorded or {}) and (reference := getattr(loss_fn, "reference", None)) is not None:
         said["reference"] = reference
     if live is not None and batch is not None:
         said["trial"] = tried(*live, batch)
-    return Fingerprint(_plain(must_match), _plain(complement), _plain({**said, **(recorded or {})}), live)
-
-
-def _basis(steps: Iterable[Step]) -> dict[str, Any] | None:
-    for step in steps:
-        if step.name == "eigen_whiten":
-            return {key: value for key, value in step.settings.items() if key != "power"}
-    return None
-
-
-def _powers(steps: Iterable[Step]) -> Iterator[dict[str, Any]]:
-    before = 0
-    for step in steps:
-        if step.name in CURVATURE:
-            yield {"step": step.name, **step.settings, "after": before}
-        elif step.name not in SCALES:
-            before += 1
-
-
-def _scaling(steps: Iterable[Step]) -> dict[str, Any] | None:
-    for step in steps:
-        if step.name in SCALES:
-            kept = step.settings if step.name == "adam_update" else step.settings["moments"]
-            return {"step": step.name, "moments": hash_of(kept), "eps": step.settings["eps"]}
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return _plain(canonical(value)) if canonical(value) is not value else repr(value)
+    function, steps = getattr(loss_fn, "function", None), tuple(StepFacts(**s) for s in recipe(transform, layout))
+    return Fingerprint(weights, plain(function), plain(shapes), steps, plain({**said, **(recorded or {})}), live)
 
 
 WHY_ELSE = "inner products of such rows mean nothing. Collect the query as the index was collected, or build another"
@@ -215,9 +183,15 @@ WHY = {
     "reference": "it is another divergence. Query with the reference that the index is of",
     "loss": "it is another loss under the same name. Query with the loss that the index is of, or name the other as "
     "another if it is meant",
-    "dim": "only a smaller dim of a nesting projection per block can be read from the stored rows",
-    "metric": "put unit_norm() on both sides or on neither",
+    "unprojected": "one projection summed other blocks. Collect the query as the index was collected, or build another",
 }
+WHY_OF_KIND = {
+    "sketch": "only a smaller dim of a nesting projection per block can be read from the stored rows. Project the "
+    "query as the index was projected, or build another",
+    "norm": "put unit_norm() on both sides or on neither",
+    "scale": "an optimizer's scale is on both sides, on neither, or on the training side alone",
+}
+"""Why the two sides of a score have the same step of a kind."""
 
 
 class FingerprintError(ValueError):
@@ -245,17 +219,21 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
     if found:
         listed = "; ".join(f"{name!r}: {problem}" for name, problem in found)
         warnings.warn(f"forced past {len(found)} differences: {listed}", stacklevel=2)
-    return query.dim if nests(query, stored) else None
+    return query.dim if _is_smaller(query, stored) else None
 
 
 def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str]]:
-    """Yield every field that does not fit: its name, and what is wrong with it."""
-    nested = nests(query, stored)
-    for name, mine, theirs in differences(query, stored, kinds=("must_match",)):
-        unknown = name == "function" and (mine is None or theirs is None)  # a function by hand has no settings
-        if unknown or (nested and name in ("dim", "blocks")):
-            continue
-        yield name, _said(name, mine, theirs)
+    """Yield every field that does not fit, causes before what follows from them: its name, and what is wrong."""
+    smaller = _is_smaller(query, stored)
+    if query.weights != stored.weights:
+        yield "weights", _said("weights", query.weights, stored.weights)
+    if None not in (query.function, stored.function) and query.function != stored.function:  # one by hand has none
+        yield "function", _said("function", query.function, stored.function)
+    for name, mine, theirs, kind in _steps_apart(_with_sides(query, "equal"), _with_sides(stored, "equal")):
+        if not (smaller and kind == "sketch" and name.endswith(".dim")):
+            yield name, _said(name, mine, theirs, kind)
+    if query.shapes != stored.shapes and not smaller:
+        yield "shapes", _said("shapes", query.shapes, stored.shapes)
     references = [side.recorded.get("reference") for side in (query, stored)]
     if None not in references and references[0] != references[1]:
         yield "reference", _said("reference", *references)
@@ -266,9 +244,9 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
         values = f"the query's vocabulary is {shown(*words)}, and the stored rows' is {shown(*reversed(words))}"
         yield "vocabulary", f"{values}: their tokenizers give one word different numbers. Use the index's tokenizer"
     whole = [side.recorded.get("unprojected") for side in (query, stored)]
-    if stored.must_match.get("target") == "global" and None not in whole and whole[0] != whole[1]:
-        values = f"the query's blocks is {shown(*whole)}, and the stored rows' is {shown(*reversed(whole))}"
-        yield "blocks", f"{values} before one projection of all: {WHY_ELSE}"
+    summed = stored.sketch is not None and stored.sketch.settings.get("target") == "global"
+    if summed and None not in whole and whole[0] != whole[1]:
+        yield "unprojected", _said("unprojected", *whole)
     powers = [_powers_of(side) for side in (query, stored)]
     sums = {key: powers[0].get(key, 0.0) + powers[1].get(key, 0.0) for key in {**powers[0], **powers[1]}}
     if any(min(abs(total), abs(total + 1)) > 1e-9 for total in sums.values()) or sum(sums.values()) < -1.5:
@@ -279,18 +257,53 @@ def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str
             "have to add up to 0 or -1, and one inverse is applied in all. Make both sides with power=-0.5, or "
             "one with power=-1.0 and the other without curvature",
         )
-    mine, theirs = (side.complement.get("scaling") for side in (query, stored))
-    if mine is not None and mine != theirs:
-        yield (
-            "scaling",
-            f"the query's scaling is {shown(mine, theirs)}, and the stored rows' is {shown(theirs, mine)}: an "
-            "optimizer's scale is on both sides, on neither, or on the training side alone",
-        )
+    trained = _with_sides(query, "train only")
+    if trained:
+        for name, mine, theirs, kind in _steps_apart(trained, _with_sides(stored, "train only")):
+            yield name, _said(name, mine, theirs, kind)
 
 
-def _said(name: str, mine: Any, theirs: Any) -> str:
+def _with_sides(side: Fingerprint, sides: str) -> list[StepFacts]:
+    return [step for step in side.steps if step.sides == sides]
+
+
+def _said(name: str, mine: Any, theirs: Any, kind: str | None = None) -> str:
     values = f"the query's {name} is {shown(mine, theirs)}, and the stored rows' is {shown(theirs, mine)}"
-    return f"{values}: {WHY.get(name, WHY_ELSE)}"
+    return f"{values}: {WHY.get(name) or WHY_OF_KIND.get(kind or '', WHY_ELSE)}"
+
+
+def _steps_apart(
+    one: Iterable[StepFacts], other: Iterable[StepFacts], powers: bool = False
+) -> Iterator[tuple[str, Any, Any, str | None]]:
+    """Yield where two lists of steps differ, both values, and the kind of the step: steps that one lacks come first.
+
+    Powers of a curvature are left out unless they are asked for: of two sides of a score they add up.
+    """
+    mine, theirs = _by_name(one), _by_name(other)
+    both = [name for name in mine if name in theirs]
+    for name, step in {**theirs, **mine}.items():
+        if name not in both:
+            own = step.settings
+            yield name, own if name in mine else None, own if name in theirs else None, step.kind
+    if [name for name in theirs if name in mine] != both:
+        yield "order", list(mine), list(theirs), None
+    for name in both:
+        pair = [mine[name], theirs[name]]
+        decided = all(step.resolved for step in pair)  # what a layout decided says more, where it is known of both
+        told = [{**step.settings, **(step.resolved if decided else {})} for step in pair]
+        if not powers and pair[0].kind == "curvature":
+            told = [{key: value for key, value in each.items() if key != "power"} for each in told]
+        for path, one_value, other_value in differences(told[0], told[1], name):
+            yield path, one_value, other_value, pair[0].kind
+
+
+def _by_name(steps: Iterable[StepFacts]) -> dict[str, StepFacts]:
+    """Return steps by name; the second of one name as `name 2`."""
+    found: dict[str, StepFacts] = {}
+    for step in steps:
+        before = sum(other.name == step.name for other in found.values())
+        found[f"{step.name} {before + 1}" if before else step.name] = step
+    return found
 
 
 def same_loss(one: Fingerprint, other: Fingerprint) -> bool:
@@ -329,8 +342,8 @@ def trials_apart(one: Fingerprint, other: Fingerprint, losses: bool = True) -> I
     Yields:
         `function` or `loss`, and what both sides say.
     """
-    functions = [side.must_match.get("function") for side in (one, other)]
-    if one.must_match.get("weights") != other.must_match.get("weights"):
+    functions = [one.function, other.function]
+    if one.weights != other.weights:
         return
     if None not in functions and functions[0] != functions[1]:
         return
@@ -353,59 +366,51 @@ def trials_apart(one: Fingerprint, other: Fingerprint, losses: bool = True) -> I
             return
 
 
-def nests(query: Fingerprint, stored: Fingerprint) -> bool:
-    """Whether the query's projection is a corner of the stored one."""
-    small, large = query.dim, stored.dim
-    there = stored.must_match
-    if small is None or large is None or small >= large:
+def _is_smaller(query: Fingerprint, stored: Fingerprint) -> bool:
+    """Whether the query's rows have a smaller dim of the stored projection, and the stored ones can be read at it."""
+    mine, theirs = query.sketch, stored.sketch
+    if mine is None or theirs is None or not nests(theirs.settings) or not stored.recorded.get("unprojected"):
         return False
-    if there.get("projection") not in NESTING or there.get("target") == "global" or there.get("reshape_to_square"):
+    small = mine.settings.get("dim")
+    if small is None or small >= theirs.settings["dim"] or stored.steps[-1] is not theirs:
         return False
-    order = there.get("order", [])
-    after = [one for one in stored.complement.get("curvature", ()) if one["after"] == len(order)]
-    if order[-1:] != ["project"] or after or not stored.recorded.get("unprojected"):
-        return False
-    mine, theirs = query.must_match.get("blocks", {}), there.get("blocks", {})
-    return mine.keys() == theirs.keys() and all(
-        list(mine[name]) == [min(size, small) for size in shape] for name, shape in theirs.items()
+    return query.shapes.keys() == stored.shapes.keys() and all(
+        list(query.shapes[name]) == [min(size, small) for size in shape] for name, shape in stored.shapes.items()
     )
 
 
-def differences(
-    one: Fingerprint,
-    other: Fingerprint,
-    free: Iterable[str] = (),
-    kinds: Iterable[str] = ("must_match", "complement", "recorded"),
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every field that differs, with both values, causes before what follows from them; some are free to.
+def all_differences(one: Fingerprint, other: Fingerprint, free: Iterable[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Yield every field in which two runs differ, and both values, causes first; some of what is recorded is free to.
 
     A trial differs where it says something else of the same examples, by more than rounding.
     """
-    kinds, free = tuple(kinds), {*free, "trial"}
-    for kind in kinds:
-        mine, theirs = getattr(one, kind), getattr(other, kind)
-        for name in sorted({*mine, *theirs} - free, key=lambda name: (name in ("blocks", "order"), name)):
-            if mine.get(name) != theirs.get(name):
-                yield name, mine.get(name), theirs.get(name)
-    if "recorded" in kinds:
-        yield from trials_apart(one, other)
-
-
-def _key(power: Mapping[str, Any]) -> str:
-    """Return what must be the same for two powers to be powers of one matrix."""
-    return hash_of({key: value for key, value in power.items() if key not in ("power", "after", "step")})
+    for name in ("weights", "function"):
+        if getattr(one, name) != getattr(other, name):
+            yield name, getattr(one, name), getattr(other, name)
+    for name, mine, theirs, _ in _steps_apart(one.steps, other.steps, powers=True):
+        yield name, mine, theirs
+    if one.shapes != other.shapes:
+        yield "shapes", one.shapes, other.shapes
+    for name in sorted({*one.recorded, *other.recorded} - {*free, "trial", "transform"}):
+        if one.recorded.get(name) != other.recorded.get(name):
+            yield name, one.recorded.get(name), other.recorded.get(name)
+    yield from trials_apart(one, other)
 
 
 def _powers_of(side: Fingerprint) -> dict[str, float]:
-    return {_key(one): one["power"] for one in side.complement.get("curvature", ())}
+    """Return the power of each curvature, by all that must be the same for two to be powers of one matrix."""
+    of = (({key: v for key, v in step.settings.items() if key != "power"}, step) for step in side.powers)
+    return {hash_of(same): step.settings["power"] for same, step in of}
 
 
 def _listed(side: Fingerprint) -> str:
-    found = [
-        f"{one['factors']}^{one['power']:g} (damping {one['damping']:g}, {one['inversion']})"
-        for one in side.complement.get("curvature", ())
-    ]
-    return " · ".join(found) or "none"
+    return " · ".join(_power(step.settings) for step in side.powers) or "none"
+
+
+def _power(settings: Mapping[str, Any]) -> str:
+    how = {key: value for key, value in settings.items() if key not in ("factors", "power", "missing")}
+    listed = (v if isinstance(v, str) else f"{key} {v:g}" for key, v in how.items() if v is not None)
+    return f"{settings['factors']}^{settings['power']:g} ({', '.join(listed)})"
 
 
 def shown(value: Any, other: Any) -> str:

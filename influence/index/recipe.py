@@ -1,51 +1,97 @@
 """Recipes: a transform and a loss from their stored settings. Tensors must be given, and are checked by hash."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from influence.func.fingerprint import canonical, fingerprint
+from influence.func.fingerprint import canonical
+from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.loss.functionalize import functionalize
-from influence.func.transform.blocks import as_blocks, split_heads
 from influence.func.transform.chain import Transform, chain
-from influence.func.transform.layout import Heads
-from influence.func.transform.precondition import BlockCurvature, precondition
-from influence.func.transform.project import project
-from influence.func.transform.scale import Moments, scale_by_adafactor, scale_by_adam, unit_norm
-from influence.func.transform.whiten import eigen_whiten
+from influence.func.transform.layout import Layout
+from influence.func.transform.precondition import BlockCurvature
+from influence.func.transform.scale import Moments
+from influence.func.transform.steps import STEPS
 from influence.types import LossFn, Params
 
 
-def recipe(transform: Transform) -> list[list[Any]]:
-    """Return a transform's steps as JSON holds them: names and settings; tensors are hashes.
+class StepFacts(NamedTuple):
+    """What JSON holds of a step.
+
+    Attributes:
+        name: its name.
+        kind: what a chain has at most one of, if it is such a step.
+        sides: how its settings on the two sides of a score relate; see `Step`.
+        settings: its settings as they were written; of tensors a hash.
+        resolved: those that the layout decided, as it decided them.
+    """
+
+    name: str
+    kind: str | None
+    sides: str
+    settings: dict[str, Any]
+    resolved: dict[str, Any] = {}  # noqa: RUF012 (nothing changes it)
+
+
+def recipe(transform: Transform, layout: Layout | None = None) -> list[dict[str, Any]]:
+    """Return a transform's steps as JSON holds them; tensors are hashes.
 
     Args:
         transform: the transform.
+        layout: the parameters' layout, which decides what the settings leave to it: a family's heads.
 
     Returns:
-        `[[name, settings], …]`, whose `fingerprint` is the transform's.
+        The fields of a `StepFacts` for each step.
 
     Example:
         >>> from influence import as_blocks, chain, project
         >>> recipe(chain(as_blocks(), project(8)))[0]
-        ['as_blocks', {'bias': False}]
+        {'name': 'as_blocks', 'kind': None, 'sides': 'equal', 'settings': {'bias': False}, 'resolved': {}}
     """
-    return [[step.name, canonical(step.settings)] for step in transform.steps]
+    resolved: Sequence[Mapping[str, Any]] = [{}] * len(transform.steps)
+    resolved = resolved if layout is None else transform.resolved(layout)
+    return [
+        StepFacts(step.name, step.kind, step.sides, _held(step.settings), _held(bound))._asdict()
+        for step, bound in zip(transform.steps, resolved, strict=True)
+    ]
+
+
+def _held(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: hash_of(value) if has_tensors(value) else plain(value) for name, value in settings.items()}
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether there are tensors in a value."""
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return plain(canonical(value)) if canonical(value) is not value else repr(value)
 
 
 def rebuild(
-    steps: Sequence[Sequence[Any]], factors: Sequence[BlockCurvature] = (), moments: Moments | None = None
+    steps: Iterable[StepFacts | Mapping[str, Any]],
+    factors: Sequence[BlockCurvature] = (),
+    moments: Moments | None = None,
 ) -> Transform:
     """Return the transform that `recipe` described.
 
     Args:
-        steps: the recipe.
+        steps: the recipe, as `fingerprint.steps` holds it.
         factors: curvature for steps that apply one; the one with the stored hash is taken.
         moments: second moments for steps that scale by an optimizer's.
 
     Returns:
-        The transform, whose fingerprint is the recipe's.
+        The transform, whose recipe is the same.
 
     Raises:
         ValueError: if a step is unknown, or needs factors or moments that are not given, or other ones are given.
@@ -56,47 +102,36 @@ def rebuild(
         >>> rebuild(recipe(made)).fingerprint == made.fingerprint
         True
     """
-    by_hash = {f"{f.method}:{f.digest[:16]}": f for f in factors}
-
-    def curvature(settings: Mapping[str, Any]) -> tuple[BlockCurvature, dict[str, Any]]:
-        wanted = settings["factors"]
-        if wanted not in by_hash:
-            given = f"; those given are {', '.join(by_hash)}" if by_hash else ""
-            raise ValueError(f"the rows were made with the factors {wanted}{given}: pass factors=[…] or transform=")
-        return by_hash[wanted], {key: _plain(value) for key, value in settings.items() if key != "factors"}
-
-    def curved(make: Callable[..., Transform]) -> Callable[[Mapping[str, Any]], Transform]:
-        def made(settings: Mapping[str, Any]) -> Transform:
-            found, rest = curvature(settings)
-            return make(found, **rest)
-
-        return made
-
-    def scaled(make: Callable[..., Transform]) -> Callable[[Mapping[str, Any]], Transform]:
-        def made(settings: Mapping[str, Any]) -> Transform:
-            if moments is None:
-                raise ValueError("the rows were scaled by an optimizer's moments: pass moments= or transform=")
-            return make(moments, **{key: _plain(value) for key, value in settings.items() if key != "moments"})
-
-        return made
-
-    makers: dict[str, Callable[[Mapping[str, Any]], Transform]] = {
-        "as_blocks": lambda settings: as_blocks(**settings),
-        "split_heads": lambda settings: split_heads(_heads(settings["heads"])),
-        "project": lambda settings: project(**settings),
-        "unit_norm": lambda settings: unit_norm(**{key: _plain(value) for key, value in settings.items()}),
-        "precondition": curved(precondition),
-        "eigen_whiten": curved(eigen_whiten),
-        "scale_by_adam": scaled(scale_by_adam),
-        "scale_by_adafactor": scaled(scale_by_adafactor),
-    }
-    unknown = [name for name, _ in steps if name not in makers]
+    held = [step if isinstance(step, StepFacts) else StepFacts(**step) for step in steps]
+    unknown = [step.name for step in held if step.name not in STEPS]
     if unknown:
         raise ValueError(f"the steps {', '.join(unknown)} cannot be made from their settings: pass transform=")
-    made = chain(*(makers[name](settings) for name, settings in steps))
-    if made.fingerprint != fingerprint(list(steps)):
+    made = chain(*(STEPS[step.name](**_given(step.settings, factors, moments)) for step in held))
+    if [(step["name"], step["settings"]) for step in recipe(made)] != [(step.name, step.settings) for step in held]:
         raise ValueError(f"{made} is not what was stored: the moments are others, or another version wrote it")
     return made
+
+
+def _given(settings: Mapping[str, Any], factors: Sequence[BlockCurvature], moments: Moments | None) -> dict[str, Any]:
+    """Return settings with the tensors of which they hold the hashes.
+
+    Raises:
+        ValueError: if they are not given.
+    """
+    found = dict(settings)
+    if "factors" in settings:
+        by_hash = {f"{f.method}:{f.digest[:16]}": f for f in factors}
+        if settings["factors"] not in by_hash:
+            given = f"; those given are {', '.join(by_hash)}" if by_hash else ""
+            raise ValueError(
+                f"the rows were made with the factors {settings['factors']}{given}: pass factors=[…] or transform="
+            )
+        found["factors"] = by_hash[settings["factors"]]
+    if "moments" in settings:
+        if moments is None:
+            raise ValueError("the rows were scaled by an optimizer's moments: pass moments= or transform=")
+        found["moments"] = moments
+    return found
 
 
 def loss_of(model: nn.Module, recorded: Mapping[str, Any]) -> tuple[LossFn, Params]:
@@ -124,7 +159,7 @@ def loss_of(model: nn.Module, recorded: Mapping[str, Any]) -> tuple[LossFn, Para
     if missing:
         raise ValueError(
             f"{type(model).__name__} has no parameter {missing[0]!r} ({len(missing)} of {len(names)} are missing): "
-            "it is not the model that the index is of (field 'blocks')"
+            "it is not the model that the index is of (field 'shapes')"
         )
     return functionalize(
         model,
@@ -138,16 +173,3 @@ def loss_of(model: nn.Module, recorded: Mapping[str, Any]) -> tuple[LossFn, Para
 def _literal(name: str) -> str:
     """Return a glob that matches a name alone."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-def _heads(stored: Any) -> dict[str, Heads] | None:
-    if stored is None:
-        return None
-    return {name: Heads(**heads["Heads"]) for name, heads in stored.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Undo what `canonical` did to a setting: floats are hexadecimal."""
-    if isinstance(value, str) and value.lstrip("-").startswith("0x"):
-        return float.fromhex(value)
-    return value

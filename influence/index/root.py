@@ -99,7 +99,7 @@ class Facts(NamedTuple):
     kind: str
     dtype: str
     per_token: bool
-    fingerprint: dict[str, dict[str, Any]]
+    fingerprint: dict[str, Any]
     config: dict[str, Any]
     command: list[str]
     plan: dict[str, Any]

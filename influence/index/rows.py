@@ -133,10 +133,11 @@ def describe(index: "Index") -> str:
     lines.append(f"made by: {made_by(about.command)}")
     for change in about.appended:
         lines.append(f"appended from shard {change['first']}: {made_by(change['command'])}")
-    for title, fields in index.fingerprint.json().items():
-        lines.append(f"{title.replace('_', ' ')}:")
-        shown = {visible(name, lines=False): value for name, value in fields.items() if name != "blocks"}
-        lines += [f"  {name}: {_short(value)}" for name, value in shown.items()]
+    known = index.fingerprint
+    lines += [f"weights: {_short(known.weights)}", f"function: {_short(known.function)}"]
+    lines += ["steps:", *(f"  {visible(s.name, lines=False)}: {_short(s.settings)}" for s in known.steps)]
+    recorded = {visible(name, lines=False): value for name, value in known.recorded.items()}
+    lines += ["recorded:", *(f"  {name}: {_short(value)}" for name, value in recorded.items())]
     lines.append(f"configuration: {_short(about.config, 400)}")
     lines += ["", *_table(["block", "shape", "columns"], [_block(index, name) for name in index.blocks])]
     if about.shards:

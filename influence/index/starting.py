@@ -1,13 +1,14 @@
 """Taking a run directory: begun, resumed after anything, grown by appending, never overwritten unless told."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from influence.func.fingerprint import differences
 from influence.func.fingerprint import fingerprint as hash_of
-from influence.index.provenance import Fingerprint, differences, shown
+from influence.index.provenance import Fingerprint, all_differences, shown
 from influence.index.run import (
     FILES,
     PARTIALS,
@@ -170,7 +171,7 @@ def _check_same(directory: Path, there: Manifest, wanted: Manifest, fingerprint:
         )
     free = ("data",) if append else ()
     now = Fingerprint.from_json(wanted.fingerprint, fingerprint.live)
-    for name, mine, theirs in differences(now, Fingerprint.from_json(there.fingerprint), free):
+    for name, mine, theirs in all_differences(now, Fingerprint.from_json(there.fingerprint), free):
         verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
         raise ValueError(
             f"{what_is_there(directory)}. Its {name} is {_short(theirs, mine)}, and this run's is "
@@ -187,22 +188,12 @@ def _check_plan(directory: Path, there: Manifest, wanted: Manifest) -> int:
         )
     last = _segments(there)[0][1]
     planned = {**there.plan, "shards": (planned_shards(there) or [])[:last]}
-    for name, mine, theirs in _differing(wanted.plan, planned):
+    for name, mine, theirs in differences(wanted.plan, planned):
         raise ValueError(
             f"{what_is_there(directory)}. Its plan has {name} = {_short(theirs)}, and this run's has "
             f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
         )
     return last
-
-
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield where two nestings differ, and both values."""
-    for key in sorted({*one, *other}):
-        mine, theirs = one.get(key), other.get(key)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            yield from _differing(mine, theirs, f"{where}{key}.")
-        elif mine != theirs:
-            yield f"{where}{key}", mine, theirs
 
 
 def _short(value: Any, other: Any = None) -> str:

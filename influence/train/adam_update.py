@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.loss.losses import widen
-from influence.func.transform.chain import Step, Transform
+from influence.func.transform.chain import Transform
 from influence.func.transform.folding import Block, Folded, apply_part, with_rows
-from influence.func.transform.scale import unfactor
+from influence.func.transform.scale import scale_step, unfactor
 from influence.train.optimizer import EPS, OptimizerState
 
 
@@ -60,9 +60,7 @@ def adam_update(state: OptimizerState) -> Transform:
         maps = {block.into: _update(state, first, second, block, folded) for block in folded.blocks}
         return with_rows(folded, lambda rows: {name: maps[name](row) for name, row in rows.items()})
 
-    late = "an update is made of whole gradients"
-    before = ("project", "unit_norm", "scale_by_adam", "scale_by_adafactor", "precondition", "eigen_whiten")
-    return Transform((Step("adam_update", settings, extend, dict.fromkeys(before, late), needs=("as_blocks",)),))
+    return Transform((scale_step("adam_update", settings, extend, needs_blocks=True),))
 
 
 def _update(

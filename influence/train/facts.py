@@ -1,12 +1,15 @@
 """What a collection is, beside its rows: what two runs must have in common to be one, and its manifest."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from influence.func.transform.chain import Transform
+from influence.func.fingerprint import differences
+from influence.func.transform.chain import Stage, Transform
 from influence.func.transform.layout import Layout
 from influence.index import Columns, Fingerprint, fingerprint_of
 from influence.index.columns import DTYPES, from_json
+from influence.index.recipe import StepFacts
 from influence.store import BadFileError
 from influence.store.folder import Manifest, manifest_of, read_manifest
 from influence.store.schema import conform
@@ -97,8 +100,9 @@ class Facts(NamedTuple):
         found = fingerprint_of(self.loss_fn, None, self.transform, self.columns.shapes, WEIGHTS, config, self.layout)
         if self.plan.scale is None:
             return found
-        live = {"step": "the optimizer's own", "moments": "those of each step", "eps": None}
-        return Fingerprint(found.must_match, {**found.complement, "scaling": live}, found.recorded)
+        live = StepFacts("the optimizer's own scale", "scale", "train only", {"moments": "those of each step"})
+        at = sum(step.stage < Stage.SCALE for step in self.transform.steps)
+        return replace(found, steps=(*found.steps[:at], live, *found.steps[at:]), live=None)
 
 
 def read_training(path: str | Path) -> Training:
@@ -136,19 +140,8 @@ def refuse_another(path: Path, there: Manifest, mine: Manifest) -> None:
         ValueError: naming what differs, and both values.
     """
     for kind in ("plan", "fingerprint"):
-        for name, theirs, own in _differing(getattr(there, kind), getattr(mine, kind)):
+        for name, theirs, own in differences(getattr(there, kind), getattr(mine, kind)):
             raise ValueError(
-                f"{path} holds rows of a run whose {name} is {theirs}, and this run's is {own}: resume with the same, "
-                "or write to another directory"
+                f"{path} holds rows of a run whose {name} is {f'{theirs}'[:200]}, and this run's is {f'{own}'[:200]}: "
+                "resume with the same, or write to another directory"
             )
-
-
-def _differing(there: Any, mine: Any, name: str = "") -> list[tuple[str, str, str]]:
-    """Return the first field in which two nestings differ, and what each has there."""
-    if isinstance(there, dict) and isinstance(mine, dict):
-        for key in {**there, **mine}:
-            found = _differing(there.get(key), mine.get(key), key)
-            if found:
-                return found
-        return []
-    return [] if there == mine else [(name, f"{there}"[:200], f"{mine}"[:200])]

@@ -5,12 +5,9 @@ from torch import nn
 
 from influence.func.engine.batched import make_feeds
 from influence.func.engine.plan import Plan
-from influence.func.transform.chain import Transform
+from influence.func.transform.chain import Stage, Transform
 from influence.func.transform.scale import scale_by_adafactor, scale_by_adam
 from influence.train.optimizer import EPS, OptimizerState, read_optimizer
-
-BEFORE = ("as_blocks", "split_heads")
-"""Steps that come before a scale."""
 
 
 def live(
@@ -71,7 +68,7 @@ def scale_by_optimizer(state: OptimizerState) -> Transform:
 
 def scaled(transform: Transform, scale: Transform) -> Transform:
     """Return a transform with a scale where it belongs: after blocks and heads are made, before all else."""
-    at = sum(step.name in BEFORE for step in transform.steps)
+    at = sum(step.stage < Stage.SCALE for step in transform.steps)
     return Transform((*transform.steps[:at], *scale.steps, *transform.steps[at:]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from influence.func.fingerprint import fingerprint
 
 MAGIC = b"influence store 1\n"
-FREE = ("config", "command", "recorded", "must_match", "complement", "function", "facts")
+FREE = ("config", "command", "recorded", "settings", "resolved", "function", "facts")
 """Attributes under which anything may stand: it is shown, and compared with what a query or a resume has there."""
 SETTINGS = "config.yaml"
 """The file by which a user replays a run, and which he may edit."""

@@ -1,22 +1,14 @@
 """Blocks: parameters as oriented matrices `[o, i]`, with their biases, whole or head by head."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
-from influence.func.transform.chain import Step, Transform
+from influence.func.transform.chain import Stage, Step, Transform
 from influence.func.transform.folding import Block, Folded, Part, into_blocks, sliced
 from influence.func.transform.layout import Heads
-
-AFTER_BLOCKS = dict.fromkeys(
-    ("as_blocks", "split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm"),
-    "blocks are made from parameters, so they come first",
-)
-AFTER_HEADS = dict.fromkeys(
-    ("split_heads", "project", "scale_by_adam", "scale_by_adafactor", "unit_norm"),
-    "heads are slices of untouched blocks",
-)
 
 
 def as_blocks(bias: bool = False) -> Transform:
@@ -41,15 +33,15 @@ def as_blocks(bias: bool = False) -> Transform:
         >>> rows["weight"].shape
         torch.Size([3, 2, 4])
     """
-    return Transform((Step("as_blocks", {"bias": bias}, lambda folded: into_blocks(folded, bias), AFTER_BLOCKS),))
+    return Transform((Step("as_blocks", {"bias": bias}, lambda folded: into_blocks(folded, bias), Stage.BLOCKS),))
 
 
-def split_heads(heads: Mapping[str, Heads] | None = None) -> Transform:
+def split_heads(heads: Mapping[str, Heads | Mapping[str, Any]] | None = None) -> Transform:
     """Split attention blocks into one block per head.
 
     Args:
-        heads: which blocks (globs over block names) have which heads; `None` takes what `functionalize` knows of the
-            model's family from its config.
+        heads: which blocks (globs over block names) have which heads, as `Heads` or a mapping of its fields; `None`
+            takes what `functionalize` knows of the model's family from its config.
 
     Returns:
         The transform. Blocks are named `name.head_3`, those of a fused weight `name.q.head_3`, `name.k.head_0`,
@@ -59,17 +51,24 @@ def split_heads(heads: Mapping[str, Heads] | None = None) -> Transform:
     Example:
         >>> from influence import Heads, split_heads
         >>> split_heads({"*.q_proj": Heads(12, 64)})
-        split_heads(heads={'*.q_proj': Heads(count=12, size=64, axis='out', fused=None, kv=None)})
+        split_heads(heads={'*.q_proj': {'count': 12, 'size': 64, 'axis': 'out', 'fused': None, 'kv': None}})
     """
+    given = None if heads is None else {name: h if isinstance(h, Heads) else Heads(**h) for name, h in heads.items()}
 
     def extend(folded: Folded) -> Folded:
-        found = _assign(folded, heads)
+        if not folded.untouched:
+            raise ValueError("heads are slices of untouched blocks: put split_heads() right after as_blocks()")
+        found = _assign(folded, given)
         blocks: list[Block] = []
         for block in folded.blocks:
             blocks.extend(_split(block, found[block.name]) if block.name in found else [block])
         return replace(folded, blocks=tuple(blocks))
 
-    return Transform((Step("split_heads", {"heads": heads}, extend, AFTER_HEADS, needs=("as_blocks",)),))
+    def resolve(folded: Folded) -> dict[str, Any]:
+        return {"heads": {name: asdict(h) for name, h in _assign(folded, given).items()}}
+
+    settings = {"heads": None if given is None else {name: asdict(h) for name, h in given.items()}}
+    return Transform((Step("split_heads", settings, extend, Stage.HEADS, needs_blocks=True, resolve=resolve),))
 
 
 def _assign(folded: Folded, heads: Mapping[str, Heads] | None) -> dict[str, Heads]:

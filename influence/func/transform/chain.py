@@ -5,7 +5,8 @@ A transform is a description: a tuple of steps. Bound to a `Layout` it becomes a
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +17,80 @@ from influence.func.transform.layout import Layout, bare_layout, block_name
 from influence.types import Rows
 
 
+class Stage(IntEnum):
+    """Where a step stands in a chain. A step may not follow one of a later stage.
+
+    Up to `SCALE` rows are in the coordinates of the parameters; `REST` may leave them.
+    """
+
+    BLOCKS = 0
+    HEADS = 1
+    SCALE = 2
+    REST = 3
+
+
 class Step(NamedTuple):
-    """One transform of a chain.
+    """One transform of a chain. It declares where it may stand and what it asks of the other side of a score.
 
     Attributes:
-        name: its verb, as in the code.
-        settings: everything that changes a number; tensors are hashed into the fingerprint.
+        name: its verb, as in the code: the factory's name, under which `STEPS` has it.
+        settings: everything that changes a number, named as the factory's arguments are, so that `factory(**settings)`
+            makes the step again; tensors are hashed into the fingerprint.
         extend: how it extends a folded transform.
-        changes_basis: whether a row is no longer indexed by parameters after it.
-        needs: names of steps, one of which must come before.
-        refuses: names of steps that must not come before, each with the reason.
+        stage: where it stands; of blocks and of heads there is one step.
+        kind: what a chain has at most one of, if it is such a step.
+        sides: how its settings on the two sides of a score relate. `"equal"`: they are the same (but for the `power` of
+            a curvature: powers add up to 0 or −1). `"power"`: likewise, and leaving the step out is a power of 0.
+            `"train only"`: the same, or only the training side has the step.
+        needs_blocks: whether it works on blocks alone, and not on plain parameters.
+        resolve: what a layout makes of settings that leave something to it, if any do.
     """
 
     name: str
     settings: Mapping[str, Any]
     extend: Callable[[Folded], Folded]
-    refuses: Mapping[str, str]
-    needs: tuple[str, ...] = ()
+    stage: Stage = Stage.REST
+    kind: Literal["scale", "sketch", "curvature", "norm"] | None = None
+    sides: Literal["equal", "power", "train only"] = "equal"
+    needs_blocks: bool = False
+    resolve: Callable[[Folded], Mapping[str, Any]] | None = None
 
     def __repr__(self) -> str:
         """Return the step as it was written."""
         shown = ", ".join(f"{key}={describe(value)}" for key, value in self.settings.items())
         return f"{self.name}({shown})"
+
+
+STAGE = {
+    Stage.BLOCKS: "blocks are made from parameters, so they come first",
+    Stage.HEADS: "heads are slices of untouched blocks",
+    Stage.SCALE: "an optimizer scales whole gradients, before anything else changes them",
+}
+"""Why a step of a stage may not follow one of a later stage."""
+SCALED_LATE = {
+    "sketch": "projected rows are not indexed by parameters any more, and an optimizer scales whole gradients",
+    "norm": "an optimizer scales whole gradients, not unit vectors",
+}
+"""The same of a scale, by what came before it."""
+ONCE = {
+    "scale": "one gradient is scaled once",
+    "sketch": "rows are projected once; to read them at a smaller dim use down_project",
+    "curvature": "H is applied once: give one transform the whole power",
+    "norm": "rows are normalised once",
+}
+"""Why there is one step of a kind."""
+
+
+def _refusal(earlier: Step, step: Step) -> str | None:
+    """Return why a step may not follow an earlier one, and what to do; `None` if it may."""
+    if earlier.stage > step.stage:
+        why = SCALED_LATE.get(earlier.kind or "", STAGE[step.stage]) if step.stage is Stage.SCALE else STAGE[step.stage]
+        return f"{why}; write chain(…, {step.name}(…), {earlier.name}(…), …) or leave one out"
+    if earlier.stage == step.stage < Stage.SCALE:
+        return f"{STAGE[step.stage]}; leave one out"
+    if step.kind is not None and earlier.kind == step.kind:
+        return f"{ONCE[step.kind]}; leave one out"
+    return None
 
 
 @dataclass(frozen=True)
@@ -60,14 +113,13 @@ class Transform:
         """Refuse an order that makes no sense.
 
         Raises:
-            ValueError: if a step follows one that it cannot follow, or lacks one that it needs.
+            ValueError: if a step follows one of a later stage, or there are two of what there is one of.
         """
         for position, step in enumerate(self.steps):
             for earlier in reversed(self.steps[:position]):
-                if earlier.name in step.refuses:
-                    order = f"write chain(…, {step.name}(…), {earlier.name}(…), …) or "
-                    way_out = f"{order if step.name != earlier.name else ''}leave one out"
-                    raise ValueError(f"{step} cannot follow {earlier}: {step.refuses[earlier.name]}; {way_out}")
+                why = _refusal(earlier, step)
+                if why is not None:
+                    raise ValueError(f"{step} cannot follow {earlier}: {why}")
 
     def __repr__(self) -> str:
         """Return the chain as it was written."""
@@ -90,13 +142,26 @@ class Transform:
     def extend(self, folded: Folded) -> Folded:
         """Extend a folded transform by these steps."""
         for step in self.steps:
-            if step.needs and not set(step.needs) & set(folded.history):
+            if step.needs_blocks and not _makes_blocks(folded.made):
                 raise ValueError(
-                    f"{step} needs blocks: put {' or '.join(f'{need}()' for need in step.needs)} before it, "
-                    f"as in chain({step.needs[0]}(), {step.name}(…))"
+                    f"{step} needs blocks: put as_blocks() before it, as in chain(as_blocks(), {step.name}(…))"
                 )
-            folded = replace(step.extend(folded), made=(*folded.made, (step.name, step.settings)))
+            norm = next((earlier for earlier in folded.made if earlier.kind == "norm"), None)
+            if step.kind == "sketch" and norm is not None:
+                note = f"{norm.name} comes before {step.name}: projected rows no longer have unit norm"
+                folded = replace(folded, warnings=(*folded.warnings, note))
+            folded = replace(step.extend(folded), made=(*folded.made, step))
         return folded
+
+    def resolved(self, layout: Layout) -> list[dict[str, Any]]:
+        """Return each step's settings that a layout decides, as the heads of a model's family."""
+        found: list[dict[str, Any]] = []
+        folded = start(layout)
+        for step in self.steps:
+            found.append({} if step.resolve is None else dict(step.resolve(folded)))
+            if step.stage < Stage.SCALE:  # a layout decides what blocks there are, and nothing after that
+                folded = step.extend(folded)
+        return found
 
     def apply(self, rows: Rows, layout: Layout) -> Rows:
         """Apply the transform to rows already at hand: the same numbers as folded into a probe.
@@ -108,14 +173,16 @@ class Transform:
         Returns:
             The transformed rows.
 
+        Raises:
+            ValueError: if the rows come through steps that these cannot follow.
         """
         raw = all(name in layout.params and tuple(row.shape[1:]) == layout[name].shape for name, row in rows.items())
         made = rows.transform.steps if isinstance(rows, CollectedRows) else ()
-        starts = bool(self.steps) and self.steps[0].name == "as_blocks"
-        are_blocks = any(step.name == "as_blocks" for step in made) or any(step.needs for step in self.steps)
+        starts = bool(self.steps) and self.steps[0].stage is Stage.BLOCKS
+        are_blocks = _makes_blocks(made) or any(step.needs_blocks for step in self.steps)
         if raw and (starts or not are_blocks):
             return self.bind(layout.restrict(rows)).rows(rows)
-        before = tuple((step.name, step.settings) for step in made) or (BLOCKS_AT_HAND,)
+        before = Transform((*made, *self.steps)).steps[: len(made)] or (BLOCKS_AT_HAND,)
         found = unblock(rows, layout)
         if found is not None:
             grads, merged = found
@@ -130,7 +197,11 @@ class Transform:
         return fingerprint([[step.name, step.settings] for step in self.steps])
 
 
-BLOCKS_AT_HAND: tuple[str, Any] = ("as_blocks", None)
+def _makes_blocks(steps: tuple[Step, ...]) -> bool:
+    return any(step.stage is Stage.BLOCKS for step in steps)
+
+
+BLOCKS_AT_HAND = Step("BLOCKS_AT_HAND", {}, lambda folded: folded, Stage.BLOCKS)
 """What is known of rows that came as blocks and do not say how they were made."""
 
 

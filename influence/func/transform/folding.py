@@ -86,7 +86,7 @@ class Folded:
         blocks: every block, in order.
         raw: whether the blocks still are plain parameters, keyed by their names and in their own shape.
         finish: maps of whole rows, after everything linear.
-        made: the steps so far, each a name and its settings.
+        made: the steps so far, each a `Step`.
         warnings: what `explain` should say.
     """
 
@@ -94,13 +94,18 @@ class Folded:
     blocks: tuple[Block, ...]
     raw: bool = True
     finish: tuple[RowMap, ...] = ()
-    made: tuple[tuple[str, Any], ...] = ()
+    made: tuple[Any, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
-    def history(self) -> tuple[str, ...]:
-        """Names of the steps so far."""
-        return tuple(name for name, _ in self.made)
+    def untouched(self) -> bool:
+        """Whether blocks are parameters, or slices of them, as they are: nothing was applied to them."""
+        sides = (side for block in self.blocks for part in block.parts for side in (part.left, part.right))
+        return (
+            not self.finish
+            and not any(block.linear for block in self.blocks)
+            and all(s is None or s.selects for s in sides)
+        )
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -170,7 +175,12 @@ def into_blocks(folded: Folded, bias: bool) -> Folded:
 
     Returns:
         The blocks.
+
+    Raises:
+        ValueError: if something was applied to the parameters: a scale of a matrix's inputs is none of its bias.
     """
+    if not folded.raw or not folded.untouched:
+        raise ValueError("blocks are made from untouched parameters: put as_blocks() first")
     merged = {p.bias for p in folded.layout.params.values() if bias and p.is_matrix and p.bias}
     blocks = []
     for block in folded.blocks:

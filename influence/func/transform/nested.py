@@ -7,6 +7,7 @@ smaller dim is raised once by `raise_project`, and the stored rows stay as they 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -52,24 +53,24 @@ def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layou
             "down_project: these rows do not know how they were made; pass stored=the transform they were collected "
             "under and layout=loss_fn.layout"
         )
-    names = [step.name for step in stored.steps]
-    if "project" not in names:
+    at = _place_of_projection(stored)
+    if at is None:
         raise ValueError(f"down_project: these rows were not projected; they were collected under {stored}")
-    at = names.index("project")
     settings = stored.steps[at].settings
-    p, kind = settings["dim"], settings["kind"]
-    if kind not in NESTING or settings.get("reshape_to_square") or settings["target"] == "global":
+    if not nests(settings):
         raise ValueError(
             f"down_project: {stored.steps[at]} does not nest; only {' and '.join(NESTING)} sketches per block do. "
             "Collect again at the smaller dim"
         )
+    p, kind = settings["dim"], settings["kind"]
     if dim < 1:
         raise ValueError(f"down_project: dim must be at least 1; got {dim}")
     if dim > p:
         raise ValueError(f"down_project: the rows are stored at dim {p}, which cannot be read at the larger {dim}")
-    if names[at + 1 :]:
+    if stored.steps[at + 1 :]:
+        after = ", ".join(step.name for step in stored.steps[at + 1 :])
         raise ValueError(
-            f"down_project: {', '.join(names[at + 1 :])} followed the projection and cannot be undone; "
+            f"down_project: {after} followed the projection and cannot be undone; "
             "store the rows without it and apply it on reading"
         )
     blocks = {block.into: block for block in Transform(stored.steps[:at]).bind(layout).blocks}
@@ -83,6 +84,12 @@ def down_project(rows: Rows, dim: int, *, stored: Transform | None = None, layou
             raise ValueError(f"down_project: row {name!r} is {list(row.shape[1:])}; stored at dim {p} it is {expected}")
         found[name] = corner(row, block.name, block.shape, p, dim, settings["seed"], kind)
     return found
+
+
+def nests(sketch: Mapping[str, Any]) -> bool:
+    """Whether rows of a sketch, given by its step's settings, hold its rows at every smaller dim: as their corners."""
+    per_block = sketch.get("target") == "per_block" and not sketch.get("reshape_to_square")
+    return per_block and sketch.get("kind") in NESTING
 
 
 def corner(
@@ -120,14 +127,18 @@ def shrunk(
 
 def projection(transform: Transform) -> Step | None:
     """Return the step of a transform that projects, if there is one."""
-    return next((step for step in transform.steps if step.name == "project"), None)
+    at = _place_of_projection(transform)
+    return None if at is None else transform.steps[at]
+
+
+def _place_of_projection(transform: Transform) -> int | None:
+    return next((place for place, step in enumerate(transform.steps) if step.kind == "sketch"), None)
 
 
 def at_dim(transform: Transform, dim: int) -> Transform:
-    """Return the same transform with its projection at another dim."""
+    """Return the same transform with its projection, which nests, at another dim."""
     steps = (
-        project(**{**step.settings, "dim": dim}).steps if step.name == "project" else (step,)
-        for step in transform.steps
+        project(**{**step.settings, "dim": dim}).steps if step.kind == "sketch" else (step,) for step in transform.steps
     )
     return replace(transform, steps=tuple(step for made in steps for step in made))
 
@@ -156,7 +167,7 @@ def raise_project(rows: Rows, dim: int, step: Step, shapes: Mapping[str, tuple[i
         torch.Size([1, 8, 8])
     """
     small, kind, seed = (step.settings[key] for key in ("dim", "kind", "seed"))
-    if dim < small or kind not in NESTING:
+    if dim < small or not nests(step.settings):
         raise ValueError(
             f"raise_project: rows of {step} are not read at dim {dim}: expected a nesting kind, and dim ≥ {small}"
         )
@@ -172,6 +183,5 @@ def raise_project(rows: Rows, dim: int, step: Step, shapes: Mapping[str, tuple[i
 
 def unprojected(transform: Transform, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Return each block's shape before a transform projects it."""
-    names = [step.name for step in transform.steps]
-    blocks = Transform(transform.steps[: names.index("project")]).bind(layout).blocks
+    blocks = Transform(transform.steps[: _place_of_projection(transform)]).bind(layout).blocks
     return {block.into: block.shape for block in blocks}

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from influence.func.fingerprint import fingerprint
 from influence.func.transform.chain import BLOCKS_AT_HAND, Step, Transform
 from influence.func.transform.curvature import Curvature, Weights, check_inversion, inverse_weights
 from influence.func.transform.folding import Block, Folded, block_with_sides, with_rows
@@ -51,10 +50,6 @@ class BlockCurvature(Protocol):
     def digest(self) -> str:
         """A hash of every number."""
         ...
-
-
-ONCE = "H is applied once: give one transform the whole power"
-AFTER = {"precondition": ONCE, "eigen_whiten": ONCE}
 
 
 def precondition(
@@ -135,7 +130,7 @@ def precondition(
         "inversion": inversion,
         "missing": missing,
     }
-    return Transform((Step("precondition", settings, extend, AFTER, needs=("as_blocks",)),))
+    return Transform((Step("precondition", settings, extend, kind="curvature", sides="power", needs_blocks=True),))
 
 
 def coherent(factors: BlockCurvature, folded: Folded, missing: str, inversion: str) -> frozenset[str]:
@@ -144,14 +139,12 @@ def coherent(factors: BlockCurvature, folded: Folded, missing: str, inversion: s
     Raises:
         ValueError: if the rows came through another transform, are of other shapes, or have no curvature.
     """
-    if folded.made != (BLOCKS_AT_HAND,):
-        made = fingerprint([[name, settings] for name, settings in folded.made])
-        if made != factors.under:
-            steps = ", ".join(repr(Step(name, settings, lambda f: f, {})) for name, settings in folded.made)
-            raise ValueError(
-                f"the factors were fitted under {factors.description}; these rows come from chain({steps}). Curvature "
-                "belongs to the rows it was fitted on: fit it under this chain, or precondition where it was fitted"
-            )
+    if folded.made != (BLOCKS_AT_HAND,) and Transform(folded.made).fingerprint != factors.under:
+        steps = ", ".join(map(repr, folded.made))
+        raise ValueError(
+            f"the factors were fitted under {factors.description}; these rows come from chain({steps}). Curvature "
+            "belongs to the rows it was fitted on: fit it under this chain, or precondition where it was fitted"
+        )
     shapes = folded.row_shapes
     absent = [name for name in shapes if name not in factors.blocks]
     if absent and (missing == "error" or len(absent) == len(shapes)):

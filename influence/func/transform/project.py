@@ -207,9 +207,6 @@ def project(
     drawn: dict[tuple[str, str, int], Tensor | None] = {}  # a transform bound again draws nothing again
 
     def extend(folded: Folded) -> Folded:
-        if "unit_norm" in folded.history:
-            note = "unit_norm comes before project: projected rows no longer have unit norm"
-            folded = replace(folded, warnings=(*folded.warnings, note))
         if target == "global":
             return _project_all(folded, dim, seed, kind, signs)
         if reshape_to_square:
@@ -227,8 +224,7 @@ def project(
 
         return with_sides(folded, sides)
 
-    refuses = {"project": "rows are projected once; to read them at a smaller dim use down_project"}
-    return Transform((Step("project", settings, extend, refuses, needs=("as_blocks",)),))
+    return Transform((Step("project", settings, extend, kind="sketch", needs_blocks=True),))
 
 
 def _project_all(folded: Folded, dim: int, seed: int, kind: str, signs: int) -> Folded:

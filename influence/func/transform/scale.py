@@ -1,17 +1,17 @@
 r"""Scales: what the optimizer would have done to a gradient, and unit norm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.numbers import check_number
-from influence.func.transform.chain import Step, Transform
+from influence.func.transform.chain import Stage, Step, Transform
 from influence.func.transform.folding import Block, Folded, Part, apply_part, flat, with_rows, with_sides
 from influence.func.transform.layout import ParamLayout
 from influence.types import Rows
@@ -105,7 +105,7 @@ def scale_by_adam(moments: Moments, eps: float = 1e-8) -> Transform:
             blocks.append(replace(block, linear=(*block.linear, _Scale(scale))))
         return replace(folded, blocks=tuple(blocks))
 
-    return Transform((Step("scale_by_adam", {"moments": moments, "eps": eps}, extend, _refuses("scale_by_adam")),))
+    return Transform((scale_step("scale_by_adam", {"moments": moments, "eps": eps}, extend),))
 
 
 def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
@@ -152,9 +152,12 @@ def scale_by_adafactor(moments: Moments, eps: float = 1e-30) -> Transform:
 
         return with_sides(folded, sides)
 
-    return Transform(
-        (Step("scale_by_adafactor", {"moments": moments, "eps": eps}, extend, _refuses("scale_by_adafactor")),)
-    )
+    return Transform((scale_step("scale_by_adafactor", {"moments": moments, "eps": eps}, extend),))
+
+
+def scale_step(name: str, settings: Mapping[str, Any], extend: Callable[[Folded], Folded], **more: Any) -> Step:
+    """Return the step of an optimizer's scale, which LESS applies to the training side alone."""
+    return Step(name, settings, extend, Stage.SCALE, "scale", "train only", **more)
 
 
 def _scales(v: Tensor | Factored, eps: float, param: ParamLayout) -> tuple[Tensor, Tensor | None]:
@@ -214,7 +217,7 @@ def unit_norm(eps: float = 1e-12) -> Transform:
 
         return {name: unit(row) for name, row in rows.items()}
 
-    return Transform((Step("unit_norm", {"eps": eps}, lambda folded: with_rows(folded, normalise), {}),))
+    return Transform((Step("unit_norm", {"eps": eps}, lambda folded: with_rows(folded, normalise), kind="norm"),))
 
 
 class _Scale:
@@ -273,13 +276,3 @@ def check_second(verb: str, name: str, v: Tensor | Factored) -> None:
 
 def _sources(folded: Folded) -> list[str]:
     return list(dict.fromkeys(part.source for block in folded.blocks for part in block.parts))
-
-
-def _refuses(verb: str) -> dict[str, str]:
-    projected = "projected rows are not indexed by parameters any more"
-    return {
-        "project": projected,
-        "unit_norm": "an optimizer scales gradients, not unit vectors",
-        "scale_by_adam": "one gradient is scaled once",
-        "scale_by_adafactor": "one gradient is scaled once",
-    }

@@ -14,7 +14,7 @@ from torch import Tensor
 from influence.func.transform.chain import Step, Transform, chain
 from influence.func.transform.curvature import Curvature, check_inversion, inverse_weights
 from influence.func.transform.folding import Block, Folded, LinearMap, SideMap, block_with_sides, with_rows
-from influence.func.transform.precondition import AFTER, BlockCurvature, Powered, coherent, precondition
+from influence.func.transform.precondition import BlockCurvature, Powered, coherent, precondition
 from influence.func.transform.project import project
 
 
@@ -82,9 +82,10 @@ def eigen_whiten(
         factors: factors with two sides per matrix.
         dim: eigenvectors kept per side; `None` keeps all.
         damping: `c`.
-        inversion: how small eigenvalues are met.
+        inversion: how small eigenvalues are met: `"damped"`, `"absolute"`, `"tikhonov"`, `"pseudoinverse"` or
+            `"factored"`, as in `precondition`.
         power: -1/2 for whitening.
-        missing: as in `precondition`.
+        missing: `"error"` or `"identity"`, as in `precondition`.
 
     Returns:
         The transform.
@@ -133,7 +134,7 @@ def eigen_whiten(
         "inversion": inversion,
         "missing": missing,
     }
-    return Transform((Step("eigen_whiten", settings, extend, AFTER, needs=("as_blocks",)),))
+    return Transform((Step("eigen_whiten", settings, extend, kind="curvature", needs_blocks=True),))
 
 
 def strongest(curvature: Curvature, damping: float, inversion: str, dim: int | None) -> list[Tensor]:

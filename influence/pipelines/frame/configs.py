@@ -159,6 +159,7 @@ class TransformConfig:
         projection_seed: another seed draws other matrices.
         projection_signs: non-zeros per column of a sparse sketch.
         optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
+        steps: more steps behind the optimizer's, each as it is written in Python: 'scale_inputs(2.0)'.
         optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
         hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
         power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
@@ -180,6 +181,7 @@ class TransformConfig:
     projection_signs: int = 1
     optimizer: str | None = None
     optimizer_view: Literal["scale", "update"] = "scale"
+    steps: tuple[str, ...] = ()
     hessian: str | None = None
     power: float = -0.5
     whiten: Literal["eigen", "kfac"] | None = None

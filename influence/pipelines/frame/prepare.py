@@ -22,6 +22,7 @@ from influence.func.transform.chain import Transform, chain
 from influence.func.transform.precondition import precondition
 from influence.func.transform.project import project
 from influence.func.transform.scale import unit_norm
+from influence.func.transform.steps import written_step
 from influence.func.transform.whiten import eigen_whiten, kfac_whiten
 from influence.hessians import Factors
 from influence.index import Index
@@ -69,7 +70,8 @@ def transform_of(config: TransformConfig, factors: Factors | None = None, scale:
     if config.optimizer is None and config.optimizer_view != "scale":
         raise ValueError("optimizer_view says how an optimizer is applied: pass --optimizer, a checkpoint's folder")
     blocks = as_blocks(config.bias)
-    start = chain(blocks, *([split_heads()] if config.heads else []), *([] if scale is None else [scale]))
+    scales = [] if scale is None else [scale]
+    start = chain(blocks, *([split_heads()] if config.heads else []), *scales, *map(written_step, config.steps))
     sketch = Transform()
     if config.projection_dim:
         sketch = project(

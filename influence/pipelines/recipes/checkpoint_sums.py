@@ -226,10 +226,10 @@ def write_sums(
 def over_checkpoints(indexes: Sequence[Index], rates: Sequence[float] = ()) -> Fingerprint:
     """Return the fingerprint of what is made of several checkpoints: its weights are those of all."""
     first = indexes[0].fingerprint
-    hashes = [index.fingerprint.must_match["weights"] for index in indexes]
+    hashes = [index.fingerprint.weights for index in indexes]
     recorded = {**first.recorded, "checkpoints": hashes, "learning_rates": list(rates)}
     recorded.pop("trial", None)  # of one of them
-    return replace(first, must_match={**first.must_match, "weights": hash_of(hashes)}, recorded=recorded)
+    return replace(first, weights=hash_of(hashes), recorded=recorded)
 
 
 def write_scores(
