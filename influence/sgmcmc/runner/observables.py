@@ -14,11 +14,8 @@ from influence.sgmcmc.estimators.moments import Moments
 from influence.sgmcmc.runner.draws import Observed
 from influence.sgmcmc.runner.minibatches import Data, Source, sample_rows, source_of
 from influence.sgmcmc.runner.stacking import Chunk, Replica, losses_along
-from influence.sgmcmc.samplers.gradients import position_losses
-from influence.sgmcmc.samplers.target import Target
+from influence.sgmcmc.samplers.target import Target, position_losses
 from influence.types import Batch, Params
-
-KEEPS = ("auto", "sequences", "tokens", "moments")
 
 
 class Watched(NamedTuple):

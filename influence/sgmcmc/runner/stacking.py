@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from influence.func.engine.attention import under_vmap
-from influence.sgmcmc.samplers.gradients import PerChain, position_losses
 from influence.sgmcmc.samplers.langevin import Info, Sampler
-from influence.sgmcmc.samplers.target import Target
+from influence.sgmcmc.samplers.target import PerChain, Target, position_losses
 from influence.types import Batch, Params
 
 WORK = 1 << 25
