@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from influence import functionalize, sgmcmc
 from influence.sgmcmc import llc, mala, sghmc
 from influence.sgmcmc.runner import draws, loop, schedule, traces
+from influence.sgmcmc.runner.minibatches import batch_index
 from influence.sgmcmc.samplers.target import PerChain, gradient
 from tests.agreement import Group, check, exact, worst
 from tests.cases import LLAMA, VOCAB, hf
@@ -130,7 +131,7 @@ def test_baselines_agree_and_each_epoch_is_a_new_order() -> None:
     ]
     torch.testing.assert_close(runs[0].baseline, runs[1].baseline, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(runs[0].loss[:, 0], runs[0].baseline[:, 0])  # every chain starts at the anchor
-    order = sgmcmc.order.batch_index
+    order = batch_index
     first, second = (torch.cat([order(0, 1, step, 20, 6) for step in steps]) for steps in ((0, 1, 2), (3, 4, 5)))
     assert len(set(first.tolist())) == len(set(second.tolist())) == 18
     assert not torch.equal(first, second)

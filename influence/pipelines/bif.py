@@ -201,7 +201,7 @@ def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, erro
     return "\n".join(lines)
 
 
-def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
+def estimated(config: BifConfig, run: Sampled, stderr: bool = False, **some: Any) -> bif.BIF:
     """Return the influences that are asked for, or some of them."""
     return bif.estimate(
         run,
@@ -212,6 +212,7 @@ def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
         pooling=config.pooling,
         sign=config.sign,
         scale=config.scale,
+        stderr=stderr,
         **some,
     )
 
@@ -231,7 +232,9 @@ def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, wor
         viz.save(viz.heat_map(whole, labels, [example.title for example in right], label=config.statistic), path)
         return
     i, j = config.pair or _first_pair(config, run, left == right)
-    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[0, 0]
+    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[
+        0, 0
+    ]
     block = block[[*left[i].labelled]][:, [*right[j].labelled]]
     title = f"rows: {left[i].title}, columns: {right[j].title}"
     viz.save(viz.heat_map(block, left[i].tokens, right[j].tokens, label=config.statistic, title=title), path)

@@ -62,6 +62,9 @@ class LLC(NamedTuple):
             f"drift {self.drift:+.1f}): {self.verdict}"
         )
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
 
 def estimate(run: Run, estimator: str = "paired", init_loss: float | None = None) -> LLC:
     r"""Return the local learning coefficient of a run.
@@ -158,6 +161,9 @@ class Calibration(NamedTuple):
             said = ("diverged" if e is None else f"{e.mean:.4g} ± {e.stderr:.2g}" for e in cells)
             lines.append(f"{lr:<17g}" + "".join(f"{cell:>20}" for cell in said))
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<LLC at {len(self.lrs)} step sizes × {len(self.localizations)} localizations>"
 
 
 def calibrate(

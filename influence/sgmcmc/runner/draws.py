@@ -13,6 +13,7 @@ from influence import store
 from influence.sgmcmc.estimators.moments import Moments
 from influence.store import BadFileError
 from influence.store.schema import conform
+from influence.visible import visible
 
 RUN, SCHEMA = "sampling run", 1
 
@@ -51,6 +52,11 @@ class Observed:
         """Mean loss at the anchor."""
         return float((self.anchor.double() * self.labelled).sum() / self.labelled.sum())
 
+    def __repr__(self) -> str:
+        (n, t), draws = self.anchor.shape, self.mean.shape[1]
+        kept = "tokens" if self.tokens is not None else "sequences" if self.sequences is not None else "moments"
+        return f"<losses of {n:,} examples × {t:,} positions at {draws:,} draws, kept: {kept}>"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -80,6 +86,14 @@ class Run:
     burn_in: int
     between: int
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        seen = ", ".join(f"{visible(name, lines=False)} ({len(o.index):,})" for name, o in self.observables.items())
+        steps = self.loss.shape[1]
+        return (
+            f"<{len(self.chains)} chains of {steps:,} steps, {self.burn_in:,} of them burn-in, at n_beta "
+            f"{self.n_beta:.6g}; observables: {seen or 'none'}>"
+        )
 
     @property
     def n_beta(self) -> float:
@@ -178,7 +192,7 @@ class RunFacts(NamedTuple):
     facts: dict[str, Any]
 
 
-class HyperFacts(NamedTuple):
+class _HyperFacts(NamedTuple):
     """What the facts of a run must say for its estimates."""
 
     lr: float
@@ -257,8 +271,8 @@ def unpack(tensors: Mapping[str, Tensor], about: RunFacts, prefix: str, where: s
         for name, identity in about.observables.items()
     }
     loss = tensors[f"{prefix}sampling_loss"]
-    known = {name: about.facts[name] for name in HyperFacts._fields if name in about.facts}
-    conform(known, HyperFacts, f"{where}: facts of a run")
+    known = {name: about.facts[name] for name in _HyperFacts._fields if name in about.facts}
+    conform(known, _HyperFacts, f"{where}: facts of a run")
     steps = loss.shape[-1] if loss.ndim == 2 else -1
     if len(about.chains) != len(loss) or not 0 <= about.burn_in <= steps or about.between < 1:
         raise BadFileError(f"{where} is not what it says: its losses are not those of {len(about.chains)} chains")
