@@ -46,7 +46,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_field_is_documented() -> None:
     import dataclasses
 
-    for kind in (settings.ChainConfig, settings.FeltConfig, settings.PaceConfig, settings.Sampling, sgmcmc.Options):
+    for kind in (settings.ChainConfig, settings.MeanLossConfig, settings.PaceConfig, settings.Sampling, sgmcmc.Options):
         for field in dataclasses.fields(kind):
             assert f"\n        {field.name}: " in str(kind.__doc__), (kind, field.name)
 
@@ -175,6 +175,13 @@ def test_what_finished_chains_cannot_heed_is_refused(samples: Path, capsys: Any)
         ("bif", ["--observed", "2"]),
         ("bif", ["--dataset", "corpus.jsonl"]),
         ("susceptibilities", ["--label-smoothing", "0.1"]),
+        ("susceptibilities", ["--dry-run"]),
+        ("llc", ["--overwrite"]),
+        ("llc", ["--chain-chunk", "2"]),
+        ("llc", ["--no-progress"]),
+        ("bif", ["--device", "cuda"]),
+        ("bif", ["--precision", "fp64"]),
+        ("bif", ["--tokenizer", "gpt2"]),
     ):
         refused(capsys, [command, "--run", str(samples), *flags], f"{flags[0]} is of chains that are yet to run")
 

@@ -229,7 +229,7 @@ MEANT = {
     **dict.fromkeys([("TransformConfig", "power"), ("QueryConfig", "power")], (-1, 0)),
     **dict.fromkeys([("BifConfig", "scale"), ("SusceptibilitiesConfig", "scale")], (-1, 0)),
     **dict.fromkeys([("TracinConfig", "learning_rates"), ("LessConfig", "learning_rates")], (0,)),
-    **dict.fromkeys([("LossConfig", "label_smoothing"), ("FeltConfig", "label_smoothing")], (0,)),
+    **dict.fromkeys([("LossConfig", "label_smoothing"), ("MeanLossConfig", "label_smoothing")], (0,)),
     **dict.fromkeys([("TransformConfig", "damping"), ("QueryConfig", "damping"), ("MixConfig", "weight")], (0,)),
     **dict.fromkeys([("TransformConfig", "projection_dim"), ("LlcConfig", "localizations")], (0,)),
 }

@@ -13,7 +13,7 @@ from influence.data.slices import pad_of
 from influence.pipelines.chains.examples import examples, words_of
 from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.posterior import Posterior
-from influence.pipelines.chains.settings import SamplingConfig, keeping, sampling_of
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of, with_keep
 from influence.pipelines.frame.configs import at_least
 from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
 from influence.pipelines.frame.texts import short
@@ -101,7 +101,7 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     """
     _check(config)
     c = config
-    chains = keeping(c.chains, "tokens" if c.level == "token" else "sequences")
+    chains = with_keep(c.chains, "tokens" if c.level == "token" else "sequences")
     what = sampling_of(config, chains=chains, restrictions=(c.restriction,))
 
     def fits(made: Posterior) -> None:
@@ -232,9 +232,7 @@ def _plot(config: BifConfig, run: Sampled, path: str, left: Any, right: Any, wor
         viz.save(viz.heat_map(whole, labels, [example.title for example in right], label=config.statistic), path)
         return
     i, j = config.pair or _first_pair(config, run, left == right)
-    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[
-        0, 0
-    ]
+    block = estimated(config, run, row_range=slice(i, i + 1), column_range=slice(j, j + 1)).influences[0, 0]
     block = block[[*left[i].labelled]][:, [*right[j].labelled]]
     title = f"rows: {left[i].title}, columns: {right[j].title}"
     viz.save(viz.heat_map(block, left[i].tokens, right[j].tokens, label=config.statistic, title=title), path)

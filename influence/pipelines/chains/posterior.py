@@ -65,6 +65,7 @@ def posterior(config: Sampling) -> Posterior:
         check_number("lr", lr, 0, above=True)
     for name in ("n_beta", "localization", "weight_decay"):
         check_number(name, getattr(chains, name) or 0, 0)
+    check_number("init_noise", options.init_noise, 0)
     named = observables_of(config)
     module = load_model(config.model, device)
     reference = config.loss.reference

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 else:
     SamplerName = Literal[tuple(SAMPLERS)]
 
-Chained: TypeAlias = Annotated[Options, tyro.conf.OmitArgPrefixes]
+RunOptions: TypeAlias = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 
-def burnt_in() -> Options:
+def default_options() -> Options:
     """Return the defaults of the command line: those of `Options`, with steps of burn-in before the first draw."""
     return Options(num_burnin_steps=100)
 
@@ -46,7 +46,7 @@ class ChainConfig:
     sampler: SamplerName = "sgld"
     sampler_kwargs: str | None = None
     seed: int = 0
-    options: Chained = field(default_factory=burnt_in)
+    options: RunOptions = field(default_factory=default_options)
 
     def __post_init__(self) -> None:
         """Refuse numbers that are not finite; their ranges are checked when the run is planned."""
@@ -55,8 +55,8 @@ class ChainConfig:
 
 
 @dataclass(frozen=True)
-class FeltConfig:
-    """The loss that chains feel: its mean over labelled positions.
+class MeanLossConfig:
+    """The loss that chains are run on: its mean over labelled positions.
 
     Attributes:
         loss: cross_entropy, squared_error, kl, log_odds, or a function of your own, package.module:function, called as
@@ -90,7 +90,7 @@ class PaceConfig:
 
 
 Chains: TypeAlias = Annotated[ChainConfig, tyro.conf.OmitArgPrefixes]
-Felt: TypeAlias = Annotated[FeltConfig, tyro.conf.OmitArgPrefixes]
+MeanLoss: TypeAlias = Annotated[MeanLossConfig, tyro.conf.OmitArgPrefixes]
 Pace: TypeAlias = Annotated[PaceConfig, tyro.conf.OmitArgPrefixes]
 
 
@@ -113,7 +113,7 @@ class SamplingConfig:
         model: the model.
         data: the data that chains are trained on.
         chains: the chains.
-        loss: the loss they feel.
+        loss: the loss they are run on.
         pace: how they are run.
     """
 
@@ -122,7 +122,7 @@ class SamplingConfig:
     data: Data = field(default_factory=no_data)
     _: KW_ONLY
     chains: Chains = field(default_factory=ChainConfig)
-    loss: Felt = field(default_factory=FeltConfig)
+    loss: MeanLoss = field(default_factory=MeanLossConfig)
     pace: Pace = field(default_factory=PaceConfig)
 
 
@@ -135,7 +135,7 @@ class Sampling(SamplingConfig):
         model: the model.
         data: the data that chains are trained on.
         chains: the chains.
-        loss: the loss they feel.
+        loss: the loss they are run on.
         pace: how they are run.
         observables: what is measured at every draw: `name=dataset`, or a word for the data themselves.
         observed: examples of each.
@@ -157,7 +157,7 @@ def sampling_of(config: SamplingConfig, **instead: Any) -> Sampling:
     return Sampling(**{**asked, **instead})
 
 
-def keeping(chains: ChainConfig, keep: Keep) -> ChainConfig:
+def with_keep(chains: ChainConfig, keep: Keep) -> ChainConfig:
     """Return chains that keep of observables what a command needs, unless something else is asked for."""
     asked = chains.options.keep
     return replace(chains, options=replace(chains.options, keep=keep)) if asked == "auto" else chains

@@ -80,17 +80,9 @@ def advance(
     until: int,
     said: Callable[[int, Record], None],
 ) -> Progress:
-    """Run the chains to a step.
+    """Run the chains to a step, write into the record, and call `said` after each step.
 
-    Args:
-        plan: the run.
-        progress: where it stands.
-        record: written into.
-        until: the step to stop before.
-        said: called after every step.
-
-    Returns:
-        Where it stands then; an earlier step where a chain diverged and the prefix is to be kept.
+    It stops at an earlier step where a chain diverged and the prefix is to be kept.
 
     Raises:
         ValueError: if a batch has no loss at the anchor.

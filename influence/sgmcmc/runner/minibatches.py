@@ -38,9 +38,6 @@ Data: TypeAlias = Source | Batch
 def source_of(data: Data) -> Source:
     """Return a dataset as a source.
 
-    Args:
-        data: a source, or a pytree of tensors with the example axis first.
-
     Example:
         >>> import torch
         >>> source = source_of({"x": torch.arange(5) * 10})
@@ -59,11 +56,7 @@ def source_of(data: Data) -> Source:
 
 
 def check_size(source: Source, batch_size: int | None) -> int:
-    """Return the batch size, all of the data where it is `None`.
-
-    Raises:
-        ValueError: if the dataset is smaller than a batch.
-    """
+    """Return the batch size, all of the data where it is `None`; refuse a dataset smaller than a batch."""
     size = source.size if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, or None for all data at every step; got {size}")
@@ -78,12 +71,7 @@ def check_size(source: Source, batch_size: int | None) -> int:
 def batch_index(seed: int, chain: int, step: int, size: int, batch: int) -> Int[Tensor, " batch"]:
     """Return the rows of a dataset that a step sees: an epoch visits each once, what fills no batch is left out.
 
-    Args:
-        seed: of the run.
-        chain: of the step; the same number for chains that share their data.
-        step: of the chain.
-        size: of the dataset.
-        batch: of a batch.
+    Chains that share their data pass the same number as `chain`.
 
     Example:
         >>> sorted(torch.cat([batch_index(0, 1, step, 6, 2) for step in range(3)]).tolist())
@@ -112,15 +100,10 @@ Baseline = Callable[[Int[Tensor, " n"] | None, Batch], float]
 
 
 def baseline_of(target: Target, source: Source | None, kind: str, batch: int, steps: int) -> tuple[Baseline, str]:
-    """Return the baseline, and which kind was taken.
+    """Return the baseline of a run of `steps` batches, and which kind was taken.
 
-    Args:
-        target: whose anchor.
-        source: the dataset, if any.
-        kind: `"lookup"` computes every example's loss once and looks it up; `"paired"` computes the batch's beside the
-            step, one more forward; `"auto"` takes what needs fewer forwards.
-        batch: examples of a batch.
-        steps: how many batches there will be.
+    `"lookup"` computes every example's loss once; `"paired"` the batch's beside each step, one more forward pass;
+    `"auto"` takes what needs fewer forward passes.
     """
 
     def paired(rows: Int[Tensor, " n"] | None, batch: Batch) -> float:

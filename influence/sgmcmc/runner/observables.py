@@ -49,17 +49,7 @@ class Drawn(NamedTuple):
 
 
 def watch(target: Target, observables: Mapping[str, Data | tuple[Data, int]], batch: int, seed: int) -> list[Watched]:
-    """Return observables with their losses at the anchor.
-
-    Args:
-        target: whose anchor.
-        observables: data, or `(data, k)` for `k` batches of it drawn without replacement.
-        batch: examples evaluated at a time.
-        seed: of the draw.
-
-    Raises:
-        ValueError: if a name cannot be one, or there are too few examples.
-    """
+    """Return observables with their losses at the anchor; of `(data, k)`, `k` batches drawn without replacement."""
     watched = []
     for name, given in observables.items():
         if not re.fullmatch(r"\w+", name):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from influence.func.fingerprint import fingerprint, weights_hash
-from influence.func.numbers import check_number
 from influence.sgmcmc.runner import observables as observe
 from influence.sgmcmc.runner import stacking
 from influence.sgmcmc.runner.minibatches import Baseline, Data, Source, baseline_of, check_size, source_of
@@ -82,7 +81,6 @@ class Options:
         for name, bound in {**least, "accumulate": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
-        check_number("init_noise", self.init_noise, 0)
         for name in ("batch_size", "observable_batch", "chain_chunk"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None for its default; got {getattr(self, name)}")

@@ -46,19 +46,9 @@ def claim(
     results: Sequence[str] = (),
     scratch: Sequence[str] = (),
 ) -> Iterator[Manifest]:
-    """Hold a folder's lock for a run, begun or gone on with.
+    """Hold a folder's lock for a run, begun or gone on with, and yield its manifest.
 
-    Args:
-        folder: the folder; made if it is not there.
-        facts: everything that makes the run what it is: `Plan.facts`.
-        overwrite: remove the run that is there.
-        config: the configuration, where a command has one.
-        command: what to type to run it again.
-        results: names of what else the run may hold, as `Manifest.files` has them.
-        scratch: names of what else it holds until it is finished.
-
-    Yields:
-        The manifest.
+    `facts` are those of `Plan.facts`; `results` and `scratch` name what else the run holds, at the end and until then.
 
     Raises:
         FileExistsError: if the folder holds something else.
@@ -79,11 +69,7 @@ def claim(
 def open_folder(
     folder: Path, manifest: Manifest, plan: Plan, progress: Progress, record: Record
 ) -> Progress | dict[str, Run]:
-    """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete.
-
-    Raises:
-        ValueError: if the folder's run is another one.
-    """
+    """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete."""
     if (folder / RESULT).is_file():
         tidy(folder, manifest)  # a run that was killed as it finished
         return read_planned(folder, plan)
@@ -120,11 +106,7 @@ class StateFacts(NamedTuple):
 
 
 def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
-    """Read the complete runs of a folder, if they are what was planned.
-
-    Raises:
-        ValueError: if they are of other settings, naming the field and both values.
-    """
+    """Read the complete runs of a folder; refuse those of other settings, naming the field and both values."""
     runs, facts, then = read_runs(folder)
     _refuse_facts(folder, plan.facts, facts)
     _refuse_probe(folder, plan, then)
