@@ -15,7 +15,7 @@ from influence.func.numbers import check_number
 from influence.sgmcmc.estimators import diagnostics
 from influence.sgmcmc.runner.draws import Run
 from influence.sgmcmc.runner.sampling import execute, target_of
-from influence.sgmcmc.runner.schedule import Options, make_plan
+from influence.sgmcmc.runner.schedule import make_plan, options_by_name
 from influence.sgmcmc.samplers import sgld
 from influence.sgmcmc.samplers.langevin import Sampler
 from influence.sgmcmc.samplers.target import Loss, default_n_beta
@@ -211,7 +211,7 @@ def calibrate(
         True
     """
     steps, pulls, groups = grid(lrs, localizations)
-    settings = Options(**{"on_divergence": "drop", **options})
+    settings = options_by_name({"on_divergence": "drop", **options})
     target = target_of(loss_fn, params, dataset, n_beta, pulls, 0.0, None, settings)
     plan = make_plan(target, params, dataset, {}, steps, groups, seed, settings, sampler)
     return calibration(execute(plan, params, output_path, settings.progress), lrs, localizations)

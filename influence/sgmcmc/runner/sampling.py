@@ -17,7 +17,7 @@ from influence.sgmcmc.runner.draws import Run
 from influence.sgmcmc.runner.loop import Record
 from influence.sgmcmc.runner.minibatches import Data, check_size, source_of
 from influence.sgmcmc.runner.restrict import Restriction
-from influence.sgmcmc.runner.schedule import Options, Plan, make_plan
+from influence.sgmcmc.runner.schedule import Options, Plan, make_plan, options_by_name
 from influence.sgmcmc.samplers import sgld
 from influence.sgmcmc.samplers.langevin import Sampler
 from influence.sgmcmc.samplers.target import Hyper, Loss, Mask, Target, gradient_at, local_posterior
@@ -120,7 +120,7 @@ def sample(
         >>> run.loss.shape, run.observables
         (torch.Size([4, 50]), {})
     """
-    settings = Options(**options)
+    settings = options_by_name(options)
     target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, settings)
     groups = {"": {"restriction": _words(restriction)}}
     plan = make_plan(target, params, dataset, observables, lr, groups, seed, settings, sampler, chains)
@@ -181,7 +181,7 @@ def sample_restrictions(
     """
     wanted = restrictions if isinstance(restrictions, Mapping) else {word: word for word in restrictions}
     masks, groups = together(loss_fn, params, wanted)
-    settings = Options(**options)
+    settings = options_by_name(options)
     target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, masks, settings)
     plan = make_plan(target, params, dataset, observables, lr, groups, seed, settings, sampler, chains)
     return _complete(execute(plan, params, output_path, settings.progress), groups)

@@ -84,9 +84,6 @@ class Options:
         for name in ("batch_size", "observable_batch", "chain_chunk"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, or None for its default; got {getattr(self, name)}")
-        for name, values in (("keep", Keep), ("on_divergence", Policy), ("baseline", Baselines)):
-            if getattr(self, name) not in get_args(values):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(values))}; got {getattr(self, name)!r}")
 
     @property
     def steps(self) -> int:
@@ -111,6 +108,14 @@ class Options:
                 "stopped: pass on_divergence='drop', or run all chains here"
             )
         return numbers
+
+
+def options_by_name(given: Mapping[str, Any]) -> Options:
+    """Return the options that a call was given by name; refuse a word that is none of a field's."""
+    for name, words in (("keep", Keep), ("on_divergence", Policy), ("baseline", Baselines)):
+        if name in given and given[name] not in get_args(words):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(words))}; got {given[name]!r}")
+    return Options(**given)
 
 
 @dataclass(frozen=True)
