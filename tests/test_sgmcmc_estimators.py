@@ -437,8 +437,10 @@ def test_estimates_print_what_they_are_their_sizes_ranges_and_errors() -> None:
         assert "tensor" not in repr(value) + str(value)
     with pytest.raises(ValueError, match="no run of the restriction 'l9'; there are full"):
         susceptibility.estimate({"full": run}, restrictions=["l9"])
-    with pytest.raises(ValueError, match="got one run"):
-        susceptibility.estimate(run)  # type: ignore[arg-type]
+    alone, mapped = (susceptibility.estimate(given)["one"].value for given in (run, {"full": run}))
+    assert torch.equal(alone, mapped)
+    with pytest.raises(ValueError, match="runs needs 'full', it has l0"):
+        susceptibility.estimate(dataclasses.replace(run, facts={"n_beta": 2.0, "restriction": "l0"}))
 
 
 def flat_run() -> sgmcmc.Run:

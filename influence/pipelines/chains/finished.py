@@ -178,9 +178,8 @@ def read_samples(directory: Path) -> Samples:
 
 def _check_read(config: SamplingConfig) -> None:
     """Refuse flags that only chains which are yet to run could use."""
-    unused = next(_unused(config, type(config)(config.run)), None)
-    if unused is not None:
-        flag = "--" + unused.replace("_", "-")
+    flag = next(_unused(config, type(config)(config.run)), None)
+    if flag is not None:
         raise ValueError(
             f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
             f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
@@ -188,7 +187,7 @@ def _check_read(config: SamplingConfig) -> None:
 
 
 def _unused(asked: Any, plain: Any) -> Iterator[str]:
-    """Yield the fields of a configuration and of its groups that differ from their defaults, and that no reading uses.
+    """Yield the flags of a configuration and of its groups that differ from their defaults, and that no reading uses.
 
     A command's own fields are used, but for those that say what is sampled.
     """
@@ -197,7 +196,7 @@ def _unused(asked: Any, plain: Any) -> Iterator[str]:
         if is_dataclass(one):
             yield from _unused(one, two)
         elif one != two and not (each.name in READ or (isinstance(asked, SamplingConfig) and each.name not in SAMPLED)):
-            yield each.name
+            yield ("--no-" if one is False else "--") + each.name.replace("_", "-")
 
 
 def _groups(what: Sampling, made: Posterior) -> tuple[Any, Any, Any, dict[str, dict[str, Any]]]:
@@ -264,7 +263,7 @@ def _seconds(plan: Plan, made: Posterior) -> float:
         began = time.perf_counter()
         for watched in plan.watched:
             observables.draw(plan.sampler.target, chunk, state.params, watched)
-        taken += (time.perf_counter() - began) * plan.draws
+        taken += (time.perf_counter() - began) * plan.options.num_draws
     return taken * len(plan.replicas) / len(chunk.replicas)
 
 

@@ -82,7 +82,7 @@ class Susceptibilities(dict[str, Susceptibility]):
 
 
 def estimate(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Run] | Run,
     sampling_task: str | None = None,
     observables: Sequence[str] | None = None,
     *,
@@ -99,7 +99,8 @@ def estimate(
     over chains, deleting the same chain in both runs.
 
     Args:
-        runs: a run per restriction, and that of all weights under `full`; `sample_restrictions` makes them.
+        runs: a run per restriction, and that of all weights under `full`; `sample_restrictions` makes them. That of all
+            weights alone is taken for a mapping of itself.
         sampling_task: the observable whose loss is `A`; default the first.
         observables: which to probe; default all, the sampling task's too.
         restrictions: which of the runs to return; default all, `full` too.
@@ -128,10 +129,7 @@ def estimate(
         (torch.Size([2, 1, 1]), True)
     """
     if isinstance(runs, Run):
-        raise ValueError(
-            "susceptibilities compare runs: pass those of sample_restrictions, one per restriction and that of all "
-            f"weights under {full!r}; got one run"
-        )
+        runs = {str(runs.facts.get("restriction", full)): runs}
     _check(runs, full, restrictions or ())
     check_number("scale", scale)
     if init_loss is not None:
@@ -238,7 +236,10 @@ def _check(runs: Mapping[str, Run], full: str, restrictions: Sequence[str]) -> N
         raise ValueError(f"the run of all weights is missing: runs needs {full!r}, it has {', '.join(runs)}")
     unknown = [name for name in restrictions if name not in runs]
     if unknown:
-        raise ValueError(f"there is no run of the restriction {unknown[0]!r}; there are {', '.join(runs)}")
+        raise ValueError(
+            f"there is no run of the restriction {unknown[0]!r}; there are {', '.join(runs)}: "
+            "sample_restrictions makes one of each"
+        )
     whole = runs[full]
     if not whole.observables:
         raise ValueError("the runs have no observables: sample with observables={'name': data}")
