@@ -94,19 +94,23 @@ class Attention(NamedTuple):
 
     Attributes:
         queries: suffixes of query weights.
-        keys: suffixes of key and value weights.
+        keys: suffixes of key weights.
+        values: suffixes of value weights.
         outputs: suffixes of output projections (heads on the input axis).
         fused: suffix of a fused query-key-value weight, and its order.
     """
 
     queries: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     fused: tuple[str, str] | None = None
 
 
-LLAMA = Attention(("self_attn.q_proj",), ("self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
-BERT = Attention(("attention.self.query",), ("attention.self.key", "attention.self.value"), ("attention.output.dense",))
+LLAMA = Attention(("self_attn.q_proj",), ("self_attn.k_proj",), ("self_attn.v_proj",), ("self_attn.o_proj",))
+BERT = Attention(
+    ("attention.self.query",), ("attention.self.key",), ("attention.self.value",), ("attention.output.dense",)
+)
 T5 = ("SelfAttention", "EncDecAttention")
 
 ATTENTION: Mapping[str, Attention] = {
@@ -115,16 +119,12 @@ ATTENTION: Mapping[str, Attention] = {
     "bloom": Attention(outputs=("self_attention.dense",), fused=("self_attention.query_key_value", "interleaved")),
     "falcon": Attention(outputs=("self_attention.dense",), fused=("self_attention.query_key_value", "falcon")),
     "phi3": Attention(outputs=("self_attn.o_proj",), fused=("self_attn.qkv_proj", "concatenated")),
-    "opt": Attention(("self_attn.q_proj",), ("self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",)),
-    "gptj": Attention(("attn.q_proj",), ("attn.k_proj", "attn.v_proj"), ("attn.out_proj",)),
+    "opt": Attention(("self_attn.q_proj",), ("self_attn.k_proj",), ("self_attn.v_proj",), ("self_attn.out_proj",)),
+    "gptj": Attention(("attn.q_proj",), ("attn.k_proj",), ("attn.v_proj",), ("attn.out_proj",)),
     "bert": BERT,
     "roberta": BERT,
-    "vit": Attention(("attention.q_proj",), ("attention.k_proj", "attention.v_proj"), ("attention.o_proj",)),
-    "t5": Attention(
-        tuple(f"{kind}.q" for kind in T5),
-        tuple(f"{kind}.{which}" for kind in T5 for which in "kv"),
-        tuple(f"{kind}.o" for kind in T5),
-    ),
+    "vit": Attention(("attention.q_proj",), ("attention.k_proj",), ("attention.v_proj",), ("attention.o_proj",)),
+    "t5": Attention(*(tuple(f"{kind}.{which}" for kind in T5) for which in "qkvo")),
     **dict.fromkeys(
         (
             *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2"),
@@ -194,20 +194,32 @@ def heads_of(config: Any, block: str) -> Heads | None:
     count = int(config.num_attention_heads)
     kv = int(getattr(config, "num_key_value_heads", None) or count)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // count)
-
-    def ends(suffixes: tuple[str, ...]) -> bool:
-        return any(block == suffix or block.endswith(f".{suffix}") for suffix in suffixes)
-
-    if family.fused and ends(family.fused[:1]):
+    if family.fused and _ends(block, family.fused[:1]):
         order = family.fused[1]
         if order == "falcon":
             order, kv = _falcon(config, count)
         return Heads(count, size, "out", order, kv)
-    if ends(family.queries):
+    if _ends(block, family.queries):
         return Heads(count, size)
-    if ends(family.keys):
+    if _ends(block, family.keys + family.values):
         return Heads(kv, size)
-    return Heads(count, size, "in") if ends(family.outputs) else None
+    return Heads(count, size, "in") if _ends(block, family.outputs) else None
+
+
+def kind_of(family: str | None, block: str) -> str | None:
+    """Return what a block of a family's attention makes: `q`, `k`, `v` or `o`; `None` where the table does not say.
+
+    Args:
+        family: the `model_type`.
+        block: the block's name.
+    """
+    known = ATTENTION.get(family or "", Attention())
+    kinds = {"q": known.queries, "k": known.keys, "v": known.values, "o": known.outputs}
+    return next((kind for kind, suffixes in kinds.items() if _ends(block, suffixes)), None)
+
+
+def _ends(block: str, suffixes: tuple[str, ...]) -> bool:
+    return any(block == suffix or block.endswith(f".{suffix}") for suffix in suffixes)
 
 
 def _falcon(config: Any, count: int) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from tests.test_sgmcmc_runs import same
 
 SMALL = [
     *("--num-draws", "8", "--num-burnin-steps", "2", "--batch-size", "4", "--num-chains", "3"),
-    *("--localization", "1000", "--progress", "False"),
+    *("--localization", "1000", "--no-progress"),
 ]
 
 
@@ -46,7 +46,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_field_is_documented() -> None:
     import dataclasses
 
-    for kind in (settings.ChainConfig, settings.FeltConfig, settings.PaceConfig, settings.Sampling):
+    for kind in (settings.ChainConfig, settings.MeanLossConfig, settings.PaceConfig, settings.Sampling, sgmcmc.Options):
         for field in dataclasses.fields(kind):
             assert f"\n        {field.name}: " in str(kind.__doc__), (kind, field.name)
 
@@ -175,6 +175,13 @@ def test_what_finished_chains_cannot_heed_is_refused(samples: Path, capsys: Any)
         ("bif", ["--observed", "2"]),
         ("bif", ["--dataset", "corpus.jsonl"]),
         ("susceptibilities", ["--label-smoothing", "0.1"]),
+        ("susceptibilities", ["--dry-run"]),
+        ("llc", ["--overwrite"]),
+        ("llc", ["--chain-chunk", "2"]),
+        ("llc", ["--no-progress"]),
+        ("bif", ["--device", "cuda"]),
+        ("bif", ["--precision", "fp64"]),
+        ("bif", ["--tokenizer", "gpt2"]),
     ):
         refused(capsys, [command, "--run", str(samples), *flags], f"{flags[0]} is of chains that are yet to run")
 
@@ -198,7 +205,7 @@ def test_a_loss_per_example_is_named_by_its_text(tmp_path: Path, capsys: Any) ->
 
 
 def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any) -> None:
-    flags = ["--batch-size", "0", "--sampler", "mala", "--chain-chunk", "1", "--n-beta", "20"]
+    flags = ["--batch-size", "None", "--sampler", "mala", "--chain-chunk", "1", "--n-beta", "20"]
     status, out, err = run(capsys, *made("llc", tmp_path / "a", *flags))
     assert status == 0, err
     assert "acceptance 0." in out or "acceptance 1." in out
@@ -209,7 +216,7 @@ def test_all_data_at_every_step_and_another_sampler(tmp_path: Path, capsys: Any)
 @pytest.mark.parametrize(
     ("command", "flags", "words"),
     [
-        ("llc", ["--batch-size", "26"], ["25 examples that predict something", "--batch-size 0"]),
+        ("llc", ["--batch-size", "26"], ["25 examples that predict something", "--batch-size None"]),
         ("llc", ["--restrictions", "l0 atn"], ["'l0 atn'", "Near: l0 attn"]),
         ("llc", ["--restrictions", "l0h9"], ["out of range", "counted from 0"]),
         ("llc", ["--num-draws", "1", "--num-burnin-steps", "0"], ["at least two steps", "raise --num-draws"]),

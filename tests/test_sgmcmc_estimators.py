@@ -387,3 +387,62 @@ def test_more_draws_are_not_asked_of_a_run_that_diverged() -> None:
     early = dataclasses.replace(run_of(traces()[:, :3]), between=5)
     with pytest.raises(ValueError, match="at least two draws after burn-in; there are 0: raise num_draws"):
         llc.estimate(early, "draws")
+
+
+def test_the_strongest_influences_are_those_of_a_full_sort_without_the_example_itself() -> None:
+    run = run_of(traces())
+    found = bif.estimate(run)
+    assert found.stderr is not None  # of whole examples they are known without being asked for
+    top = found.top(3)
+    assert (top.values.shape, top.queries) == ((5, 3), found.rows)
+    for i in range(5):
+        order = [j for j in found.influences[i].argsort(descending=True).tolist() if j != i][:3]
+        assert [found.columns.index(one) for one in top.ids[i]] == order
+        assert torch.equal(top.values[i], found.influences[i, order])
+        assert top.stderr is not None
+        assert torch.equal(top.stderr[i], found.stderr[i, order])
+    assert found.top(99).values.shape == (5, 4)
+    text = str(top).splitlines()
+    assert (text[0], len(text)) == ("one[0]", 20)
+    assert text[1].endswith(f"  one[{top.ids[0][0][1]}]")
+    assert " ± " in text[1]
+    flat = found._replace(influences=found.influences.clone().fill_diagonal_(1))
+    flat.influences[0, 3] = float("nan")  # a loss that does not vary
+    assert flat.top(4).ids[0][-1] == ("one", 3)
+    assert bool(flat.top(4).values[0, -1].isnan())
+    with pytest.raises(ValueError, match="average=True"):
+        bif.estimate(run, level="token").top(1)
+    with pytest.raises(ValueError, match="k must be at least 1; got 0"):
+        found.top(0)
+
+
+def test_estimates_print_what_they_are_their_sizes_ranges_and_errors() -> None:
+    run, part = run_of(traces()), run_of(traces().flip(2) * 0.7)
+    found = bif.estimate(run)
+    low, high = float(found.influences.min()), float(found.influences.max())
+    assert str(found).startswith(
+        f"correlations of the losses of 5 × 5 examples: from {low:.3g} to {high:.3g}, median s.e."
+    )
+    token = str(bif.estimate(run, level="token", statistic="covariance"))
+    assert token.startswith("covariances of the losses of 5 × 5 examples, 4 × 4 positions each: from")
+    chi = susceptibility.estimate({"full": run, "l0h1": part, "l1 mlp": part}, restrictions=["l0h1", "l1 mlp"])
+    assert list(chi["one"].restrictions) == ["l0h1", "l1 mlp"]
+    lines = str(chi).splitlines()
+    assert lines[0] == "one: susceptibilities of 20 tokens"
+    assert " ".join(lines[1].split()) == "restriction mean |χ| smallest largest median s.e. beyond 2 s.e."
+    assert [line.split("  ")[0] for line in lines[2:]] == ["l0h1", "l1 mlp"]
+    assert f"{float(chi['one'].matrix()[:, 0].abs().mean()):.3g}" in lines[2]
+    for value in (found, found.top(1), chi, chi["one"], run, run.observables["one"], llc.estimate(flat_run())):
+        assert repr(value).startswith("<")
+        assert "tensor" not in repr(value) + str(value)
+    with pytest.raises(ValueError, match="no run of the restriction 'l9'; there are full"):
+        susceptibility.estimate({"full": run}, restrictions=["l9"])
+    alone, mapped = (susceptibility.estimate(given)["one"].value for given in (run, {"full": run}))
+    assert torch.equal(alone, mapped)
+    with pytest.raises(ValueError, match="runs needs 'full', it has l0"):
+        susceptibility.estimate(dataclasses.replace(run, facts={"n_beta": 2.0, "restriction": "l0"}))
+
+
+def flat_run() -> sgmcmc.Run:
+    excess = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=F64)
+    return sgmcmc.Run(excess, torch.zeros_like(excess), {}, {}, None, (0, 1), 0, 1, {"n_beta": 10.0})

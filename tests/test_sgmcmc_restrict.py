@@ -1,13 +1,15 @@
 """Restrictions: a dead head gives its own weights no gradient, a living one does; other words are refused."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from influence import functionalize, sgmcmc
+from influence import families, functionalize, sgmcmc
+from influence.sgmcmc.runner import restrict
 from tests.cases import LLAMA, VOCAB, hf
 from tests.test_heads import FAMILIES, IDS, model_of
 
@@ -143,6 +145,38 @@ def test_models_of_two_stacks_and_of_none() -> None:
         sgmcmc.masks(*plain, "l0h0")
     with pytest.raises(ValueError, match="finds no unembedding by name"):
         sgmcmc.masks(*plain, "unembed")
+
+
+class Odd(nn.Module):
+    """One layer of grouped attention, whose weights are called as no family calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="odd", num_attention_heads=4, num_key_value_heads=2, hidden_size=16)
+        layer = nn.ModuleDict({"attention": nn.ModuleDict()})
+        for name, rows in {"wq": 16, "wk": 8, "wv": 8, "kept": 16}.items():
+            layer["attention"][name] = nn.Linear(16, rows)  # type: ignore[index]
+        self.layers = nn.ModuleList([layer])
+
+
+def test_keys_and_values_are_known_by_their_family_and_heads_not_by_the_first_letter_of_a_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`wk` and `wv` were taken for queries, and `kept`, an output projection, would have been a key."""
+    odd = families.Attention(("attention.wq",), ("attention.wk",), ("attention.wv",), ("attention.kept",))
+    monkeypatch.setattr(families, "ATTENTION", {"odd": odd})
+    loss_fn, params = functionalize(Odd())
+    moving = lambda word: {  # noqa: E731
+        name.removeprefix("layers.0.attention."): sorted({int(i) for i in mask.nonzero()[:, axis] // 4})
+        for name, mask in sgmcmc.masks(loss_fn, params, word).items()
+        for axis in [int("kept" in name)]
+    }
+    query = {"wq.weight": [1], "wq.bias": [1], "kept.weight": [1]}
+    assert moving("l0h1") == query
+    shared = {f"{name}.{part}": [1] for name in ("wk", "wv") for part in ("weight", "bias")}
+    assert moving("l0g1") == {"wq.weight": [2, 3], "wq.bias": [2, 3], "kept.weight": [2, 3]} | shared
+    monkeypatch.setattr(restrict, "KEY_BIAS_CANCELS", ("odd",))
+    assert moving("l0g1").keys() == {"wq.weight", "wq.bias", "kept.weight", *shared} - {"wk.bias"}
 
 
 def test_a_restricted_run_moves_its_head_alone() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from influence import functionalize, sgmcmc
 from influence.sgmcmc import llc, mala, sghmc
-from influence.sgmcmc.runner import loop, minibatches, schedule, traces
-from influence.sgmcmc.samplers import gradients
+from influence.sgmcmc.runner import draws, loop, schedule, traces
+from influence.sgmcmc.runner.minibatches import batch_index
+from influence.sgmcmc.samplers.target import PerChain, gradient
 from tests.agreement import Group, check, exact, worst
 from tests.cases import LLAMA, VOCAB, hf
 
@@ -48,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 
 def same(a: sgmcmc.Run, b: sgmcmc.Run, tolerance: float = 0.0) -> None:
     """Two runs agree in everything measured."""
-    one, two = (traces.pack(run, "")[0] for run in (a, b))
+    one, two = (draws.pack(run, "")[0] for run in (a, b))
     assert one.keys() == two.keys()
     for name, x in one.items():
         if tolerance and x.is_floating_point():
@@ -62,7 +63,7 @@ def company(shared: bool) -> Group:
     loss_fn, params, data = classifier()
     settings = {**SETTINGS, "shared_batches": shared}
     observed = {"train": data, "some": (data, 2)}
-    measured = lambda run: traces.pack(run, "")[0]  # noqa: E731
+    measured = lambda run: draws.pack(run, "")[0]  # noqa: E731
     together = sgmcmc.sample(loss_fn, params, data, observed, **settings, num_chains=3)
     name = f"chains, {'shared' if shared else 'own'} batches"
     rows = []
@@ -130,7 +131,7 @@ def test_baselines_agree_and_each_epoch_is_a_new_order() -> None:
     ]
     torch.testing.assert_close(runs[0].baseline, runs[1].baseline, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(runs[0].loss[:, 0], runs[0].baseline[:, 0])  # every chain starts at the anchor
-    order = minibatches.batch_index
+    order = batch_index
     first, second = (torch.cat([order(0, 1, step, 20, 6) for step in steps]) for steps in ((0, 1, 2), (3, 4, 5)))
     assert len(set(first.tolist())) == len(set(second.tolist())) == 18
     assert not torch.equal(first, second)
@@ -403,10 +404,10 @@ def test_the_padding_row_of_an_embedding_stays_where_it_is_in_every_chain() -> N
     data = {"input": torch.tensor([[0, 1, 2], [1, 3, 4]]), "labels": torch.tensor([0, 1])}
     target = sgmcmc.local_posterior(loss_fn, params, 1.0)
     stacked = {name: torch.stack([p, p + 0.1]) for name, p in params.items()}
-    shared = gradients.gradient(target, stacked, data)
-    own = gradients.gradient(target, stacked, gradients.PerChain({k: torch.stack([x, x]) for k, x in data.items()}))
+    shared = gradient(target, stacked, data)
+    own = gradient(target, stacked, PerChain({k: torch.stack([x, x]) for k, x in data.items()}))
     for c in (0, 1):
-        _, alone = gradients.gradient(target, {name: p[c] for name, p in stacked.items()}, data)
+        _, alone = gradient(target, {name: p[c] for name, p in stacked.items()}, data)
         assert float(alone["0.weight"][1].abs().max()) == 0
         for _, grads in (shared, own):
             torch.testing.assert_close({name: g[c] for name, g in grads.items()}, alone, rtol=1e-12, atol=1e-14)

@@ -1,8 +1,10 @@
 """One step of every sampler against its formula with the noise injected, and what no step may do."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from math import exp, sqrt
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,23 +13,18 @@ from torch import Tensor
 
 from influence import sgmcmc
 from influence.sgmcmc import adam_sgld, leimkuhler_matthews, mala, rmsprop_sgld, sghmc, sgld, sgnht
-from influence.sgmcmc.runner import stacking
-from influence.sgmcmc.samplers import gradients
+from influence.sgmcmc.runner.stacking import stack
 from influence.sgmcmc.samplers.overdamped import NAMES
+from influence.sgmcmc.samplers.target import PerChain, gradient, mean_loss
 from tests.agreement import Group, Row, check, exact, worst
 
 F64 = torch.float64
 SAMPLERS: dict[str, Callable[..., sgmcmc.Sampler]] = {
-    "sgld": sgld.build,
-    "rmsprop": rmsprop_sgld.build,
-    "rmsprop, corrected": functools.partial(rmsprop_sgld.build, init=1.0, bias_correction=True),
-    "adam": adam_sgld.build,
-    "lm": leimkuhler_matthews.build,
-    "sghmc": sghmc.build,
-    "sgnht": sgnht.build,
-    "mala": mala.build,
+    **sgmcmc.SAMPLERS,
+    "rmsprop_sgld, corrected": functools.partial(rmsprop_sgld.build, init=1.0, bias_correction=True),
 }
-BOXED = [name for name in SAMPLERS if name != "mala"]
+"""All samplers of the library's table: whoever adds one passes these tests without naming it again."""
+BOXED = [name for name, build in SAMPLERS.items() if "bounding_box" in inspect.signature(build).parameters]
 
 
 def curved(params: dict[str, Tensor], batch: Tensor) -> Tensor:
@@ -326,14 +323,14 @@ def test_chains_of_different_settings_step_together_as_alone(name: str, dtype: t
             state, info = sampler.step(state, batch, sampler.noise(7, group, t))
         alone.append(state)
         infos.append(info)
-    both = stacking.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
+    both = stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
     for t in (1, 2, 3):
-        noise = stacking.stack([sampler.noise(7, g, t) for g in (0, 1)])
+        noise = stack([sampler.noise(7, g, t) for g in (0, 1)])
         both, info = torch.vmap(sampler.step, in_dims=(0, None, 0))(both, batch, noise)
-    stacked = stacking.stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
+    stacked = stack([sampler.init(params, sampler.noise(7, g, 0), g) for g in (0, 1)])
     for t in (1, 2, 3):  # states stacked by hand: only the gradient is vmapped
-        noise = stacking.stack([sampler.noise(7, g, t) for g in (0, 1)])
-        each = batch if t < 3 else gradients.PerChain(torch.stack([batch, batch]))
+        noise = stack([sampler.noise(7, g, t) for g in (0, 1)])
+        each = batch if t < 3 else PerChain(torch.stack([batch, batch]))
         stacked, _ = sampler.step(stacked, each, noise)
     exact = dtype == torch.float64
     rtol, atol = (1e-12, 1e-13) if exact else (2e-2, 2e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
@@ -388,13 +385,49 @@ def test_gradients_in_pieces_and_with_a_control_variate() -> None:
     w = moved(params)
     g = by_hand(w, batch)
     cut = sgmcmc.local_posterior(curved, params, 1.0, accumulate=3)  # 5 examples: 2, 2 and 1
-    torch.testing.assert_close(gradients.gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(gradient(cut, w, batch)[1], g, rtol=1e-13, atol=1e-14)
     full = sgmcmc.gradient_at(curved, params, [batch[:4], batch[4:]])
     torch.testing.assert_close(full, by_hand(params, batch), rtol=1e-13, atol=1e-14)
     target = sgmcmc.local_posterior(curved, params, 1.0, full_gradient=full)
-    torch.testing.assert_close(gradients.gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient(target, w, batch)[1], g, rtol=1e-12, atol=1e-13)
     one = batch[:1]
-    torch.testing.assert_close(gradients.gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradient(target, params, one)[1], full, rtol=1e-12, atol=1e-13)
+
+
+def test_the_table_is_what_the_library_exports_and_what_its_pages_and_commands_offer() -> None:
+    """One line of the table: what else must know a sampler's name follows, or is found here to lack it."""
+    from typing import get_args, get_type_hints
+
+    from influence.pipelines.chains.settings import ChainConfig
+
+    assert get_args(get_type_hints(ChainConfig)["sampler"]) == tuple(sgmcmc.SAMPLERS)
+    exported = {name for name in sgmcmc.__all__ if hasattr(getattr(sgmcmc, name), "build")}
+    assert exported == {*sgmcmc.SAMPLERS}
+    files = {path.stem for path in Path(sgmcmc.samplers.__path__[0]).glob("*.py") if "def build(" in path.read_text()}
+    assert files - {"overdamped"} == exported  # what several of them are made of
+    docs = Path(__file__).parent.parent / "docs"
+    for name in sgmcmc.SAMPLERS:
+        assert f"influence.sgmcmc.samplers.{name}\n" in (docs / "api/sgmcmc.md").read_text()
+        assert f"`{name}`" in (docs / "sampling.md").read_text()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_of_any_sampler_is_the_same_in_any_chunk_and_goes_on_where_it_stood(name: str, tmp_path: Path) -> None:
+    params, batch = setup()
+    settings: dict[str, Any] = {"sampler": SAMPLERS[name], "lr": 1e-3, "n_beta": 5.0, "localization": 2.0}
+    settings |= {"num_chains": 3, "num_draws": 6, "batch_size": 2, "checkpoint_every": 2, "progress": False}
+    together, one_by_one = (
+        sgmcmc.sample(curved, params, batch, {"q": batch}, **settings, chain_chunk=size) for size in (3, 1)
+    )
+    torch.testing.assert_close(together.loss, one_by_one.loss, rtol=1e-6, atol=1e-8)
+    assert bool(together.loss.isfinite().all())
+    assert torch.equal(together.loss, sgmcmc.sample(curved, params, batch, {"q": batch}, **settings).loss)
+    some = sgmcmc.sample(curved, params, batch, {"q": batch}, **settings, chains=[2], chain_chunk=1)
+    assert torch.equal(some.loss[0], one_by_one.loss[2])
+    written = sgmcmc.sample(curved, params, batch, {"q": batch}, **settings, output_path=tmp_path)
+    again = sgmcmc.load(tmp_path)
+    assert isinstance(again, sgmcmc.Run)
+    assert torch.equal(written.loss, again.loss)
 
 
 def test_noise_is_a_function_of_seed_chain_and_step_alone() -> None:
@@ -439,4 +472,4 @@ def test_a_mean_where_losses_should_be_is_refused() -> None:
     params, batch = setup()
     target = sgmcmc.local_posterior(lambda p, b: curved(p, b).mean(), params, 1.0)
     with pytest.raises(ValueError, match=r"batch of 5 examples has shape \[1, 1\].*not their mean"):
-        gradients.mean_loss(target, params, batch)
+        mean_loss(target, params, batch)

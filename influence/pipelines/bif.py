@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from influence.data.slices import pad_of
 from influence.pipelines.chains.examples import examples, words_of
 from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.posterior import Posterior
-from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of, with_keep
 from influence.pipelines.frame.configs import at_least
 from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
 from influence.pipelines.frame.texts import short
@@ -101,8 +101,7 @@ def run(config: BifConfig, say: Say = quiet) -> Outcome:
     """
     _check(config)
     c = config
-    kept: Literal["tokens", "sequences"] = "tokens" if c.level == "token" else "sequences"
-    chains = replace(c.chains, keep=kept) if c.chains.keep == "auto" else c.chains
+    chains = with_keep(c.chains, "tokens" if c.level == "token" else "sequences")
     what = sampling_of(config, chains=chains, restrictions=(c.restriction,))
 
     def fits(made: Posterior) -> None:
@@ -202,7 +201,7 @@ def shown(config: BifConfig, query: Any, right: Sequence[Any], row: Tensor, erro
     return "\n".join(lines)
 
 
-def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
+def estimated(config: BifConfig, run: Sampled, stderr: bool = False, **some: Any) -> bif.BIF:
     """Return the influences that are asked for, or some of them."""
     return bif.estimate(
         run,
@@ -213,6 +212,7 @@ def estimated(config: BifConfig, run: Sampled, **some: Any) -> bif.BIF:
         pooling=config.pooling,
         sign=config.sign,
         scale=config.scale,
+        stderr=stderr,
         **some,
     )
 
@@ -277,8 +277,9 @@ def _check(config: BifConfig) -> None:
     if config.model.model and asked:
         raise ValueError(f"there is no observable {asked[0]!r}; --observables has {', '.join(known)}")
     need = {"sequence": ("auto", "sequences", "tokens"), "token": ("auto", "tokens")}[config.level]
-    if config.chains.keep not in need:
+    keep = config.chains.options.keep
+    if keep not in need:
         raise ValueError(
-            f"--keep {config.chains.keep} keeps no losses of {config.level}s, which --level {config.level} relates: "
+            f"--keep {keep} keeps no losses of {config.level}s, which --level {config.level} relates: "
             f"leave --keep out, or pass --keep {need[-1]}"
         )

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from influence import viz
 from influence.data.slices import pad_of
 from influence.pipelines.chains.examples import Example, examples, words_of
 from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
-from influence.pipelines.chains.settings import SamplingConfig, sampling_of
+from influence.pipelines.chains.settings import SamplingConfig, sampling_of, with_keep
 from influence.pipelines.frame.configs import at_least
 from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
 from influence.pipelines.frame.texts import short
@@ -84,7 +84,7 @@ def run(config: SusceptibilitiesConfig, say: Say = quiet) -> Outcome:
     """
     _check(config)
     c = config
-    chains = replace(c.chains, keep="moments") if c.chains.keep == "auto" else c.chains
+    chains = with_keep(c.chains, "moments")
     words = ("full", *(word for word in c.restrictions if word != "full"))
     what = sampling_of(config, chains=chains, restrictions=words)
     samples = sampled("susceptibilities", config, what, say)

@@ -82,7 +82,7 @@ def commands(root: Path) -> list[Case]:
     two = ["--targets", "*q_proj.weight", "*down_proj.weight"]
     fit = of(corpus, 13, *two)
     recipe = [*of(corpus, 13, *two), "--query.dataset", questions]
-    chains = ["--model", model, "--dataset", corpus, "--run", "run", "--progress", "False", "--num-draws", "4"]
+    chains = ["--model", model, "--dataset", corpus, "--run", "run", "--no-progress", "--num-draws", "4"]
     chains += ["--num-burnin-steps", "2", "--batch-size", "4", "--num-chains", "2", "--localization", "1000"]
     chains += ["--checkpoint-every", "2"]
     head, heads = ["--restriction", "l0h0"], ["--restrictions", "l0h0"]

@@ -1,4 +1,4 @@
-"""What the examples of finished chains say: their kept token ids, in words."""
+"""The examples of finished chains in words, from their stored token ids."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias

@@ -1,11 +1,11 @@
-"""A run directory of chains: planned, shared out among ranks, resumed, joined, and read again."""
+"""Runs the chains of a sampling command in its run directory, on one rank or several, and reads finished ones."""
 
 import contextlib
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +14,9 @@ import torch
 
 from influence import sgmcmc
 from influence.pipelines.chains.posterior import Posterior, posterior
-from influence.pipelines.chains.settings import ChainConfig, FeltConfig, Sampling, SamplingConfig
+from influence.pipelines.chains.settings import Sampling, SamplingConfig
 from influence.pipelines.frame import recorded
 from influence.pipelines.frame.config_file import to_mapping, write_config
-from influence.pipelines.frame.configs import DataConfig
 from influence.pipelines.frame.directory import CONFIG, config_of
 from influence.pipelines.frame.loading import load_tokenizer
 from influence.pipelines.frame.outcome import Outcome, Say
@@ -32,8 +31,10 @@ from influence.store.folder import Manifest, clear, refuse_foreign, tidy
 
 SHARES = "chains-#-#/"
 """Folders of the chains that ranks run, while they do."""
-OF_CHAINS = ("data", "chains", "loss", "observables", "observed", "restrictions", "lrs", "localizations")
-"""What of a configuration is said of chains, and not of what is made of them."""
+SAMPLED = ("observables", "observed", "restrictions", "lrs", "localizations")
+"""Fields of commands that say what is sampled, and not what is made of it."""
+READ = ("trust_remote_code",)
+"""Fields of the groups that the reading of a finished run uses: its tokenizer is loaded by it."""
 
 
 class Samples(NamedTuple):
@@ -90,10 +91,17 @@ def sampled(
     )
 
     def planned(numbers: list[int] | None) -> Plan:
-        options = replace(made.options, chains=numbers)
-        options.check()
         return schedule.make_plan(
-            target, made.params, made.source, made.observables, lr, groups, what.chains.seed, options
+            target,
+            made.params,
+            made.source,
+            made.observables,
+            lr,
+            groups,
+            what.chains.seed,
+            made.options,
+            made.sampler,
+            numbers,
         )
 
     with ranks() as place:
@@ -108,7 +116,7 @@ def sampled(
             shares = _shares(directory, manifest, what, place)
             for begin, end in shares[place.rank :: place.world]:
                 folder = directory / f"chains-{begin}-{end}"
-                own = plan if end - begin == what.chains.num_chains else planned([*range(begin, end)])
+                own = plan if end - begin == made.options.num_chains else planned([*range(begin, end)])
                 with _readable():
                     sampling.execute(own, made.params, folder, _shown(what, place), place.check)
             place.barrier()
@@ -169,18 +177,26 @@ def read_samples(directory: Path) -> Samples:
 
 
 def _check_read(config: SamplingConfig) -> None:
-    """Refuse what only chains that are yet to run could heed."""
-    default = type(config)(config.run)
-    for name in OF_CHAINS:
-        asked, plain = (getattr(each, name, None) for each in (config, default))
-        if asked != plain:
-            if isinstance(asked, DataConfig | ChainConfig | FeltConfig):
-                name = next(f.name for f in fields(asked) if getattr(asked, f.name) != getattr(plain, f.name))
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
-                f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
-            )
+    """Refuse flags that only chains which are yet to run could use."""
+    flag = next(_unused(config, type(config)(config.run)), None)
+    if flag is not None:
+        raise ValueError(
+            f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
+            f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
+        )
+
+
+def _unused(asked: Any, plain: Any) -> Iterator[str]:
+    """Yield the flags of a configuration and of its groups that differ from their defaults, and that no reading uses.
+
+    A command's own fields are used, but for those that say what is sampled.
+    """
+    for each in fields(asked):
+        one, two = getattr(asked, each.name), getattr(plain, each.name)
+        if is_dataclass(one):
+            yield from _unused(one, two)
+        elif one != two and not (each.name in READ or (isinstance(asked, SamplingConfig) and each.name not in SAMPLED)):
+            yield ("--no-" if one is False else "--") + each.name.replace("_", "-")
 
 
 def _groups(what: Sampling, made: Posterior) -> tuple[Any, Any, Any, dict[str, dict[str, Any]]]:
@@ -205,7 +221,7 @@ def _wanted(what: Sampling) -> dict[str, list[str] | str]:
 
 
 def _check_ranks(what: Sampling, place: Ranks) -> None:
-    if place.world > 1 and what.chains.on_divergence == "prefix":
+    if place.world > 1 and what.chains.options.on_divergence == "prefix":
         raise ValueError(
             "--on-divergence prefix stops every chain where one diverges, and chains of another process cannot be "
             "stopped: pass --on-divergence drop, or start one process"
@@ -247,7 +263,7 @@ def _seconds(plan: Plan, made: Posterior) -> float:
         began = time.perf_counter()
         for watched in plan.watched:
             observables.draw(plan.sampler.target, chunk, state.params, watched)
-        taken += (time.perf_counter() - began) * plan.draws
+        taken += (time.perf_counter() - began) * plan.options.num_draws
     return taken * len(plan.replicas) / len(chunk.replicas)
 
 
@@ -281,7 +297,7 @@ def _shares(directory: Path, manifest: Manifest | None, what: Sampling, place: R
 
     So the run can be resumed by any number of processes.
     """
-    count = what.chains.num_chains
+    count = what.chains.options.num_chains
 
     def decided() -> list[list[int]]:
         assert manifest is not None
@@ -313,5 +329,5 @@ def _readable() -> Iterator[None]:
 
 
 def _shown(what: Sampling, place: Ranks) -> bool:
-    asked = what.pace.progress
-    return place.first and (sys.stderr.isatty() if asked is None else asked)
+    """Return whether to show a bar: on the first rank, and not in the middle of a log file."""
+    return place.first and what.chains.options.progress and sys.stderr.isatty()

@@ -1,9 +1,10 @@
-"""From a configuration to what chains need: a function of all weights, sources of data, the options."""
+"""Loads what a sampling command asks for: the loss as a function of all weights, the data, the options."""
 
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args, get_type_hints
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -22,7 +23,7 @@ from influence.pipelines.frame.loading import load_model, load_tokenizer
 from influence.pipelines.frame.prepare import loss_of, predicted
 from influence.pipelines.frame.ranks import own_device
 from influence.pipelines.frame.tokens import data_hash, load_rows, tokens_of
-from influence.sgmcmc import Options, Source
+from influence.sgmcmc import SAMPLERS, Options, Sampler, Source
 from influence.sgmcmc.runner.stacking import size_of
 from influence.types import Params
 
@@ -36,6 +37,7 @@ class Posterior(NamedTuple):
         source: the data.
         observables: what is measured.
         options: how chains are run.
+        sampler: builds the sampler.
         n_beta: the inverse temperature.
         notes: what was decided on the way, in words.
     """
@@ -45,6 +47,7 @@ class Posterior(NamedTuple):
     source: Source
     observables: Mapping[str, Source]
     options: Options
+    sampler: Callable[..., Sampler]
     n_beta: float
     notes: tuple[str, ...]
 
@@ -56,13 +59,13 @@ def posterior(config: Sampling) -> Posterior:
         ValueError: if an option does not fit, before the model is loaded where that can be seen.
     """
     chains, device = config.chains, own_device(config.pace.device)
-    options = options_of(config)
+    options, sampler = options_of(config), sampler_of(chains)
     options.check()
     for lr in config.lrs or (chains.lr,):
         check_number("lr", lr, 0, above=True)
-    for name in ("n_beta", "localization", "weight_decay", "init_noise"):
+    for name in ("n_beta", "localization", "weight_decay"):
         check_number(name, getattr(chains, name) or 0, 0)
-    check_number("accumulate", chains.accumulate, 1)
+    check_number("init_noise", options.init_noise, 0)
     named = observables_of(config)
     module = load_model(config.model, device)
     reference = config.loss.reference
@@ -78,10 +81,10 @@ def posterior(config: Sampling) -> Posterior:
     if batch > source.size:
         raise ValueError(
             f"the dataset has {source.size:,} examples that predict something, fewer than one batch of {batch:,}: pass "
-            f"--batch-size {source.size} or less, or --batch-size 0 for all of them at every step"
+            f"--batch-size {source.size} or less, or --batch-size None for all of them at every step"
         )
     notes = [tokens.report()]
-    if len(options.numbers) * len(config.restrictions) > 1 and not (options.shared_batches or batch == source.size):
+    if options.num_chains * len(config.restrictions) > 1 and not (options.shared_batches or batch == source.size):
         source, options, note = _stackable(tokens, source, task, device, params, batch, options)
         notes.append(note)
     observables = {}
@@ -95,41 +98,17 @@ def posterior(config: Sampling) -> Posterior:
     n_beta = chains.n_beta if chains.n_beta is not None else sgmcmc.default_n_beta(source.size)
     if chains.n_beta is None:
         notes.append(f"n_beta {n_beta:.6g} is n / log n of the {source.size:,} examples; --n-beta sets another")
-    return Posterior(loss_fn, params, source, observables, options, n_beta, tuple(notes))
+    return Posterior(loss_fn, params, source, observables, options, sampler, n_beta, tuple(notes))
 
 
 def options_of(config: Sampling) -> Options:
-    """Return how chains are run.
-
-    Raises:
-        ValueError: if the sampler does not take its arguments.
-    """
-    c = config.chains
+    """Return how chains are run: in a grid those that diverge are dropped, since it is there to find where they do."""
+    options = config.chains.options
     grid = bool(config.lrs or config.localizations)
-    return Options(
-        sampler=sampler_of(c),
-        batch_size=c.batch_size or None,
-        num_chains=c.num_chains,
-        num_draws=c.num_draws,
-        num_burnin_steps=c.num_burnin_steps,
-        num_steps_bw_draws=c.num_steps_bw_draws,
-        shared_batches=c.shared_batches,
-        control_variate=c.control_variate,
-        accumulate=c.accumulate,
-        init_noise=c.init_noise,
-        keep=c.keep,
-        on_divergence="drop" if grid and c.on_divergence == "raise" else c.on_divergence,
-        chain_chunk=config.pace.chain_chunk,
-        observable_batch=config.pace.observable_batch,
-        checkpoint_every=config.pace.checkpoint_every,
-    )
+    return replace(options, on_divergence="drop") if grid and options.on_divergence == "raise" else options
 
 
-SAMPLERS: tuple[str, ...] = get_args(get_type_hints(ChainConfig)["sampler"])
-"""All that may be named, and so imported."""
-
-
-def sampler_of(config: ChainConfig) -> Any:
+def sampler_of(config: ChainConfig) -> Callable[..., Sampler]:
     """Return what builds the sampler.
 
     Raises:
@@ -137,7 +116,7 @@ def sampler_of(config: ChainConfig) -> Any:
     """
     if config.sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {config.sampler!r}")
-    build = getattr(sgmcmc, config.sampler).build
+    build = SAMPLERS[config.sampler]
     given = mapping_of(config.sampler_kwargs, "sampler_kwargs")
     taken = [name for name in inspect.signature(build).parameters if name not in ("target", "lr")]
     unknown = [name for name in given if name not in taken]
@@ -216,7 +195,7 @@ def _stackable(
         moving = sum(p.numel() for p in params.values())
         size = size_of(moving, wide.fetch(torch.arange(batch)), options.num_chains, device == "cpu")
     if size == 1:
-        return source, Options(**{**vars(options), "chain_chunk": 1}), "chains are stepped one by one"
+        return source, replace(options, chain_chunk=1), "chains are stepped one by one"
     real = int(tokens.lengths.sum())
     whole = len(tokens) * int(tokens.lengths.max())
     share = 100 * (1 - real / whole)

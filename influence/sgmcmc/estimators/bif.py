@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from influence.func.numbers import check_number
 from influence.sgmcmc.estimators import batch_means, moments
 from influence.sgmcmc.runner.draws import Observed, Run
+from influence.visible import visible
 
 STATISTICS = ("correlation", "covariance")
 POOLINGS = ("stacked", "within", "mean")
@@ -41,20 +42,114 @@ class Draws(NamedTuple):
     labelled: Bool[Tensor, "n t"]
 
 
+class Strongest(NamedTuple):
+    """The strongest influences on each of some examples, as a table.
+
+    Attributes:
+        queries: `(observable, row of its dataset)` of each example.
+        ids: the same of the examples that move with it, strongest first.
+        values: their influences.
+        stderr: the standard errors of these, where they are known.
+    """
+
+    queries: Sequence[tuple[str, int]]
+    ids: Sequence[Sequence[tuple[str, int]]]
+    values: Float[Tensor, "n k"]
+    stderr: Float[Tensor, "n k"] | None
+
+    def __str__(self) -> str:
+        shown, lines = 10, []
+        for q, query in enumerate(self.queries[:shown]):
+            lines.append(_called(query))
+            for k, found in enumerate(self.ids[q]):
+                error = "" if self.stderr is None else f" ± {float(self.stderr[q, k]):<8.2g}"
+                lines.append(f"  {float(self.values[q, k]):+10.4g}{error}  {_called(found)}")
+        left = len(self.queries) - shown
+        return "\n".join([*lines, *([f"… and {left} more"] if left > 0 else [])])
+
+    def __repr__(self) -> str:
+        return f"<the {self.values.shape[1]} strongest influences on each of {len(self.queries)} examples>"
+
+
 class BIF(NamedTuple):
-    """Influences.
+    """Influences between the losses of examples.
 
     Attributes:
         influences: `[n, m]`, or `[n, m, t, u]` for tokens.
         stderr: their standard errors, of that shape, where they were asked for.
         rows: `(observable, row)` of the first axis.
         columns: of the second.
+        statistic: what they are: `correlation` or `covariance`.
     """
 
     influences: Float[Tensor, "n m ..."]
     stderr: Float[Tensor, "n m ..."] | None
     rows: Sequence[tuple[str, int]]
     columns: Sequence[tuple[str, int]]
+    statistic: str = "influence"
+
+    def top(self, k: int = 5) -> Strongest:
+        """Return the strongest influences on each example of the first axis, itself left out.
+
+        Args:
+            k: how many; all, where there are fewer.
+
+        Returns:
+            Them; NaN, of losses that do not vary, last.
+
+        Raises:
+            ValueError: if `k` is below 1, or the influences are of tokens.
+
+        Example:
+            >>> import torch
+            >>> names = [("code", 0), ("code", 1), ("code", 2)]
+            >>> values = torch.tensor([[1.0, 0.2, 0.7], [0.2, 1.0, -0.1], [0.7, -0.1, 1.0]])
+            >>> print(BIF(values, None, names, names).top(1))
+            code[0]
+                    +0.7  code[2]
+            code[1]
+                    +0.2  code[0]
+            code[2]
+                    +0.7  code[0]
+        """
+        if self.influences.ndim != 2:
+            raise ValueError("top ranks examples, and these influences are of tokens: estimate with average=True")
+        if k < 1:
+            raise ValueError(f"k must be at least 1; got {k}")
+        places = {name: i for i, name in enumerate(self.columns)}
+        own = [(i, places[name]) for i, name in enumerate(self.rows) if name in places]
+        values = self.influences.nan_to_num(nan=-torch.finfo(self.influences.dtype).max)
+        for i, j in own:
+            values[i, j] = -torch.inf
+        at = values.argsort(dim=1, descending=True, stable=True)[:, : min(k, len(self.columns) - bool(own))]
+        ids = [[self.columns[j] for j in row] for row in at.tolist()]
+        errors = None if self.stderr is None else self.stderr.gather(1, at)
+        return Strongest(self.rows, ids, self.influences.gather(1, at), errors)
+
+    def __str__(self) -> str:
+        n, m, *positions = self.influences.shape
+        known = self.influences[self.influences.isfinite()]
+        of = f"{n:,} × {m:,} examples" + (f", {positions[0]} × {positions[1]} positions each" if positions else "")
+        text = f"{self.statistic}s of the losses of {of}"
+        if known.numel():
+            text += f": from {float(known.min()):.3g} to {float(known.max()):.3g}"
+        if known.numel() < self.influences.numel():
+            text += f", {self.influences.numel() - known.numel():,} unknown"
+        return text + _typical(self.stderr)
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+
+def _called(example: tuple[str, int]) -> str:
+    """Return an example's name as a table shows it."""
+    return visible(f"{example[0]}[{example[1]}]", lines=False)
+
+
+def _typical(stderr: Tensor | None) -> str:
+    """Return the median of standard errors in words, where there are any."""
+    known = torch.empty(0) if stderr is None else stderr[stderr.isfinite()]
+    return f", median s.e. {float(known.median()):.2g}" if known.numel() else ""
 
 
 def estimate(
@@ -70,7 +165,7 @@ def estimate(
     column_range: slice = slice(None),
     sign: int = 1,
     scale: float = 1.0,
-    stderr: bool = False,
+    stderr: bool | None = None,
 ) -> BIF:
     r"""Return Bayesian influences between the examples of a run's observables.
 
@@ -95,8 +190,9 @@ def estimate(
         column_range: which of the columns.
         sign: multiplies the result.
         scale: multiplies the result.
-        stderr: also return standard errors by `batch_means`; of an averaged correlation with the deviations taken for
-            known, which is too large where it is near one.
+        stderr: also return standard errors by `batch_means`; default for whole examples, and not for tokens, where they
+            take the room of the influences again. Of an averaged correlation the deviations are taken for known, and
+            the error is too large where it is near one.
 
     Returns:
         The influences. At the token level unlabelled positions are zero, without an error: NaN. Where a loss does not
@@ -116,9 +212,12 @@ def estimate(
         tensor([[ 1.,  1., -1.],
                 [ 1.,  1., -1.],
                 [-1., -1.,  1.]])
+        >>> sgmcmc.bif.estimate(run).top(1).ids[0]
+        [('all', 1)]
     """
     _check(statistic, pooling, level, average, run)
     check_number("scale", scale)
+    stderr = level == "sequence" if stderr is None else stderr
     if run.pairs is not None and level == "sequence":
         return _from_pairs(run, rows, columns, statistic, pooling, row_range, column_range, sign * scale, stderr)
     averaged = level == "token" and average
@@ -137,7 +236,7 @@ def estimate(
         value, error = value[:, :, 0, 0], None if error is None else error[:, :, 0, 0]
     if correlation and same:
         _unit_diagonal(value, sign * scale)
-    return BIF(value, error, left.names, right.names)
+    return BIF(value, error, left.names, right.names, statistic)
 
 
 def draws(
@@ -283,7 +382,7 @@ def _from_pairs(
 
     left, right = at(rows, row_range), at(columns if columns is not None else rows, column_range)
     error = None if errors is None else errors[left][:, right] * abs(scale)
-    return BIF(whole[left][:, right] * scale, error, [names[i] for i in left], [names[i] for i in right])
+    return BIF(whole[left][:, right] * scale, error, [names[i] for i in left], [names[i] for i in right], statistic)
 
 
 def _check(statistic: str, pooling: str, level: str, average: bool, run: Run) -> None:

@@ -3,7 +3,7 @@ r"""The local learning coefficient (Lau et al. 2023), with errors and a verdict.
 $$\hatλ = nβ\,\bigl(E_{w \mid w^*, γ}[L_n(w)] - L_n(w^*)\bigr)$$
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,11 @@ from torch import Tensor
 from influence.func.numbers import check_number
 from influence.sgmcmc.estimators import diagnostics
 from influence.sgmcmc.runner.draws import Run
-from influence.sgmcmc.runner.options import Options
-from influence.sgmcmc.runner.sampling import run_groups, target_of
-from influence.sgmcmc.samplers.target import Loss
+from influence.sgmcmc.runner.sampling import execute, target_of
+from influence.sgmcmc.runner.schedule import make_plan, options_by_name
+from influence.sgmcmc.samplers import sgld
+from influence.sgmcmc.samplers.langevin import Sampler
+from influence.sgmcmc.samplers.target import Loss, default_n_beta
 from influence.types import Params
 
 ESTIMATORS = ("paired", "steps", "draws")
@@ -59,6 +61,9 @@ class LLC(NamedTuple):
             f"LLC {self.mean:.4g} ± {self.stderr:.2g} (ess {self.ess:.0f}, R-hat {self.rhat:.3f}, "
             f"drift {self.drift:+.1f}): {self.verdict}"
         )
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
 
 def estimate(run: Run, estimator: str = "paired", init_loss: float | None = None) -> LLC:
@@ -129,8 +134,6 @@ def wbic(run: Run, n: int) -> tuple[float, float]:
     Raises:
         ValueError: if the run was at another temperature.
     """
-    from influence.sgmcmc.samplers.target import default_n_beta
-
     if abs(run.n_beta / default_n_beta(n) - 1) > 1e-3:
         raise ValueError(f"WBIC is at n_beta = n / log n = {default_n_beta(n):.6g}; the run was at {run.n_beta:.6g}")
     loss = run.loss[:, run.burn_in :]
@@ -159,6 +162,9 @@ class Calibration(NamedTuple):
             lines.append(f"{lr:<17g}" + "".join(f"{cell:>20}" for cell in said))
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"<LLC at {len(self.lrs)} step sizes × {len(self.localizations)} localizations>"
+
 
 def calibrate(
     loss_fn: Loss,
@@ -168,6 +174,7 @@ def calibrate(
     lrs: Sequence[float],
     localizations: Sequence[float],
     n_beta: float,
+    sampler: Callable[..., Sampler] = sgld.build,
     seed: int = 0,
     output_path: str | Path | None = None,
     **options: Any,
@@ -186,6 +193,7 @@ def calibrate(
         lrs: step sizes.
         localizations: localizations.
         n_beta: inverse temperature.
+        sampler: as in `sample`.
         seed: of noise and order, which are the same at all points.
         output_path: a folder to checkpoint in, as in `sample`.
         options: the fields of `Options`.
@@ -203,10 +211,10 @@ def calibrate(
         True
     """
     steps, pulls, groups = grid(lrs, localizations)
-    settings = Options(**{"on_divergence": "drop", **options})
+    settings = options_by_name({"on_divergence": "drop", **options})
     target = target_of(loss_fn, params, dataset, n_beta, pulls, 0.0, None, settings)
-    runs = run_groups(target, params, dataset, {}, steps, groups, seed, output_path, settings)
-    return calibration(runs, lrs, localizations)
+    plan = make_plan(target, params, dataset, {}, steps, groups, seed, settings, sampler)
+    return calibration(execute(plan, params, output_path, settings.progress), lrs, localizations)
 
 
 def grid(

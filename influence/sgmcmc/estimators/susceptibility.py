@@ -18,6 +18,7 @@ from torch import Tensor
 from influence.func.numbers import check_number
 from influence.sgmcmc.estimators import moments
 from influence.sgmcmc.runner.draws import Run
+from influence.visible import visible
 
 
 class Terms(NamedTuple):
@@ -51,27 +52,58 @@ class Susceptibility(NamedTuple):
         """Return the (labelled tokens × restrictions) matrix."""
         return self.value[self.labelled]
 
+    def __str__(self) -> str:
+        matrix, errors = self.matrix().double(), self.stderr[self.labelled]
+        kind = "examples" if self.labelled.shape[1] == 1 else "tokens"
+        names = [visible(name, lines=False) for name in self.restrictions]
+        width = max(map(len, ["restriction", *names]))
+        head = f"{'restriction':{width}}  {'mean |χ|':>10} {'smallest':>10} {'largest':>10} {'median s.e.':>11}"
+        lines = [f"susceptibilities of {len(matrix):,} {kind}", f"{head}  beyond 2 s.e."]
+        for name, x, e in zip(names, matrix.T, errors.T, strict=True):
+            row = f"{name:{width}}  {float(x.abs().mean()):10.3g} {float(x.min()):10.3g} {float(x.max()):10.3g}"
+            known = bool(e.isfinite().all())
+            clear = f"{float(e.median()):11.2g}  {100 * float((x.abs() > 2 * e).double().mean()):.0f} %"
+            lines.append(f"{row} {clear if known else 'unknown':>11}".rstrip())
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        tokens = int(self.labelled.sum())
+        return f"<susceptibilities of {tokens:,} positions under {len(self.restrictions)} restrictions>"
+
+
+class Susceptibilities(dict[str, Susceptibility]):
+    """Susceptibilities by observable; `print` shows how large they are under each restriction, beside their errors."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{visible(name, lines=False)}: {each}" for name, each in self.items())
+
+    def __repr__(self) -> str:
+        return f"<susceptibilities of {', '.join(visible(name, lines=False) for name in self)}>"
+
 
 def estimate(
-    runs: Mapping[str, Run],
-    sampling_task: str,
+    runs: Mapping[str, Run] | Run,
+    sampling_task: str | None = None,
     observables: Sequence[str] | None = None,
     *,
+    restrictions: Sequence[str] | None = None,
     full: str = "full",
     ddof: int = 0,
     init_loss: float | None = None,
     sign: int = 1,
     scale: float = 1.0,
-) -> dict[str, Susceptibility]:
-    r"""Return susceptibilities of every position of some observables, for every restriction, `full` included.
+) -> Susceptibilities:
+    r"""Return susceptibilities of every position of some observables, for every restriction, or those that are named.
 
     All from streamed moments: no traces are needed. Draws are pooled over chains; the standard error is the jackknife's
     over chains, deleting the same chain in both runs.
 
     Args:
-        runs: a run per restriction, and that of all weights under `full`; `sample_restrictions` makes them.
-        sampling_task: the observable whose loss is `A`.
+        runs: a run per restriction, and that of all weights under `full`; `sample_restrictions` makes them. That of all
+            weights alone is taken for a mapping of itself.
+        sampling_task: the observable whose loss is `A`; default the first.
         observables: which to probe; default all, the sampling task's too.
+        restrictions: which of the runs to return; default all, `full` too.
         full: the name of the run of all weights.
         ddof: covariances are divided by the number of draws less this; the peer's is 0.
         init_loss: `A(w^*)` of another sample, as the peer takes it; default the anchor's loss on the very same
@@ -96,19 +128,24 @@ def estimate(
         >>> found.value.shape, bool(found.value.sum().abs() < 1e-9)
         (torch.Size([2, 1, 1]), True)
     """
-    _check(runs, sampling_task, full)
+    if isinstance(runs, Run):
+        runs = {str(runs.facts.get("restriction", full)): runs}
+    _check(runs, full, restrictions or ())
     check_number("scale", scale)
     if init_loss is not None:
         check_number("init_loss", init_loss)
     whole = runs[full]
     names = list(whole.observables) if observables is None else list(observables)
+    sampling_task = next(iter(whole.observables)) if sampling_task is None else sampling_task
+    whole.observable(sampling_task)
+    asked = {name: runs[name] for name in (runs if restrictions is None else restrictions)}
     offset = 0.0 if init_loss is None else whole.observable(sampling_task).anchor_mean - init_loss
     place = list(whole.observables).index(sampling_task)
-    found = {}
+    found = Susceptibilities()
     for name in names:
         shape = whole.observable(name).anchor.shape
         parts: dict[str, list[Tensor]] = {"covariance": [], "shift": [], "stderr": []}
-        for run in runs.values():
+        for run in asked.values():
             terms = _terms(run, whole, name, place, offset, ddof, None)
             values = []
             shared = run.chains == whole.chains
@@ -129,7 +166,7 @@ def estimate(
         stacked = {key: torch.stack(each, -1).reshape(*shape, -1) * labelled[..., None] for key, each in parts.items()}
         covariance, shift = stacked["covariance"] * factor, stacked["shift"] * factor
         stderr = (stacked["stderr"] * abs(factor)).masked_fill(~labelled[..., None], float("nan"))
-        found[name] = Susceptibility(covariance + shift, covariance, shift, stderr, list(runs), labelled)
+        found[name] = Susceptibility(covariance + shift, covariance, shift, stderr, list(asked), labelled)
     return found
 
 
@@ -194,11 +231,18 @@ def _pooled(state: moments.Moments, left_out: int | None) -> moments.Moments:
     return moments.stacked(state)
 
 
-def _check(runs: Mapping[str, Run], sampling_task: str, full: str) -> None:
+def _check(runs: Mapping[str, Run], full: str, restrictions: Sequence[str]) -> None:
     if full not in runs:
         raise ValueError(f"the run of all weights is missing: runs needs {full!r}, it has {', '.join(runs)}")
+    unknown = [name for name in restrictions if name not in runs]
+    if unknown:
+        raise ValueError(
+            f"there is no run of the restriction {unknown[0]!r}; there are {', '.join(runs)}: "
+            "sample_restrictions makes one of each"
+        )
     whole = runs[full]
-    whole.observable(sampling_task)
+    if not whole.observables:
+        raise ValueError("the runs have no observables: sample with observables={'name': data}")
     for name, run in runs.items():
         if list(run.observables) != list(whole.observables):
             raise ValueError(f"run {name!r} observed {list(run.observables)}, the full one {list(whole.observables)}")

@@ -1,15 +1,21 @@
-"""What a run of chains returns: scalars of every step, and observables at every draw, as values."""
+"""A run of chains as a value, with its losses of every step and its observables at every draw, and as a file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from influence import store
 from influence.sgmcmc.estimators.moments import Moments
+from influence.store import BadFileError
+from influence.store.schema import conform
+from influence.visible import visible
+
+RUN, SCHEMA = "sampling run", 1
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Observed:
         """Mean loss at the anchor."""
         return float((self.anchor.double() * self.labelled).sum() / self.labelled.sum())
 
+    def __repr__(self) -> str:
+        (n, t), draws = self.anchor.shape, self.mean.shape[1]
+        kept = "tokens" if self.tokens is not None else "sequences" if self.sequences is not None else "moments"
+        return f"<losses of {n:,} examples × {t:,} positions at {draws:,} draws, kept: {kept}>"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,6 +86,14 @@ class Run:
     burn_in: int
     between: int
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        seen = ", ".join(f"{visible(name, lines=False)} ({len(o.index):,})" for name, o in self.observables.items())
+        steps = self.loss.shape[1]
+        return (
+            f"<{len(self.chains)} chains of {steps:,} steps, {self.burn_in:,} of them burn-in, at n_beta "
+            f"{self.n_beta:.6g}; observables: {seen or 'none'}>"
+        )
 
     @property
     def n_beta(self) -> float:
@@ -130,13 +149,141 @@ class Run:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the run to one HDF5 file, which is netCDF-4 too."""
-        from influence.sgmcmc.runner.traces import save
-
-        save(self, path)
+        """Write the run to one HDF5 file, which is netCDF-4 too; `load` reads it."""
+        tensors, dims, about = pack(self, "")
+        store.write(path, tensors, about, kind=RUN, schema=SCHEMA, dims=dims)
 
     def to_xarray(self) -> Any:
-        """Return the run as an xarray Dataset, with devinterp's names and dimensions (needs the extra `xarray`)."""
-        from influence.sgmcmc.runner.traces import to_xarray
+        """Return the run as an xarray Dataset, with devinterp's names and dimensions (needs the extra `xarray`).
 
-        return to_xarray(self)
+        `loss_{observable}` is not shifted there.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise ImportError("to_xarray needs the extra: pip install 'influence[xarray]'") from error
+        variables: dict[str, Any] = {
+            "sampling_loss": (("chain", "step"), self.loss.numpy()),
+            "init_loss": (("chain", "step"), self.baseline.numpy()),
+            **{f"metrics_{name}": (("chain", "step"), x.numpy()) for name, x in self.terms.items()},
+        }
+        for name, o in self.observables.items():
+            n, t = f"batch_{name}", f"token_pos_{name}"
+            if o.tokens is not None:
+                variables[f"loss_{name}"] = (("chain", "draw", n, t), (o.tokens + o.anchor).numpy())
+            elif o.sequences is not None:
+                counts = o.labelled.sum(1).clamp_min(1)
+                start = (o.anchor * o.labelled).sum(1) / counts
+                variables[f"loss_{name}"] = (("chain", "draw", n), (o.sequences + start).numpy())
+            if o.ids is not None:
+                variables[f"input_ids_{name}"] = ((n, f"token_{name}"), o.ids.numpy())
+        facts = {name: str(value) for name, value in self.facts.items()}
+        return xarray.Dataset(variables, {"chain": list(self.chains)}, facts)
+
+
+class RunFacts(NamedTuple):
+    """The facts of a run as JSON holds them."""
+
+    observables: dict[str, str]
+    terms: list[str]
+    chains: tuple[int, ...]
+    burn_in: int
+    between: int
+    facts: dict[str, Any]
+
+
+class _HyperFacts(NamedTuple):
+    """What the facts of a run must say for its estimates."""
+
+    lr: float
+    n_beta: float
+    localization: float
+    weight_decay: float
+    groups: dict[str, dict[str, Any]]
+    dropped: list[int] = []  # noqa: RUF012 (of a named tuple, never changed)
+    stopped: int | None = None
+
+
+def pack(run: Run, prefix: str) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]], dict[str, Any]]:
+    """Return a run as tensors, the names of their dimensions, and facts."""
+    c, s = "chain", "step"
+    named: dict[str, tuple[Tensor, tuple[str, ...]]] = {
+        "sampling_loss": (run.loss, (c, s)),
+        "baseline_loss": (run.baseline, (c, s)),
+        **{f"metrics_{name}": (x, (c, s)) for name, x in run.terms.items()},
+    }
+    for name, o in run.observables.items():
+        n, t, d = f"batch_{name}", f"token_pos_{name}", "draw"
+        named |= {
+            f"anchor_loss_{name}": (o.anchor, (n, t)),
+            f"labelled_{name}": (o.labelled.to(torch.uint8), (n, t)),
+            f"index_{name}": (o.index, (n,)),
+            f"shifted_mean_{name}": (o.mean, (c, d)),
+            **_named_moments(o.moments, f"moments_{name}", "observable", f"position_{name}"),
+        }
+        if o.ids is not None:
+            named[f"input_ids_{name}"] = (o.ids, (n, f"token_{name}"))
+        if o.sequences is not None:
+            named[f"shifted_sequence_loss_{name}"] = (o.sequences, (c, d, n))
+        if o.tokens is not None:
+            named[f"shifted_loss_{name}"] = (o.tokens, (c, d, n, t))
+    if run.pairs is not None:
+        named |= _named_moments(run.pairs, "pairs", "example", "example_2")
+    about = {
+        "observables": {name: o.identity for name, o in run.observables.items()},
+        "terms": list(run.terms),
+        "chains": list(run.chains),
+        "burn_in": run.burn_in,
+        "between": run.between,
+        "facts": dict(run.facts),
+    }
+    tensors = {prefix + name: x for name, (x, _) in named.items()}
+    return tensors, {prefix + name: tuple(prefix + axis for axis in axes) for name, (_, axes) in named.items()}, about
+
+
+def _named_moments(moments: Moments, name: str, p: str, q: str) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+    axes = {"draws": (), "x": (p,), "xx": (p,), "y": (q,), "yy": (q,), "xy": (p, q)}
+    return {f"{name}_{field}": (x, ("chain", *axes[field])) for field, x in moments._asdict().items()}
+
+
+def unpack(tensors: Mapping[str, Tensor], about: RunFacts, prefix: str, where: str) -> Run:
+    """Return a run of a file.
+
+    Raises:
+        BadFileError: if the file lacks a tensor, or its facts cannot be.
+    """
+
+    def moments(name: str) -> Moments:
+        return Moments(*(tensors[f"{prefix}{name}_{field}"] for field in Moments._fields))
+
+    observables = {
+        name: Observed(
+            tensors[f"{prefix}anchor_loss_{name}"],
+            tensors[f"{prefix}labelled_{name}"].bool(),
+            tensors[f"{prefix}index_{name}"],
+            tensors.get(f"{prefix}input_ids_{name}"),
+            identity,
+            tensors[f"{prefix}shifted_mean_{name}"],
+            moments(f"moments_{name}"),
+            tensors.get(f"{prefix}shifted_sequence_loss_{name}"),
+            tensors.get(f"{prefix}shifted_loss_{name}"),
+        )
+        for name, identity in about.observables.items()
+    }
+    loss = tensors[f"{prefix}sampling_loss"]
+    known = {name: about.facts[name] for name in _HyperFacts._fields if name in about.facts}
+    conform(known, _HyperFacts, f"{where}: facts of a run")
+    steps = loss.shape[-1] if loss.ndim == 2 else -1
+    if len(about.chains) != len(loss) or not 0 <= about.burn_in <= steps or about.between < 1:
+        raise BadFileError(f"{where} is not what it says: its losses are not those of {len(about.chains)} chains")
+    return Run(
+        loss,
+        tensors[f"{prefix}baseline_loss"],
+        {name: tensors[f"{prefix}metrics_{name}"] for name in about.terms},
+        observables,
+        moments("pairs") if f"{prefix}pairs_draws" in tensors else None,
+        about.chains,
+        about.burn_in,
+        about.between,
+        about.facts,
+    )

@@ -1,4 +1,4 @@
-"""Chains that several processes ran, as one run: what `Options.chains` dealt out comes together here."""
+"""Joins the chains that several processes ran into one run, in memory and in a folder."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,15 +55,9 @@ def join(parts: Sequence[Run]) -> Run:
 
 
 def join_folders(parts: Sequence[Path], folder: Path, run: str | None = None) -> None:
-    """Join the complete runs of folders, group by group, and write them to another: what one process would have left.
+    """Join the complete runs of folders, group by group, and write what one process would have left to another folder.
 
-    Args:
-        parts: folders, each with its `run.h5`.
-        folder: where the whole goes.
-        run: the id of the folder's run, where the caller has begun it; `None` begins it here.
-
-    Raises:
-        ValueError: if they do not belong together.
+    `run` is the id of that folder's run, where the caller has begun it; `None` begins it here.
     """
     runs, facts, probes = zip(*map(traces.read_runs, parts), strict=True)
     joint = joined_facts(facts)
@@ -80,11 +74,7 @@ def join_folders(parts: Sequence[Path], folder: Path, run: str | None = None) ->
 
 
 def joined_facts(facts: Sequence[Any]) -> dict[str, Any]:
-    """Return what made a whole run, from what made its parts.
-
-    Raises:
-        ValueError: naming the field in which they differ, or the chain they have in common.
-    """
+    """Return what made a whole run, from what made its parts; refuse parts of different runs, naming the field."""
     first, *others = facts
     for other in others:
         for name, one, two in traces.differences(first, other):

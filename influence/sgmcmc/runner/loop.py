@@ -56,7 +56,7 @@ class Record:
 def begin(plan: Plan, params: Params) -> tuple[Progress, Record]:
     """Return the first states, and an empty record."""
     states = [stacking.first_state(plan.sampler, params, chunk, plan.seed) for chunk in plan.chunks]
-    c, s, d = len(plan.replicas), plan.steps, plan.draws
+    c, s, d = len(plan.replicas), plan.steps, plan.options.num_draws
     nothing = float("nan")
     arrays = {name: torch.full((c, s), nothing, dtype=torch.float64) for name in ("loss", "baseline")}
     axes: dict[str, tuple[str, ...]] = dict.fromkeys(arrays, ("chain", "step"))
@@ -80,23 +80,15 @@ def advance(
     until: int,
     said: Callable[[int, Record], None],
 ) -> Progress:
-    """Run the chains to a step.
+    """Run the chains to a step, write into the record, and call `said` after each step.
 
-    Args:
-        plan: the run.
-        progress: where it stands.
-        record: written into.
-        until: the step to stop before.
-        said: called after every step.
-
-    Returns:
-        Where it stands then; an earlier step where a chain diverged and the prefix is to be kept.
+    It stops at an earlier step where a chain diverged and the prefix is to be kept.
 
     Raises:
         ValueError: if a batch has no loss at the anchor.
         DivergedError: if a chain diverged and nothing else was asked for, or none is left of the whole run.
     """
-    states, alive = list(progress.states), progress.alive.clone()
+    states, alive, o = list(progress.states), progress.alive.clone(), plan.options
     for t in range(progress.step, until):
         rows = _rows(plan, t)
         fetched: dict[int, tuple[Batch, float]] = {}
@@ -105,7 +97,7 @@ def advance(
             fetched[chain] = batch, plan.baseline(index, batch)
             if not isfinite(fetched[chain][1]):
                 raise ValueError(_without_loss(t, chain, index, fetched[chain][1]))
-        draw, rest = divmod(t - plan.burn_in - plan.between + 1, plan.between)
+        draw, rest = divmod(t - o.num_burnin_steps - o.num_steps_bw_draws + 1, o.num_steps_bw_draws)
         after, drawn = [], []
         for k, chunk in enumerate(plan.chunks):
             whose = [0] if 0 in rows and len(rows) == 1 else [r.chain for r in chunk.replicas]
@@ -122,10 +114,10 @@ def advance(
             good = good & torch.cat([torch.stack([d.mean.isfinite() for d in part.values()]).all(0) for part in drawn])
         lost = alive & ~good
         if bool(lost.any()):
-            if plan.on_divergence == "prefix":
+            if o.on_divergence == "prefix":
                 return Progress(t, states, alive)
             alive = alive & good
-            if plan.on_divergence == "raise" or (plan.whole and not bool(alive.any())):
+            if o.on_divergence == "raise" or (plan.whole and not bool(alive.any())):
                 raise DivergedError(_diverged(plan, record, lost, t))
         if not bool(alive.any()):
             break
@@ -179,7 +171,7 @@ def _diverged(plan: Plan, record: Record, lost: Tensor, t: int) -> str:
     before = [f"{x:.4g}" for x in record.arrays["loss"][at, max(0, t - 4) : t].tolist()]
     where = f"chain {replica.chain}" + (f" of {group!r}" if group else "")
     loss = float(record.arrays["loss"][at, t])
-    raising = plan.on_divergence == "raise"
+    raising = plan.options.on_divergence == "raise"
     instead = ", or pass on_divergence='drop' or 'prefix'" if raising else ": no chain is left"
     what = f"its loss is {loss}" if loss != loss or abs(loss) == float("inf") else "an observable's loss is no number"
     return (
@@ -195,11 +187,11 @@ def results(plan: Plan, progress: Progress, record: Record) -> dict[str, Run]:
     Raises:
         DivergedError: if no step is left.
     """
-    steps = progress.step
-    draws = max(0, (steps - plan.burn_in) // plan.between)
-    if steps <= plan.burn_in:
+    steps, burn_in, between = progress.step, plan.options.num_burnin_steps, plan.options.num_steps_bw_draws
+    draws = max(0, (steps - burn_in) // between)
+    if steps <= burn_in:
         raise DivergedError(
-            f"a chain diverged at step {steps}, within the burn-in of {plan.burn_in}: nothing is left to keep; lower lr"
+            f"a chain diverged at step {steps}, within the burn-in of {burn_in}: nothing is left to keep; lower lr"
         )
     arrays = {}
     for name, x in record.arrays.items():
@@ -230,15 +222,9 @@ def results(plan: Plan, progress: Progress, record: Record) -> dict[str, Run]:
             observed,
             some,
             chain_numbers,
-            plan.burn_in,
-            plan.between,
+            burn_in,
+            between,
             facts,
         )
         runs[group] = run if not dropped else run.keep(kept)
     return runs
-
-
-def hyper_facts(target: Any, lr: Any, group: int) -> Mapping[str, float]:
-    """Return a group's hyper-parameters as numbers."""
-    setting = target.setting(lr, {}, group)
-    return {name: float(getattr(setting, name)) for name in ("lr", "n_beta", "localization", "weight_decay")}

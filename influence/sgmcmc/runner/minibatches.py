@@ -1,17 +1,18 @@
-"""Which examples a step sees: a pure function of (seed, chain, step), reshuffled each epoch."""
+"""The examples of each step, a pure function of (seed, chain, step), and their loss at the anchor."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size, take
 from influence.func.fingerprint import fingerprint
-from influence.sgmcmc.samplers.noise import generator
+from influence.sgmcmc.samplers.langevin import generator
+from influence.sgmcmc.samplers.target import Target, mean_loss, position_losses
 from influence.types import Batch
 
 
@@ -37,9 +38,6 @@ Data: TypeAlias = Source | Batch
 def source_of(data: Data) -> Source:
     """Return a dataset as a source.
 
-    Args:
-        data: a source, or a pytree of tensors with the example axis first.
-
     Example:
         >>> import torch
         >>> source = source_of({"x": torch.arange(5) * 10})
@@ -58,11 +56,7 @@ def source_of(data: Data) -> Source:
 
 
 def check_size(source: Source, batch_size: int | None) -> int:
-    """Return the batch size, all of the data where it is `None`.
-
-    Raises:
-        ValueError: if the dataset is smaller than a batch.
-    """
+    """Return the batch size, all of the data where it is `None`; refuse a dataset smaller than a batch."""
     size = source.size if batch_size is None else batch_size
     if size < 1:
         raise ValueError(f"batch_size must be at least 1, or None for all data at every step; got {size}")
@@ -77,12 +71,7 @@ def check_size(source: Source, batch_size: int | None) -> int:
 def batch_index(seed: int, chain: int, step: int, size: int, batch: int) -> Int[Tensor, " batch"]:
     """Return the rows of a dataset that a step sees: an epoch visits each once, what fills no batch is left out.
 
-    Args:
-        seed: of the run.
-        chain: of the step; the same number for chains that share their data.
-        step: of the chain.
-        size: of the dataset.
-        batch: of a batch.
+    Chains that share their data pass the same number as `chain`.
 
     Example:
         >>> sorted(torch.cat([batch_index(0, 1, step, 6, 2) for step in range(3)]).tolist())
@@ -104,3 +93,49 @@ def sample_rows(seed: int, size: int, count: int) -> Int[Tensor, " count"]:
 @lru_cache(maxsize=64)
 def _permutation(seed: int, chain: int, epoch: int, size: int) -> Int[Tensor, " size"]:
     return torch.randperm(size, generator=generator(seed, "order", chain, epoch))
+
+
+Baseline = Callable[[Int[Tensor, " n"] | None, Batch], float]
+"""`(rows, batch) -> the batch's mean loss at the anchor`."""
+
+
+def baseline_of(target: Target, source: Source | None, kind: str, batch: int, steps: int) -> tuple[Baseline, str]:
+    """Return the baseline of a run of `steps` batches, and which kind was taken.
+
+    `"lookup"` computes every example's loss once; `"paired"` the batch's beside each step, one more forward pass;
+    `"auto"` takes what needs fewer forward passes.
+    """
+
+    def paired(rows: Int[Tensor, " n"] | None, batch: Batch) -> float:
+        with torch.no_grad():
+            return float(mean_loss(target, target.anchor, batch))
+
+    if source is None:
+        once = cache(lambda: paired(None, None))
+        return lambda rows, batch: once(), "once"
+    # a table is made when it is first asked for: a plan, or a run that is read, needs none
+    if batch == source.size:
+        table = cache(lambda: _anchor_table(target, source, min(batch, 256)))
+        mean = cache(lambda: float(table()[0].sum() / table()[1].sum()))
+        return lambda rows, batch: mean(), "once"
+    if kind == "paired" or (kind == "auto" and source.size > steps * batch):
+        return paired, "paired"
+    table = cache(lambda: _anchor_table(target, source, batch))
+
+    def lookup(rows: Int[Tensor, " n"] | None, batch: Batch) -> float:
+        sums, counts = table()
+        return float(sums[rows].sum() / counts[rows].sum())
+
+    return lookup, "lookup"
+
+
+def _anchor_table(target: Target, source: Source, batch: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return every example's summed loss at the anchor, in float64, and its labelled positions."""
+    sums, counts = [], []
+    with torch.no_grad():
+        for begin in range(0, source.size, batch):
+            rows = torch.arange(begin, min(begin + batch, source.size))
+            found = position_losses(target.loss_fn, {**target.frozen, **target.anchor}, source.fetch(rows))
+            sums.append((found[0].double() * found[1]).sum(1).cpu())
+            counts.append(found[1].sum(1).double().cpu())
+    return torch.cat(sums), torch.cat(counts)

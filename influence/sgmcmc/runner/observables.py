@@ -14,11 +14,8 @@ from influence.sgmcmc.estimators.moments import Moments
 from influence.sgmcmc.runner.draws import Observed
 from influence.sgmcmc.runner.minibatches import Data, Source, sample_rows, source_of
 from influence.sgmcmc.runner.stacking import Chunk, Replica, losses_along
-from influence.sgmcmc.samplers.gradients import position_losses
-from influence.sgmcmc.samplers.target import Target
+from influence.sgmcmc.samplers.target import Target, position_losses
 from influence.types import Batch, Params
-
-KEEPS = ("auto", "sequences", "tokens", "moments")
 
 
 class Watched(NamedTuple):
@@ -52,17 +49,7 @@ class Drawn(NamedTuple):
 
 
 def watch(target: Target, observables: Mapping[str, Data | tuple[Data, int]], batch: int, seed: int) -> list[Watched]:
-    """Return observables with their losses at the anchor.
-
-    Args:
-        target: whose anchor.
-        observables: data, or `(data, k)` for `k` batches of it drawn without replacement.
-        batch: examples evaluated at a time.
-        seed: of the draw.
-
-    Raises:
-        ValueError: if a name cannot be one, or there are too few examples.
-    """
+    """Return observables with their losses at the anchor; of `(data, k)`, `k` batches drawn without replacement."""
     watched = []
     for name, given in observables.items():
         if not re.fullmatch(r"\w+", name):

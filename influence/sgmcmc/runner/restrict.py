@@ -1,4 +1,4 @@
-"""Restrictions: which weights move, said in a few words, as masks.
+"""Restrictions turn a few words into masks of the weights that move in a chain.
 
 | restriction | what moves |
 |---|---|
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from influence.families import KEY_BIAS_CANCELS, Place, places
+from influence.families import KEY_BIAS_CANCELS, Place, kind_of, places
 from influence.func.transform.blocks import head_slices
 from influence.func.transform.layout import Heads
 from influence.sgmcmc.samplers.target import Mask
@@ -194,39 +194,43 @@ def _heads(
     group = queries // kv
     of_query = {number} if kind == "h" else set(range(number * group, (number + 1) * group))
     of_key = {number} if kind == "g" or group == 1 else set()
-    cancels = getattr(loss_fn, "family", None) in KEY_BIAS_CANCELS
+    family = getattr(loss_fn, "family", None)
     found: dict[str, Tensor | bool] = {}
     for name, heads in known.items():
         param = layout[name]
         axis = int(param.transposed) if heads.axis == "out" else int(not param.transposed)
-        slices = list(_slices(name, heads, queries, of_query, of_key))
+        alone = _kind(family, name, heads, queries)
+        slices = list(_slices(heads, alone, of_query, of_key))
         if not slices:
             continue
         found[name] = _sliced(params[name], axis, [(start, stop) for _, start, stop in slices])
         if heads.axis == "out" and param.bias in params:
-            kept = [(start, stop) for which, start, stop in slices if not (cancels and which == "k")]
+            kept = [(start, stop) for which, start, stop in slices if which != "k" or family not in KEY_BIAS_CANCELS]
             if kept:
                 found[param.bias] = _sliced(params[param.bias], 0, kept)
     return found
 
 
-def _slices(
-    name: str, heads: Heads, queries: int, of_query: set[int], of_key: set[int]
-) -> Iterator[tuple[str, int, int]]:
-    """Yield `(q, k, v or o, start, stop)` of the slices of a weight that belong to chosen heads."""
+def _slices(heads: Heads, alone: str, of_query: set[int], of_key: set[int]) -> Iterator[tuple[str, int, int]]:
+    """Yield `(q, k, v or o, start, stop)` of the slices of a weight that belong to chosen heads.
+
+    A fused weight says the kind of each slice; a weight of one kind has `alone`.
+    """
     for suffix, start, stop in head_slices(heads):
         which, _, head = suffix.rpartition("head_")
-        which = which.rstrip(".") or _role(name, heads)
+        which = which.rstrip(".") or alone
         if int(head) in (of_key if which in ("k", "v") else of_query):
             yield which, start, stop
 
 
-def _role(name: str, heads: Heads) -> str:
-    """Return whether a weight of one kind makes queries, keys, values or outputs, by its name."""
-    if heads.axis == "in":
-        return "o"
-    own = name.removesuffix(".weight").rpartition(".")[2]
-    return own[0] if own[0] in "kv" else "q"
+def _kind(family: str | None, name: str, heads: Heads, queries: int) -> str:
+    """Return whether a weight of one kind makes queries, keys, values or outputs (`q`, `k`, `v`, `o`).
+
+    By its family's record, and where there is none by its heads: a weight with fewer heads than there are queries is
+    shared by a group of them. Without groups, keys and values are cut as queries are.
+    """
+    known = kind_of(family, name.replace(".base_layer.", ".").removesuffix(".weight"))
+    return known or ("o" if heads.axis == "in" else "v" if heads.count < queries else "q")
 
 
 def _sliced(param: Tensor, axis: int, slices: Sequence[tuple[int, int]]) -> Tensor:

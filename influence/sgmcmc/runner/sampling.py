@@ -1,4 +1,4 @@
-"""Sample a posterior around trained weights, with observables, as one vmapped computation or chain by chain."""
+"""Runs chains around trained weights, in memory or in a folder from which a killed run goes on."""
 
 import functools
 import os
@@ -16,22 +16,22 @@ from influence.sgmcmc.runner import loop, restrict, traces
 from influence.sgmcmc.runner.draws import Run
 from influence.sgmcmc.runner.loop import Record
 from influence.sgmcmc.runner.minibatches import Data, check_size, source_of
-from influence.sgmcmc.runner.options import Options
 from influence.sgmcmc.runner.restrict import Restriction
-from influence.sgmcmc.runner.schedule import Plan, make_plan
-from influence.sgmcmc.samplers.gradients import gradient_at
-from influence.sgmcmc.samplers.target import Hyper, Loss, Mask, Target, local_posterior
+from influence.sgmcmc.runner.schedule import Options, Plan, make_plan, options_by_name
+from influence.sgmcmc.samplers import sgld
+from influence.sgmcmc.samplers.langevin import Sampler
+from influence.sgmcmc.samplers.target import Hyper, Loss, Mask, Target, gradient_at, local_posterior
 from influence.types import Params
 
-EVERY = 0.5
-"""Seconds between looks at the numbers."""
+_EVERY = 0.5
+"""Seconds between two updates of the numbers beside a bar."""
 
 
 @contextmanager
-def bar(
+def _bar(
     plan: Plan, done: int, shown: bool, look: Callable[[], None] | None = None
 ) -> Iterator[Callable[[int, Record], None]]:
-    """Yield what is to be called after every step; it calls `look` too."""
+    """Yield a function to call after every step, which moves the bar, if one is shown, and calls `look`."""
     if not shown:
         yield lambda t, record: None if look is None else look()
         return
@@ -44,19 +44,20 @@ def bar(
             drawn.update(1)
             if look is not None:
                 look()
-            if monotonic() - last[0] > EVERY:
+            if monotonic() - last[0] > _EVERY:
                 last[0] = monotonic()
-                drawn.set_postfix_str(summary(plan, t, record))
+                drawn.set_postfix_str(_summary(plan, t, record))
 
         yield said
 
 
-def summary(plan: Plan, t: int, record: Record) -> str:
+def _summary(plan: Plan, t: int, record: Record) -> str:
     """Return the loss, the LLC so far and the acceptance after a step."""
     loss, baseline = record.arrays["loss"], record.arrays["baseline"]
     parts = [f"loss {float(loss[:, t].nanmean()):.4g}"]
-    if t >= plan.burn_in and len(plan.groups) == 1:
-        excess = (loss - baseline)[:, plan.burn_in : t + 1].nanmean()
+    burn_in = plan.options.num_burnin_steps
+    if t >= burn_in and len(plan.groups) == 1:
+        excess = (loss - baseline)[:, burn_in : t + 1].nanmean()
         parts.append(f"LLC {next(iter(plan.groups.values()))['n_beta'] * float(excess):.4g}")
     if "term/acceptance" in record.arrays:
         seen = record.arrays["term/acceptance"][:, : t + 1]
@@ -75,7 +76,9 @@ def sample(
     localization: float = 0.0,
     weight_decay: float = 0.0,
     restriction: Restriction = None,
+    sampler: Callable[..., Sampler] = sgld.build,
     seed: int = 0,
+    chains: Sequence[int] | None = None,
     output_path: str | Path | None = None,
     **options: Any,
 ) -> Run:
@@ -94,7 +97,10 @@ def sample(
         localization: pull to the anchor.
         weight_decay: pull to zero, not scaled by `n_beta`.
         restriction: which weights move (`restrict`): `"l0h1"`, a list, a glob, masks; default all.
+        sampler: builds the sampler, `(target, lr=…) -> Sampler`: `functools.partial(rmsprop_sgld.build, alpha=0.9)`.
         seed: another seed, other noise and order.
+        chains: which of the `num_chains` chains, by number, are run here, where processes share them (`join`); default
+            all.
         output_path: a folder to checkpoint in. A run that was killed goes on where it stood, bit by bit; one that is
             complete is read; one of other weights, data or settings is refused.
         options: the fields of `Options`, by name.
@@ -114,10 +120,11 @@ def sample(
         >>> run.loss.shape, run.observables
         (torch.Size([4, 50]), {})
     """
-    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, Options(**options))
+    settings = options_by_name(options)
+    target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, restriction, settings)
     groups = {"": {"restriction": _words(restriction)}}
-    found = run_groups(target, params, dataset, observables, lr, groups, seed, output_path, Options(**options))
-    return _complete(found, groups)[""]
+    plan = make_plan(target, params, dataset, observables, lr, groups, seed, settings, sampler, chains)
+    return _complete(execute(plan, params, output_path, settings.progress), groups)[""]
 
 
 def sample_restrictions(
@@ -131,7 +138,9 @@ def sample_restrictions(
     restrictions: Sequence[str] | Mapping[str, Restriction],
     localization: float = 0.0,
     weight_decay: float = 0.0,
+    sampler: Callable[..., Sampler] = sgld.build,
     seed: int = 0,
+    chains: Sequence[int] | None = None,
     output_path: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Run]:
@@ -151,7 +160,9 @@ def sample_restrictions(
         restrictions: words of the grammar, or restrictions by name.
         localization: pull to the anchor.
         weight_decay: pull to zero.
+        sampler: as in `sample`.
         seed: of noise and order, which are the same in all restrictions.
+        chains: as in `sample`.
         output_path: a folder to checkpoint in.
         options: the fields of `Options`.
 
@@ -170,9 +181,10 @@ def sample_restrictions(
     """
     wanted = restrictions if isinstance(restrictions, Mapping) else {word: word for word in restrictions}
     masks, groups = together(loss_fn, params, wanted)
-    settings = Options(**options)
+    settings = options_by_name(options)
     target = target_of(loss_fn, params, dataset, n_beta, localization, weight_decay, masks, settings)
-    return _complete(run_groups(target, params, dataset, observables, lr, groups, seed, output_path, settings), groups)
+    plan = make_plan(target, params, dataset, observables, lr, groups, seed, settings, sampler, chains)
+    return _complete(execute(plan, params, output_path, settings.progress), groups)
 
 
 def together(
@@ -181,14 +193,6 @@ def together(
     """Return masks under which chains of several restrictions run at once, with a group axis, and the groups.
 
     One restriction alone has no group axis: what it does not move is closed over.
-
-    Args:
-        loss_fn: the loss.
-        params: the parameters.
-        restrictions: by name.
-
-    Raises:
-        ValueError: if there is none, or one is unknown.
     """
     if not restrictions:
         raise ValueError("there is no restriction to sample under: pass at least 'full'")
@@ -202,25 +206,6 @@ def together(
     }, groups
 
 
-def run_groups(
-    target: Target,
-    params: Params,
-    dataset: Data | None,
-    observables: Mapping[str, Any] | None,
-    lr: Hyper,
-    groups: Mapping[str, Mapping[str, Any]],
-    seed: int,
-    output_path: str | Path | None,
-    options: Options,
-) -> dict[str, Run]:
-    """Run chains of several groups; the target and `lr` have theirs along a first axis of hyper-parameters or masks.
-
-    A group whose every chain diverged is missing in what is returned.
-    """
-    plan = make_plan(target, params, dataset, observables, lr, groups, seed, options)
-    return execute(plan, params, output_path, options.progress)
-
-
 def execute(
     plan: Plan,
     params: Params,
@@ -228,21 +213,14 @@ def execute(
     shown: bool,
     look: Callable[[], None] | None = None,
 ) -> dict[str, Run]:
-    """Run what was planned.
+    """Run what was planned: a run per group that has a chain left.
 
-    Args:
-        plan: the run.
-        params: where chains start.
-        output_path: a folder to checkpoint in, and to go on from.
-        shown: whether to show a bar.
-        look: called after every step.
-
-    Returns:
-        A run per group that has a chain left.
+    With an `output_path` it checkpoints there, and goes on from what is there; `look` is called after every step.
     """
+    o = plan.options
     progress, record = loop.begin(plan, params)
     if output_path is None:
-        with bar(plan, progress.step, shown, look) as said:
+        with _bar(plan, progress.step, shown, look) as said:
             return loop.results(plan, loop.advance(plan, progress, record, plan.steps, said), record)
     folder = Path(output_path)
     if (folder / traces.RESULT).is_file() and not os.access(folder, os.W_OK):
@@ -252,9 +230,9 @@ def execute(
         if isinstance(found, dict):
             return found
         progress = found
-        with bar(plan, progress.step, shown, look) as said:
+        with _bar(plan, progress.step, shown, look) as said:
             while progress.step < plan.steps:
-                until = min(plan.steps, progress.step + plan.checkpoint * plan.between)
+                until = min(plan.steps, progress.step + o.checkpoint_every * o.num_steps_bw_draws)
                 before, progress = progress.step, loop.advance(plan, progress, record, until, said)
                 traces.checkpoint(folder, manifest.id, plan, before, progress, record)
                 if progress.step < until:

@@ -1,33 +1,129 @@
-"""From a target, data and options to a plan: everything about a run is decided here, once."""
+"""How chains are run: `Options` as they are asked for, and the `Plan` that is made of them, a target and data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from influence.func.fingerprint import fingerprint, weights_hash
-from influence.sgmcmc.runner import baselines, loop, stacking
 from influence.sgmcmc.runner import observables as observe
-from influence.sgmcmc.runner.baselines import Baseline
-from influence.sgmcmc.runner.minibatches import Data, Source, check_size, source_of
+from influence.sgmcmc.runner import stacking
+from influence.sgmcmc.runner.minibatches import Baseline, Data, Source, baseline_of, check_size, source_of
 from influence.sgmcmc.runner.observables import Watched
-from influence.sgmcmc.runner.options import Options
 from influence.sgmcmc.runner.stacking import Chunk, Replica
+from influence.sgmcmc.samplers import sgld
 from influence.sgmcmc.samplers.langevin import Sampler
 from influence.sgmcmc.samplers.target import Hyper, Target
 from influence.types import Params
 
-SHOWN = 4
-"""Groups that are printed."""
+Keep: TypeAlias = Literal["auto", "sequences", "tokens", "moments"]
+Policy: TypeAlias = Literal["raise", "drop", "prefix"]
+Baselines: TypeAlias = Literal["auto", "lookup", "paired"]
+
+HYPERS = ("n_beta", "localization", "weight_decay")
+"""Hyper-parameters of a target, which may have an entry per group."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How chains are run. The command line has these fields as flags, with the same words.
+
+    Attributes:
+        batch_size: examples of a step; None takes all at every step.
+        num_chains: chains of the whole run. Their disagreement is part of the error.
+        num_draws: draws of each chain, at which observables are measured.
+        num_burnin_steps: steps before the first draw, which no estimator sees.
+        num_steps_bw_draws: steps from one draw to the next.
+        shared_batches: give all chains the same batches. Their means then share its noise, and the spread between
+            chains is less than the error.
+        control_variate: take gradients as differences to those at the anchor on the same batch: less noise, at twice
+            the cost.
+        accumulate: compute a batch's gradient in so many pieces, which takes less memory.
+        init_noise: start chains so far from the anchor, per weight.
+        baseline: where the anchor's loss of each batch comes from: a table of all examples' losses (lookup), or one
+            more forward pass beside each step (paired); auto takes what needs fewer passes.
+        keep: of observables, beside their moments: every draw's loss of each example (sequences), of each position
+            (tokens), or nothing (moments); auto keeps sequences, or their co-moments where these are smaller.
+        on_divergence: what to do with a chain whose loss is no number: raise an error, drop the chain, or keep the
+            prefix before it, of all chains.
+        chain_chunk: chains that are stepped together; default by the size of the model.
+        observable_batch: examples of an observable that are evaluated at a time; default the batch size.
+        checkpoint_every: draws between checkpoints, where the run has a folder: what a crash loses.
+        progress: show a progress bar, with the loss, the LLC so far and the acceptance.
+    """
+
+    batch_size: int | None = 32
+    num_chains: int = 4
+    num_draws: int = 200
+    num_burnin_steps: int = 0
+    num_steps_bw_draws: int = 1
+    shared_batches: bool = False
+    control_variate: bool = False
+    accumulate: int = 1
+    init_noise: float = 0.0
+    baseline: Baselines = "auto"
+    keep: Keep = "auto"
+    on_divergence: Policy = "raise"
+    chain_chunk: int | None = None
+    observable_batch: int | None = None
+    checkpoint_every: int = 50
+    progress: bool = True
+
+    def check(self) -> None:
+        """Refuse what is out of range, before anything is computed.
+
+        Raises:
+            ValueError: naming the field and its value.
+        """
+        least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "checkpoint_every": 1}
+        for name, bound in {**least, "accumulate": 1}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}; got {getattr(self, name)}")
+        for name in ("batch_size", "observable_batch", "chain_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, or None for its default; got {getattr(self, name)}")
+
+    @property
+    def steps(self) -> int:
+        """Steps of every chain."""
+        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    def numbers(self, chains: Sequence[int] | None) -> list[int]:
+        """Return which chains are run here, by their numbers: all, where `chains` does not say.
+
+        Raises:
+            ValueError: if there are no such chains, or none.
+        """
+        numbers, known = list(range(self.num_chains) if chains is None else chains), set(range(self.num_chains))
+        if not numbers or len(set(numbers)) < len(numbers) or not known.issuperset(numbers):
+            raise ValueError(
+                f"chains must be some of the {self.num_chains} chains, each once, by their numbers from 0; got "
+                f"{numbers}: raise num_chains, or leave the others out"
+            )
+        if self.on_divergence == "prefix" and known != set(numbers):
+            raise ValueError(
+                "on_divergence='prefix' stops every chain where one diverges, and chains of another process cannot be "
+                "stopped: pass on_divergence='drop', or run all chains here"
+            )
+        return numbers
+
+
+def options_by_name(given: Mapping[str, Any]) -> Options:
+    """Return the options that a call was given by name; refuse a word that is none of a field's."""
+    for name, words in (("keep", Keep), ("on_divergence", Policy), ("baseline", Baselines)):
+        if name in given and given[name] not in get_args(words):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(words))}; got {given[name]!r}")
+    return Options(**given)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of chains.
+    """A run of chains, decided; `print(plan)` says it.
 
     Attributes:
+        options: what was asked for.
         sampler: the sampler, and through it the target.
         source: the dataset, if there is one.
         batch: examples of a batch.
@@ -36,18 +132,14 @@ class Plan:
         groups: names of groups of chains, with what differs between them.
         replicas: all chains, group by group.
         chunks: which are stepped together.
-        burn_in: steps before the first draw's block.
-        draws: how many.
-        between: steps of each.
         watched: the observables.
         keep: what is kept of them: `sequences`, `tokens`, `moments` or `pairs`.
         baseline: the loss at the anchor.
-        on_divergence: `raise`, `drop` or `prefix`.
-        checkpoint: draws between checkpoints.
         facts: what made the run, for the cache.
         notes: what else was decided, in words.
     """
 
+    options: Options
     sampler: Sampler
     source: Source | None
     batch: int
@@ -56,21 +148,16 @@ class Plan:
     groups: Mapping[str, Mapping[str, Any]]
     replicas: Sequence[Replica]
     chunks: Sequence[Chunk]
-    burn_in: int
-    draws: int
-    between: int
     watched: Sequence[Watched]
     keep: str
     baseline: Baseline
-    on_divergence: str
-    checkpoint: int
     facts: Mapping[str, Any]
     notes: Sequence[str]
 
     @property
     def steps(self) -> int:
         """Steps of every chain."""
-        return self.burn_in + self.draws * self.between
+        return self.options.steps
 
     @property
     def whole(self) -> bool:
@@ -83,17 +170,19 @@ class Plan:
         total = 16 * chains * self.steps
         positions, examples = sum(w.anchor.numel() for w in self.watched), sum(len(w.rows) for w in self.watched)
         total += 8 * chains * (len(self.watched) + 2) * positions
-        kept = {"sequences": 4 * self.draws * examples, "tokens": 4 * self.draws * (positions + examples)}
+        draws = self.options.num_draws
+        kept = {"sequences": 4 * draws * examples, "tokens": 4 * draws * (positions + examples)}
         return total + chains * kept.get(self.keep, 8 * examples**2 if self.keep == "pairs" else 0)
 
     def __str__(self) -> str:
         moving = sum(p.numel() for p in self.sampler.target.anchor.values())
-        examples = sum(len(w.rows) for w in self.watched)
+        examples, o = sum(len(w.rows) for w in self.watched), self.options
+        shown = 4
         lines = [
-            *(_hypers(name, said) for name, said in [*self.groups.items()][:SHOWN]),
-            *([f"… and {len(self.groups) - SHOWN} groups more"] if len(self.groups) > SHOWN else []),
-            f"{len(self.replicas)} chains of {moving:,} weights, {self.steps:,} steps: {self.burn_in:,} of burn-in, "
-            f"then {self.draws:,} draws of {self.between}",
+            *(_hypers(name, said) for name, said in [*self.groups.items()][:shown]),
+            *([f"… and {len(self.groups) - shown} groups more"] if len(self.groups) > shown else []),
+            f"{len(self.replicas)} chains of {moving:,} weights, {self.steps:,} steps: {o.num_burnin_steps:,} of "
+            f"burn-in, then {o.num_draws:,} draws of {o.num_steps_bw_draws}",
             f"stepped {', '.join(str(len(chunk.replicas)) for chunk in self.chunks[:8])} at a time, "
             f"{self.batch:,} examples a step" + (", the same for all chains" if self.shared else ""),
             f"{len(self.watched)} observables of {examples:,} examples; kept: {self.keep}; "
@@ -112,10 +201,6 @@ def _hypers(name: str, said: Mapping[str, Any]) -> str:
     return f"{name}: {', '.join(parts)}" if name else ", ".join(parts)
 
 
-HYPERS = ("n_beta", "localization", "weight_decay")
-"""Hyper-parameters of a target, which may have an entry per group."""
-
-
 def make_plan(
     target: Target,
     params: Params,
@@ -125,9 +210,12 @@ def make_plan(
     groups: Mapping[str, Mapping[str, Any]],
     seed: int,
     options: Options,
+    sampler: Callable[..., Sampler] = sgld.build,
+    chains: Sequence[int] | None = None,
 ) -> Plan:
-    """Decide everything about a run; `print(plan)` says it."""
+    """Decide everything about a run; arguments as in `sample`, hyper-parameters with an entry per group or one."""
     options.check()
+    numbers = options.numbers(chains)
     for name, value in {"lr": lr, **{name: getattr(target, name) for name in HYPERS}}.items():
         if isinstance(value, Tensor) and value.ndim and len(value) != len(groups):
             raise ValueError(
@@ -137,22 +225,20 @@ def make_plan(
     source = None if dataset is None else source_of(dataset)
     batch = 0 if source is None else check_size(source, options.batch_size)
     shared = options.shared_batches or source is None or batch == source.size
-    sampler = options.sampler(target, lr=lr)
-    replicas = [Replica(g, c) for g in range(len(groups)) for c in options.numbers]
-    steps = options.num_burnin_steps + options.num_draws * options.num_steps_bw_draws
-    baseline, kind = baselines.build(
-        target, source, options.baseline, batch, steps * (1 if shared else options.num_chains)
-    )
+    built = sampler(target, lr=lr)
+    replicas = [Replica(g, c) for g in range(len(groups)) for c in numbers]
+    batches = options.steps * (1 if shared else options.num_chains)
+    baseline, kind = baseline_of(target, source, options.baseline, batch, batches)
     evaluated = options.observable_batch or options.batch_size or 32
     watched = observe.watch(target, observables or {}, evaluated, seed)
     examples = sum(len(w.rows) for w in watched)
-    keep = options.keep
-    if keep == "auto":
-        keep = "pairs" if 0 < 2 * examples < options.num_draws else "sequences"
-    chunks, notes = _chunks(sampler, params, source, replicas, options, shared, batch, seed)
-    own = {name: {**said, **loop.hyper_facts(target, lr, g)} for g, (name, said) in enumerate(groups.items())}
+    automatic = "pairs" if 0 < 2 * examples < options.num_draws else "sequences"
+    keep = automatic if options.keep == "auto" else options.keep
+    chunks, notes = _chunks(built, params, source, replicas, options, shared, batch, seed)
+    own = {name: {**said, **_hyper_facts(target, lr, g)} for g, (name, said) in enumerate(groups.items())}
     return Plan(
-        sampler,
+        options,
+        built,
         source,
         batch,
         shared,
@@ -160,15 +246,10 @@ def make_plan(
         own,
         replicas,
         chunks,
-        options.num_burnin_steps,
-        options.num_draws,
-        options.num_steps_bw_draws,
         watched,
         keep,
         baseline,
-        options.on_divergence,
-        options.checkpoint_every,
-        _facts(target, source, batch, shared, seed, own, options, watched, keep),
+        _facts(target, source, batch, shared, seed, own, options, watched, keep, sampler, numbers),
         [f"the anchor's loss of each batch: {kind}", *notes],
     )
 
@@ -211,11 +292,12 @@ def _facts(
     seed: int,
     own: Mapping[str, Any],
     options: Options,
-    watched: Sequence[observe.Watched],
+    watched: Sequence[Watched],
     keep: str,
+    sampler: Callable[..., Sampler],
+    numbers: Sequence[int],
 ) -> dict[str, Any]:
     """Return everything that makes a run what it is."""
-    sampler = options.sampler
     settings = dict(getattr(sampler, "keywords", {}))
     function = getattr(sampler, "func", sampler)
     described = getattr(target.loss_fn, "function", None)
@@ -233,7 +315,7 @@ def _facts(
         "shared_batches": shared,
         "seed": seed,
         "num_chains": options.num_chains,
-        "chains": sorted(options.numbers),
+        "chains": sorted(numbers),
         "num_draws": options.num_draws,
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
@@ -243,3 +325,9 @@ def _facts(
         "keep": keep,
         "on_divergence": options.on_divergence,
     }
+
+
+def _hyper_facts(target: Target, lr: Hyper, group: int) -> dict[str, float]:
+    """Return a group's hyper-parameters as numbers."""
+    setting = target.setting(lr, {}, group)
+    return {name: float(getattr(setting, name)) for name in ("lr", *HYPERS)}

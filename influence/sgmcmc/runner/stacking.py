@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from influence.func.engine.attention import under_vmap
-from influence.sgmcmc.samplers.gradients import PerChain, position_losses
 from influence.sgmcmc.samplers.langevin import Info, Sampler
-from influence.sgmcmc.samplers.target import Target
+from influence.sgmcmc.samplers.target import PerChain, Target, position_losses
 from influence.types import Batch, Params
 
 WORK = 1 << 25
@@ -55,14 +54,7 @@ def cut(replicas: Sequence[Replica], size: int) -> list[Chunk]:
 
 
 def size_of(moving: int, batch: Batch, chains: int, on_cpu: bool) -> int:
-    """Return how many chains are stepped together unless one is told: a function of shapes alone.
-
-    Args:
-        moving: weights that move.
-        batch: a batch.
-        chains: how many there are.
-        on_cpu: whether they are on a CPU.
-    """
+    """Return how many chains of `moving` weights are stepped together by default: a function of shapes alone."""
     leaves = [x for x in tree_flatten(batch)[0] if isinstance(x, Tensor) and x.ndim]
     positions = max((x.numel() if not x.is_floating_point() else x.shape[0] for x in leaves), default=1)
     if on_cpu and moving * positions > WORK:
@@ -89,29 +81,14 @@ def noise_of(sampler: Sampler, chunk: Chunk, seed: int, step: int) -> Any:
 
 
 def step(sampler: Sampler, chunk: Chunk, state: Any, batches: Sequence[Batch], noise: Any) -> tuple[Any, Info]:
-    """Step a chunk.
-
-    Args:
-        sampler: the sampler.
-        chunk: which chains.
-        state: their state.
-        batches: one batch that all share, or one each.
-        noise: their noise.
-
-    Returns:
-        The state after, and what the step said, with a chain axis.
-    """
+    """Step a chunk on one batch that all chains share, or one each; what it says has a chain axis."""
     batch = batches[0] if len(batches) == 1 else PerChain(together(batches))
     state, info = sampler.step(state, batch, noise)
     return state, info if chunk.stacked else tree_map(lambda x: x[None], info)
 
 
 def together(batches: Sequence[Batch]) -> Batch:
-    """Return batches of several chains as one, with a chain axis.
-
-    Raises:
-        ValueError: if their shapes differ.
-    """
+    """Return batches of several chains as one, with a chain axis; refuse batches of different shapes."""
     flat = [tree_flatten(batch) for batch in batches]
     stacked = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):

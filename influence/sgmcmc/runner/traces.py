@@ -1,4 +1,4 @@
-"""Runs on disk: checkpoints while they go, one file when they are done.
+"""The folder of a run of chains: checkpoints while it goes, one file when it is done.
 
 A folder is a run directory (`store.folder`). It holds `segment-00000.h5`, … (the traces of some steps, immutable),
 `state.h5` (the chains and the moments after the last of them, replaced at once, with the checksums of the segments),
@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from influence import store
 from influence.sgmcmc.estimators.moments import Moments
-from influence.sgmcmc.runner.draws import Observed, Run
+from influence.sgmcmc.runner.draws import RUN, SCHEMA, Run, RunFacts, pack, unpack
 from influence.sgmcmc.runner.loop import Progress, Record
 from influence.sgmcmc.runner.schedule import Plan
-from influence.sgmcmc.samplers.gradients import mean_loss
+from influence.sgmcmc.samplers.target import mean_loss
 from influence.store import BadFileError
 from influence.store.folder import Manifest, manifest_of, run_id, take, tidy
 from influence.store.schema import conform
 
-RUN, STATE, SEGMENT, SCHEMA = "sampling run", "sampling state", "sampling segment", 1
+STATE, SEGMENT = "sampling state", "sampling segment"
 RESULT, STOOD, SEGMENTS = "run.h5", "state.h5", "segment-#.h5"
 ANEW = "Delete the folder, or pass another output_path"
 """What to do about a folder of another run."""
@@ -46,19 +46,9 @@ def claim(
     results: Sequence[str] = (),
     scratch: Sequence[str] = (),
 ) -> Iterator[Manifest]:
-    """Hold a folder's lock for a run, begun or gone on with.
+    """Hold a folder's lock for a run, begun or gone on with, and yield its manifest.
 
-    Args:
-        folder: the folder; made if it is not there.
-        facts: everything that makes the run what it is: `Plan.facts`.
-        overwrite: remove the run that is there.
-        config: the configuration, where a command has one.
-        command: what to type to run it again.
-        results: names of what else the run may hold, as `Manifest.files` has them.
-        scratch: names of what else it holds until it is finished.
-
-    Yields:
-        The manifest.
+    `facts` are those of `Plan.facts`; `results` and `scratch` name what else the run holds, at the end and until then.
 
     Raises:
         FileExistsError: if the folder holds something else.
@@ -79,11 +69,7 @@ def claim(
 def open_folder(
     folder: Path, manifest: Manifest, plan: Plan, progress: Progress, record: Record
 ) -> Progress | dict[str, Run]:
-    """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete.
-
-    Raises:
-        ValueError: if the folder's run is another one.
-    """
+    """Return where a folder's run stands, with its traces read into the record; or its runs, if it is complete."""
     if (folder / RESULT).is_file():
         tidy(folder, manifest)  # a run that was killed as it finished
         return read_planned(folder, plan)
@@ -120,11 +106,7 @@ class StateFacts(NamedTuple):
 
 
 def read_planned(folder: Path, plan: Plan) -> dict[str, Run]:
-    """Read the complete runs of a folder, if they are what was planned.
-
-    Raises:
-        ValueError: if they are of other settings, naming the field and both values.
-    """
+    """Read the complete runs of a folder; refuse those of other settings, naming the field and both values."""
     runs, facts, then = read_runs(folder)
     _refuse_facts(folder, plan.facts, facts)
     _refuse_probe(folder, plan, then)
@@ -137,7 +119,8 @@ def checkpoint(folder: Path, run: str, plan: Plan, begin: int, progress: Progres
     if begin:
         known = store.read_facts(folder / STOOD, kind=STATE, schema=SCHEMA, run=run)["segments"]
     steps = (begin, progress.step)
-    draws = tuple(max(0, (t - plan.burn_in) // plan.between) for t in steps)
+    o = plan.options
+    draws = tuple(max(0, (t - o.num_burnin_steps) // o.num_steps_bw_draws) for t in steps)
     spans = {"step": slice(*steps), "draw": slice(*draws)}
     part = {key: x[:, spans[record.axes[key][1]]] for key, x in record.arrays.items()}
     name = f"segment-{len(known):05d}.h5"
@@ -176,7 +159,7 @@ def read_runs(folder: Path) -> tuple[dict[str, Run], dict[str, Any], Tensor]:
     tensors, about = store.read(folder / RESULT, kind=RUN, schema=SCHEMA, run=run_id(folder))
     where = str(folder / RESULT)
     held = conform(about, RunsFacts, where)
-    runs = {name: _run(tensors, said, f"{g}/", where) for g, (name, said) in enumerate(held.runs.items())}
+    runs = {name: unpack(tensors, said, f"{g}/", where) for g, (name, said) in enumerate(held.runs.items())}
     return runs, held.plan, tensors["probe"]
 
 
@@ -236,40 +219,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class RunFacts(NamedTuple):
-    """The facts of a run as JSON holds them."""
-
-    observables: dict[str, str]
-    terms: list[str]
-    chains: tuple[int, ...]
-    burn_in: int
-    between: int
-    facts: dict[str, Any]
-
-
 class RunsFacts(NamedTuple):
     """The facts of a folder's runs as JSON holds them: each one's, and what made them."""
 
     runs: dict[str, RunFacts]
     plan: dict[str, Any]
-
-
-class HyperFacts(NamedTuple):
-    """What the facts of a run must say for its estimates."""
-
-    lr: float
-    n_beta: float
-    localization: float
-    weight_decay: float
-    groups: dict[str, dict[str, Any]]
-    dropped: list[int] = []  # noqa: RUF012 (of a named tuple, never changed)
-    stopped: int | None = None
-
-
-def save(run: Run, path: str | Path) -> None:
-    """Write one run to one file."""
-    tensors, dims, about = pack(run, "")
-    store.write(path, tensors, about, kind=RUN, schema=SCHEMA, dims=dims)
 
 
 def load(path: str | Path) -> Run | dict[str, Run]:
@@ -279,118 +233,8 @@ def load(path: str | Path) -> Run | dict[str, Run]:
         runs = read_runs(path)[0]
         return runs[""] if list(runs) == [""] else runs
     tensors, about = store.read(path, kind=RUN, schema=SCHEMA)
-    return _run(tensors, conform(about, RunFacts, str(path)), "", str(path))
-
-
-def pack(run: Run, prefix: str) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]], dict[str, Any]]:
-    """Return a run as tensors, the names of their dimensions, and facts."""
-    c, s = "chain", "step"
-    named: dict[str, tuple[Tensor, tuple[str, ...]]] = {
-        "sampling_loss": (run.loss, (c, s)),
-        "baseline_loss": (run.baseline, (c, s)),
-        **{f"metrics_{name}": (x, (c, s)) for name, x in run.terms.items()},
-    }
-    for name, o in run.observables.items():
-        n, t, d = f"batch_{name}", f"token_pos_{name}", "draw"
-        named |= {
-            f"anchor_loss_{name}": (o.anchor, (n, t)),
-            f"labelled_{name}": (o.labelled.to(torch.uint8), (n, t)),
-            f"index_{name}": (o.index, (n,)),
-            f"shifted_mean_{name}": (o.mean, (c, d)),
-            **_named_moments(o.moments, f"moments_{name}", "observable", f"position_{name}"),
-        }
-        if o.ids is not None:
-            named[f"input_ids_{name}"] = (o.ids, (n, f"token_{name}"))
-        if o.sequences is not None:
-            named[f"shifted_sequence_loss_{name}"] = (o.sequences, (c, d, n))
-        if o.tokens is not None:
-            named[f"shifted_loss_{name}"] = (o.tokens, (c, d, n, t))
-    if run.pairs is not None:
-        named |= _named_moments(run.pairs, "pairs", "example", "example_2")
-    about = {
-        "observables": {name: o.identity for name, o in run.observables.items()},
-        "terms": list(run.terms),
-        "chains": list(run.chains),
-        "burn_in": run.burn_in,
-        "between": run.between,
-        "facts": dict(run.facts),
-    }
-    tensors = {prefix + name: x for name, (x, _) in named.items()}
-    return tensors, {prefix + name: tuple(prefix + axis for axis in axes) for name, (_, axes) in named.items()}, about
-
-
-def _named_moments(moments: Moments, name: str, p: str, q: str) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-    axes = {"draws": (), "x": (p,), "xx": (p,), "y": (q,), "yy": (q,), "xy": (p, q)}
-    return {f"{name}_{field}": (x, ("chain", *axes[field])) for field, x in moments._asdict().items()}
-
-
-def _run(tensors: Mapping[str, Tensor], about: RunFacts, prefix: str, where: str) -> Run:
-    """Return a run of a file.
-
-    Raises:
-        BadFileError: if the file lacks a tensor, or its facts cannot be.
-    """
-
-    def moments(name: str) -> Moments:
-        return Moments(*(tensors[f"{prefix}{name}_{field}"] for field in Moments._fields))
-
-    observables = {
-        name: Observed(
-            tensors[f"{prefix}anchor_loss_{name}"],
-            tensors[f"{prefix}labelled_{name}"].bool(),
-            tensors[f"{prefix}index_{name}"],
-            tensors.get(f"{prefix}input_ids_{name}"),
-            identity,
-            tensors[f"{prefix}shifted_mean_{name}"],
-            moments(f"moments_{name}"),
-            tensors.get(f"{prefix}shifted_sequence_loss_{name}"),
-            tensors.get(f"{prefix}shifted_loss_{name}"),
-        )
-        for name, identity in about.observables.items()
-    }
-    loss = tensors[f"{prefix}sampling_loss"]
-    known = {name: about.facts[name] for name in HyperFacts._fields if name in about.facts}
-    conform(known, HyperFacts, f"{where}: facts of a run")
-    steps = loss.shape[-1] if loss.ndim == 2 else -1
-    if len(about.chains) != len(loss) or not 0 <= about.burn_in <= steps or about.between < 1:
-        raise BadFileError(f"{where} is not what it says: its losses are not those of {len(about.chains)} chains")
-    return Run(
-        loss,
-        tensors[f"{prefix}baseline_loss"],
-        {name: tensors[f"{prefix}metrics_{name}"] for name in about.terms},
-        observables,
-        moments("pairs") if f"{prefix}pairs_draws" in tensors else None,
-        about.chains,
-        about.burn_in,
-        about.between,
-        about.facts,
-    )
+    return unpack(tensors, conform(about, RunFacts, str(path)), "", str(path))
 
 
 def _moments(tensors: Mapping[str, Tensor], prefix: str) -> Moments:
     return Moments(*(tensors[prefix + field] for field in Moments._fields))
-
-
-def to_xarray(run: Run) -> Any:
-    """Return a run as an xarray Dataset with devinterp's names; `loss_{observable}` is not shifted there."""
-    try:
-        import xarray
-    except ImportError as error:
-        raise ImportError("to_xarray needs the extra: pip install 'influence[xarray]'") from error
-    variables: dict[str, Any] = {
-        "sampling_loss": (("chain", "step"), run.loss.numpy()),
-        "init_loss": (("chain", "step"), run.baseline.numpy()),
-        **{f"metrics_{name}": (("chain", "step"), x.numpy()) for name, x in run.terms.items()},
-    }
-    for name, o in run.observables.items():
-        n, t = f"batch_{name}", f"token_pos_{name}"
-        if o.tokens is not None:
-            variables[f"loss_{name}"] = (("chain", "draw", n, t), (o.tokens + o.anchor).numpy())
-        elif o.sequences is not None:
-            counts = o.labelled.sum(1).clamp_min(1)
-            start = (o.anchor * o.labelled).sum(1) / counts
-            variables[f"loss_{name}"] = (("chain", "draw", n), (o.sequences + start).numpy())
-        if o.ids is not None:
-            variables[f"input_ids_{name}"] = ((n, f"token_{name}"), o.ids.numpy())
-    facts = {name: str(value) for name, value in run.facts.items()}
-    return xarray.Dataset(variables, {"chain": list(run.chains)}, facts)

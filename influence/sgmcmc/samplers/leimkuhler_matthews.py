@@ -2,7 +2,6 @@ r"""Langevin dynamics whose step size biases no quadratic (Leimkuhler & Matthews
 
 from typing import NamedTuple
 
-from influence.sgmcmc.samplers.gradients import gradient
 from influence.sgmcmc.samplers.langevin import (
     Info,
     Sampler,
@@ -15,7 +14,7 @@ from influence.sgmcmc.samplers.langevin import (
     restrict,
     start,
 )
-from influence.sgmcmc.samplers.target import Hyper, Setting, Target
+from influence.sgmcmc.samplers.target import Hyper, Setting, Target, gradient
 from influence.types import Batch, Params
 
 

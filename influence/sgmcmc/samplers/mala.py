@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.sgmcmc.samplers.gradients import gradient
 from influence.sgmcmc.samplers.langevin import (
     Info,
     Sampler,
@@ -14,14 +13,15 @@ from influence.sgmcmc.samplers.langevin import (
     drift,
     fit,
     fitted,
+    generator,
     has_prior,
     langevin,
+    normals,
     per_chain,
     restrict,
     start,
 )
-from influence.sgmcmc.samplers.noise import generator, normals
-from influence.sgmcmc.samplers.target import Hyper, Setting, Target
+from influence.sgmcmc.samplers.target import Hyper, Setting, Target, gradient
 from influence.types import Batch, Params
 
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.sgmcmc.samplers.gradients import gradient
 from influence.sgmcmc.samplers.langevin import (
     Info,
     Sampler,
@@ -22,7 +21,7 @@ from influence.sgmcmc.samplers.langevin import (
     restrict,
     start,
 )
-from influence.sgmcmc.samplers.target import Hyper, Setting, Target
+from influence.sgmcmc.samplers.target import Hyper, Setting, Target, gradient
 from influence.types import Batch, Params
 
 NAMES = (

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.sgmcmc.samplers.gradients import gradient
 from influence.sgmcmc.samplers.langevin import (
     Info,
     Sampler,
@@ -20,7 +19,7 @@ from influence.sgmcmc.samplers.langevin import (
     start,
 )
 from influence.sgmcmc.samplers.sghmc import bounce, first_momenta, mean_square
-from influence.sgmcmc.samplers.target import Hyper, Setting, Target, check_range
+from influence.sgmcmc.samplers.target import Hyper, Setting, Target, check_range, gradient
 from influence.types import Batch, Params
 
 
