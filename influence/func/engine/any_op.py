@@ -18,8 +18,7 @@ from influence.func.engine.contributions import (
     position_dim,
     pull_back,
 )
-from influence.func.engine.probe import Call, tensors_of
-from influence.func.engine.trace import Axis, known_axis
+from influence.func.engine.trace import Axis, Call, known_axis, tensors_of
 
 
 def one_op_vmap(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:

@@ -14,11 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.engine.batch import batch_size
+from influence.func.engine.batch import batch_size, check_losses
 from influence.func.engine.contributions import Backward, Feed, Piece, Route, Scene, some_of
-from influence.func.engine.probe import Call, UseKey, derive, probe, tensors_of
 from influence.func.engine.rules import RULES
-from influence.func.engine.trace import AnotherPath, Keys, check_losses
+from influence.func.engine.trace import AnotherPath, Call, Keys, UseKey, derive, probe, tensors_of
 from influence.func.transform.folding import Block, Folded
 from influence.types import Batch, LossFn, Params, Rows
 

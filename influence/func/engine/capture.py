@@ -8,9 +8,8 @@ from torch import Tensor
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import BatchedPlan, Runner, cotangent_rows, tapped_losses
 from influence.func.engine.contributions import Route, Scene, positions
-from influence.func.engine.probe import Call
 from influence.func.engine.rules import linear_input, linear_names
-from influence.func.engine.trace import Axis
+from influence.func.engine.trace import Axis, Call
 from influence.types import Batch, LossFn, Params, Rows
 
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from influence.func.engine.attention import under_vmap
-from influence.func.engine.probe import Call, Probe, evaluate
-from influence.func.engine.trace import Axis
-from influence.func.transform.folding import Block, Part, apply_part
-from influence.func.transform.layout import ParamLayout, Side
+from influence.func.engine.trace import Axis, Call, Probe, evaluate
+from influence.func.transform.folding import Block, Part, Side, apply_part
+from influence.func.transform.layout import ParamLayout
 
 
 @runtime_checkable

@@ -27,13 +27,11 @@ from influence.func.engine.contributions import (
     column,
     positions,
 )
-from influence.func.engine.probe import Call, UseKey
 from influence.func.engine.row_sums import Anchored, squares
 from influence.func.engine.rules import CONV_NAMES, linear_input, linear_names
-from influence.func.engine.trace import NO_POSITION, Axis
+from influence.func.engine.trace import NO_POSITION, Axis, Call, UseKey
 from influence.func.loss.losses import widen
-from influence.func.transform.folding import Block
-from influence.func.transform.layout import Side
+from influence.func.transform.folding import Block, Side
 
 
 def add_grams(a: Shaped[Tensor, "*d"], b: Shaped[Tensor, "*e"]) -> Shaped[Tensor, "*f"]:

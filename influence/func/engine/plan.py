@@ -5,24 +5,21 @@ from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
-from influence.func.engine.batch import batch_size, sample, split_leaves, take
+from influence.func.engine.batch import batch_size, check_function, check_params, split_leaves, take
 from influence.func.engine.batched import BatchedPlan, batched_rows, make_feeds
 from influence.func.engine.contributions import Route, positions
-from influence.func.engine.probe import UseKey, tensors_of
 from influence.func.engine.reference import explain_torch, vmap_problem
 from influence.func.engine.rules import choose_route, traced_layout
 from influence.func.engine.trace import (
     AnotherPath,
     CannotTrace,
-    Inspection,
     NeedsOtherExamples,
     Trace,
     Use,
-    check_losses,
-    check_unmixed,
+    UseKey,
     known_axis,
+    tensors_of,
     trace,
 )
 from influence.func.transform.chain import Transform
@@ -243,62 +240,6 @@ def make_plan(
     costs = tuple(_cost(folded, block, shapes, f"whole {chosen}", False, 0) for block in folded.blocks)
     provisional = isinstance(problem, NeedsOtherExamples)
     return Plan(chosen, transform, folded, None, costs, tuple(notes), provisional=provisional)
-
-
-def check_params(params: Params) -> None:
-    """Refuse parameters which are no dictionary of floating-point tensors.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    if not isinstance(params, dict) or not params:
-        raise ValueError("params must be a dictionary {name: tensor} with at least one entry, as functionalize returns")
-    for name, p in params.items():
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            raise ValueError(f"parameter {name!r} must be a floating-point tensor to have a gradient; got {kind}")
-
-
-def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> set[str]:
-    """Refuse what is not a differentiable, pure function of one loss per example, by running it on few examples.
-
-    Returns:
-        Names of operations by which it routes elements by their values.
-
-    Raises:
-        ValueError: saying what it does instead.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("no gradient exists under torch.inference_mode(); leave it, or use torch.no_grad()")
-    inspection = Inspection()
-    with inspection, torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        few = loss_fn(leaves, sample(batch, 2))
-    with inspection, torch.no_grad():
-        more = loss_fn(params, sample(batch, 3))
-    check_losses(few, 2)
-    check_losses(more, 3)
-    check_unmixed(few, more)
-    if not _reaches(few, leaves):
-        raise ValueError(
-            f"the losses have no gradient with respect to any of {', '.join(list(params)[:5])}: the function does not "
-            "use these parameters, or computes under torch.no_grad() or detach()"
-        )
-    return inspection.routing
-
-
-def _reaches(out: Tensor, leaves: Params) -> bool:
-    """Whether a backward from a tensor would come to one of some leaves."""
-    wanted, seen, nodes = {id(leaf) for leaf in leaves.values()}, set(), [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        seen.add(node)
-        nodes += [after for after, _ in node.next_functions]
-    return False
 
 
 def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, Exception | None]:

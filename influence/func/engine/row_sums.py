@@ -16,8 +16,8 @@ from torch import Tensor
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import ALIVE, BatchedPlan, Runner, attach
 from influence.func.engine.contributions import Piece, Route, Scene, some_of
-from influence.func.engine.probe import Call, probe
 from influence.func.engine.rules import RULES
+from influence.func.engine.trace import Call, probe
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import Block, Folded
 from influence.types import Batch, Params, Rows

@@ -31,8 +31,19 @@ from influence.func.engine.contributions import (
     vector_pieces,
     without_padding,
 )
-from influence.func.engine.probe import Call, Expr, Probe, UseKey, op_name, tensors_of
-from influence.func.engine.trace import Axis, CannotTrace, Trace, Use, known_axis
+from influence.func.engine.trace import (
+    Axis,
+    Call,
+    CannotTrace,
+    Expr,
+    Probe,
+    Trace,
+    Use,
+    UseKey,
+    known_axis,
+    op_name,
+    tensors_of,
+)
 from influence.func.transform.layout import Layout, ParamLayout
 from influence.types import Params
 
