@@ -17,7 +17,7 @@ from torch import Tensor
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import make_feeds
 from influence.func.engine.plan import Plan, make_plan
-from influence.func.engine.row_sums import Reduce, piecewise, squares, watched
+from influence.func.engine.sums import Reduce, piecewise, squares, watched
 from influence.func.fold import Sink
 from influence.func.transform.chain import Step, Transform, chain
 from influence.func.transform.curvature import replaced

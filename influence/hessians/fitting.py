@@ -12,10 +12,9 @@ from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import cotangent_rows, tapped_losses
-from influence.func.engine.factor_sums import add_grams
 from influence.func.engine.plan import Plan, Planned
 from influence.func.engine.reference import loop_rows, vmap_rows
-from influence.func.engine.row_sums import squares
+from influence.func.engine.sums import add_grams, squares
 from influence.func.fingerprint import weights_hash
 from influence.func.fold import Sink, fold
 from influence.func.loss.losses import IGNORED, widen

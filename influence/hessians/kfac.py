@@ -15,10 +15,9 @@ import torch
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import BatchedPlan, make_feeds
-from influence.func.engine.factor_sums import Gather, GatherPlan, Joint, make_gather
 from influence.func.engine.per_token import with_positions
 from influence.func.engine.plan import EngineError, Plan, make_plan
-from influence.func.engine.row_sums import watched
+from influence.func.engine.sums import Gather, GatherPlan, Joint, make_gather, watched
 from influence.func.fold import Sink
 from influence.func.numbers import check_number
 from influence.func.transform.chain import Transform

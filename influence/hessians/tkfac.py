@@ -15,7 +15,7 @@ from functools import partial, reduce
 
 import torch
 
-from influence.func.engine.factor_sums import BlockSums, Pair, add_grams
+from influence.func.engine.sums import BlockSums, Pair, add_grams
 from influence.func.fold import Sink
 from influence.func.transform.chain import Transform
 from influence.hessians import kfac

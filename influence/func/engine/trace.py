@@ -83,6 +83,10 @@ class Call(NamedTuple):
         args, kwargs = tree_unflatten(list(self.leaves), self.spec)
         return {**dict.fromkeys(names), **(defaults or {}), **dict(zip(names, args, strict=False)), **kwargs}
 
+    def place(self, leaf: Tensor) -> int:
+        """Return where an argument is among the leaves."""
+        return next(i for i, other in enumerate(self.leaves) if other is leaf)
+
     def run(self, replaced: dict[int, Tensor] | None = None) -> Any:
         """Execute the operation on plain values, some of them replaced."""
         leaves = [leaf.value if isinstance(leaf, Probe) else leaf for leaf in self.leaves]
@@ -120,6 +124,11 @@ def probe(value: Tensor, source: "str | Expr", names: tuple[str, ...], watcher: 
     made = value.detach().as_subclass(Probe)
     made.value, made.source, made.names, made.watcher = value, source, names, watcher
     return made
+
+
+def base_name(leaf: Any) -> str | None:
+    """Return a leaf's parameter if it is one, unchanged."""
+    return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
 
 
 def op_name(func: Any) -> str:
@@ -187,6 +196,42 @@ class Axis(NamedTuple):
 
 
 NO_POSITION = -1
+
+
+def positions(x: Shaped[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> Shaped[Tensor, "..."]:
+    """Arrange a tensor whose last axis holds features as `[n, s, d]`, or `[n, keep, r, d]` where positions are kept.
+
+    Args:
+        x: the tensor.
+        axis: its example axis.
+        n: number of examples.
+        keep: the number of positions, if they must stay apart.
+
+    Returns:
+        The rearranged tensor.
+    """
+    parts = axis.split(x, n)
+    if keep is None:
+        return parts.flatten(1, -2)
+    moved = parts.movedim(position_dim(parts[..., 0], keep, axis), 1)
+    return moved.reshape(n, keep, -1, moved.shape[-1])
+
+
+def position_dim(parts: Shaped[Tensor, "n ..."], keep: int, axis: Axis) -> int:
+    """Return the axis of token positions of a split tensor.
+
+    Raises:
+        ValueError: if there is none, or more than one that it could be.
+    """
+    dims = [dim for dim in range(1, parts.ndim) if parts.shape[dim] == keep]
+    if axis.position is not None:
+        dims = [axis.position + 1] if axis.position + 1 in dims else []
+    elif keep == 1:
+        dims = dims[:1]
+    if len(dims) != 1:
+        found = "no axis" if not dims else f"{len(dims)} axes that could be the one"
+        raise ValueError(f"{found} of {keep} token positions in a use of shape {list(parts.shape[1:])} per example")
+    return dims[0]
 
 
 def find_position(whole: tuple[int, ...], shorter: tuple[int, ...], s: int) -> int | None:
@@ -277,7 +322,7 @@ class NeedsOtherExamples(CannotTrace):
     """The examples at hand do not tell where examples are; others will."""
 
 
-class Use(NamedTuple):
+class TracedUse(NamedTuple):
     """One planned use of parameters.
 
     Attributes:
@@ -290,6 +335,10 @@ class Use(NamedTuple):
     inputs: dict[int, Axis | None]
     outputs: tuple[Axis | None, ...]
 
+    def axis(self, leaf: Any) -> Axis | None:
+        """Return the example axis of an argument; `None` if it has none."""
+        return next((axis for place, axis in self.inputs.items() if self.call.leaves[place] is leaf), None)
+
     @property
     def knows_examples(self) -> bool:
         """Whether any argument or result has an example axis."""
@@ -299,7 +348,7 @@ class Use(NamedTuple):
 class Trace(NamedTuple):
     """What the trace found: the uses where examples meet parameters, and the operations on parameters alone."""
 
-    uses: dict[UseKey, Use]
+    uses: dict[UseKey, TracedUse]
     alone: frozenset[UseKey]
 
 
@@ -379,7 +428,7 @@ def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
         learnt = {}
         uses = {}
         for a, b in zip(two, three, strict=True):
-            use = Use(b.call, _axes(a, b), _output_axes(a, b))
+            use = TracedUse(b.call, _axes(a, b), _output_axes(a, b))
             if not a.alone:
                 uses[a.key] = use
             if use.knows_examples == a.alone and a.key not in known:
