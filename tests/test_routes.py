@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from influence import explain, functionalize, per_example_grads, per_example_grads_fn
-from influence.func.engine import attention, ops
+from influence.func.engine import attention, batched, ops
 from influence.func.engine.plan import Plan
 from tests.cases import CASES, Case, images, labelled_tokens, labels_nll, sequences
 from tests.oracles import error, per_example
@@ -246,7 +246,7 @@ def test_guard_catches_a_rule_that_is_wrong(wrong: str, monkeypatch: pytest.Monk
     right = ops.FAMILIES["linear"]
 
     def linear(*args: Any) -> Any:
-        saved, backward = right.rows(*args)
+        saved, backward = batched.outer_products(right.see(*args), args[2])
         return saved, lambda saved, gs: {slot: spoil(piece) for slot, piece in backward(saved, gs).items()}
 
     monkeypatch.setitem(ops.FAMILIES, "linear", right._replace(rows=linear))

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from einops import einsum, reduce
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -146,9 +147,9 @@ def squared_norms(loss_fn: LossFn, params: Params, batch: Batch) -> Float[Tensor
     for left, right in found.factors.values():
         s, o, i = left.shape[1], left.shape[2], right.shape[2]
         if s * (o + i) < o * i:
-            part = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+            part = einsum(left @ left.mT, right @ right.mT, "n s t, n s t -> n")
         else:
-            part = (left.mT @ right).square().sum((1, 2))
+            part = reduce((left.mT @ right).square(), "n o i -> n", "sum")
         total = part if total is None else total + part
     for row in found.rows.values():
         part = vectors(row).square().sum(1)
@@ -192,10 +193,10 @@ def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Float[Tensor
     ghost = n * m * s * t * (o + i)
     formed = (n * s + m * t) * o * i + n * m * o * i
     if ghost < formed:
-        lefts, rights = (torch.einsum("nsd,mtd->nmst", x, y) for x, y in zip(a, b, strict=True))
-        return (lefts * rights).sum((2, 3))
-    rows = [(left.mT @ right).flatten(1) for left, right in (a, b)]
-    return rows[0] @ rows[1].mT
+        lefts, rights = (einsum(x, y, "n s d, m t d -> n m s t") for x, y in zip(a, b, strict=True))
+        return einsum(lefts, rights, "n m s t, n m s t -> n m")
+    rows = [left.mT @ right for left, right in (a, b)]
+    return einsum(*rows, "n o i, m o i -> n m")
 
 
 class _Gradients(NamedTuple):

@@ -10,7 +10,7 @@ positions of outer products of what came in and the output gradient.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size, check_losses
-from influence.func.engine.trace import AnotherPath, Axis, Call, Keys, TracedUse, UseKey, derive, probe, tensors_of
+from influence.func.engine.trace import AnotherPath, Axis, Call, Keys, TracedUse, UseKey, derive, probes, tensors_of
 from influence.func.transform.folding import Block, Folded, Part, Side
 from influence.func.transform.layout import ParamLayout
 from influence.types import Batch, LossFn, Params, Rows
@@ -33,12 +33,14 @@ class Feed(NamedTuple):
         part: the sides its gradient goes through.
         block: the block.
         fused: whether a bias may ride on the weight of the same block (same left side, one form on the right).
+        column: where a vector goes in a matrix block: the right side of an axis of length one.
     """
 
     slot: int
     part: Part
     block: Block
     fused: bool = False
+    column: Float[Tensor, " q"] | None = None
 
 
 class Scene(NamedTuple):
@@ -82,6 +84,8 @@ Pieces: TypeAlias = dict[int, Tensor | Piece]
 """Contributions by block; lazy where the block's linear maps need its whole gradient."""
 Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Pieces]
 """`(what was saved, output gradients) -> contributions`."""
+Meet: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`(what was saved, the other factor) -> their sum of outer products over positions`."""
 
 
 @runtime_checkable
@@ -123,8 +127,8 @@ class Known(Protocol):
         """Return `Σ_s (side x_s + constant) ⊗ other_s`, from what was remembered."""
         ...
 
-    def factor(self, side: Side, beside: Part | None, max_side: int) -> Factor:
-        """Return the factor behind a side and, where a bias rides along, its part; longer sides keep a diagonal."""
+    def factor(self, side: Side, bias: "Feed | None", max_side: int) -> Factor:
+        """Return the factor behind a side, a bias that rides along included; longer sides keep a diagonal."""
         ...
 
 
@@ -160,8 +164,8 @@ class Family(NamedTuple):
         name: as a plan shows it.
         operations: the torch functions it is asked about, by name.
         serves: whether the arguments of a use with one result are such as it can serve.
-        rows: `(call, route, scene) -> (what to save, backward)`: the contributions of a use.
         see: `(call, route, scene) -> Use`, where the gradient is a sum of outer products.
+        rows: `(call, route, scene) -> (what to save, backward)`: its contributions, where `see` does not tell them.
         layout: what a use tells of its parameters: fields of their `ParamLayout`, by name.
         channel: the axis of the result that holds a matrix's outputs.
     """
@@ -169,47 +173,53 @@ class Family(NamedTuple):
     name: str
     operations: tuple[str, ...]
     serves: Callable[[TracedUse], bool]
-    rows: Callable[[Call, Route, Scene], tuple[Saved, Backward]]
     see: Callable[[Call, Route, Scene], Use] | None = None
+    rows: Callable[[Call, Route, Scene], tuple[Saved, Backward]] | None = None
     layout: Callable[[TracedUse], dict[str, dict[str, Any]]] | None = None
     channel: int = -1
 
 
+def contributions(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
+    """Return what to save of a use, and its contributions once the output gradient is here."""
+    see, rows = route.family.see, route.family.rows
+    if rows is not None:
+        return rows(call, route, scene)
+    assert see is not None
+    return outer_products(see(call, route, scene), scene)
+
+
 def outer_products(use: Use, scene: Scene) -> tuple[Saved, Backward]:
-    """Return what to save of a use, and its contributions `Σ_s l_s ⊗ r_s` once the output gradient is here.
+    """Return the contributions `Σ_s l_s ⊗ r_s` of a use.
 
     A matrix side is applied to what came in now, and only that is saved; a bias rides along as a constant.
     """
     weight, bias, known, known_is_left, arrange = use[:5]
-    feeds, value = scene.feeds.get(weight, []), scene.values[weight]
+    feeds, dtype = scene.feeds.get(weight, []), scene.values[weight].dtype
     bias_feeds = {feed.slot: feed for feed in scene.feeds.get(bias, ())} if bias else {}
-    riding = {f.slot for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
+    riding = {f.slot: bias_feeds[f.slot] for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
     saved: Saved = []
-    reads: list[int] = []
-    constants: list[Tensor | None] = []
+    reads: list[tuple[int, Meet]] = []
     raw: int | None = None
     for feed in feeds:
         side = feed.part.left if known_is_left else right_side(feed)
-        constants.append(None)
+        beside = riding.get(feed.slot)
         if side.dense:
             x = known.through(side)
-            saved.append(x + column(bias_feeds[feed.slot].part, x) if feed.slot in riding else x)
-            reads.append(len(saved) - 1)
-        else:
-            if feed.slot in riding:
-                constants[-1] = column(bias_feeds[feed.slot].part, value)
-            if raw is None:
-                saved.append(known.memory)
-                raw = len(saved) - 1
-            reads.append(raw)
-    forgotten, dtype = known.forget(), value.dtype
+            saved.append(x if beside is None else x + column(beside, x))
+            reads.append((len(saved) - 1, outer))
+            continue
+        if raw is None:
+            raw, forgotten = len(saved), known.forget()
+            saved.append(known.memory)
+        constant = None if beside is None else column(beside, scene.values[weight])
+        reads.append((raw, partial(forgotten.meet, side, constant=constant)))
 
     def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
         g = arrange(gs[0]).to(dtype)
         pieces: Pieces = {}
-        for feed, read, constant in zip(feeds, reads, constants, strict=True):
-            mine, others = (feed.part.left, right_side(feed)) if known_is_left else (right_side(feed), feed.part.left)
-            product = _Product(forgotten, mine, saved[read], others.apply(g), known_is_left, constant)
+        for feed, (read, meet) in zip(feeds, reads, strict=True):
+            other = (right_side(feed) if known_is_left else feed.part.left).apply(g)
+            product = partial(_product, meet, saved[read], other, known_is_left)
             pieces[feed.slot] = product if feed.block.linear else product(slice(None))
         if bias is not None:
             pieces = add_pieces(pieces, vector_pieces(bias, g.sum(-2), scene, riding))
@@ -218,29 +228,15 @@ def outer_products(use: Use, scene: Scene) -> tuple[Saved, Backward]:
     return saved, backward
 
 
-@dataclass(frozen=True)
-class _Product:
-    """The sum of outer products of what came in and an output gradient, for some examples."""
-
-    known: Known
-    side: Side
-    memory: Tensor
-    other: Tensor
-    known_is_left: bool
-    constant: Tensor | None
-
-    def __call__(self, some: slice) -> Tensor:
-        memory, other = self.memory[some], self.other[some]
-        if self.side.dense:  # under autocast, what was projected in the forward is in half precision
-            piece = outer(memory.to(other.dtype), other)
-        else:
-            piece = self.known.meet(self.side, memory, other, self.constant)
-        return piece if self.known_is_left else piece.mT
+def _product(meet: Meet, memory: Tensor, other: Tensor, known_is_left: bool, some: slice) -> Tensor:
+    """Return the sum of outer products of what came in and an output gradient, for some examples."""
+    piece = meet(memory[some], other[some])
+    return piece if known_is_left else piece.mT
 
 
 def outer(left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Sum outer products over positions: `[n, s, p] × [n, s, q] -> [n, p, q]`, kept positions stay in front."""
-    return left.mT @ right
+    return left.to(right.dtype).mT @ right  # under autocast, what was projected in the forward is in half precision
 
 
 def right_side(feed: Feed) -> Side:
@@ -249,10 +245,10 @@ def right_side(feed: Feed) -> Side:
     return feed.part.right
 
 
-def column(part: Part, like: Tensor) -> Float[Tensor, " q"]:
-    """Return where a vector goes in its matrix block: the right side of an axis of length one."""
-    assert part.right is not None
-    return part.right.apply(torch.ones(1, dtype=like.dtype, device=like.device))
+def column(feed: Feed, like: Tensor) -> Float[Tensor, " q"]:
+    """Return where a vector goes in its matrix block, as another tensor is."""
+    assert feed.column is not None
+    return feed.column.to(like)
 
 
 def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Collection[int] = ()) -> Pieces:
@@ -262,7 +258,7 @@ def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Col
         if feed.slot in besides:
             continue
         left = feed.part.left.apply(v)
-        pieces[feed.slot] = left if feed.part.right is None else _columns(left, column(feed.part, left), feed)
+        pieces[feed.slot] = left if feed.column is None else _columns(left, column(feed, left), feed)
     return pieces
 
 
@@ -334,8 +330,12 @@ def make_feeds(folded: Folded) -> dict[str, list[Feed]]:
     """Return the blocks that each parameter feeds, ready to run."""
     feeds: dict[str, list[Feed]] = {name: [] for name in folded.layout.params}
     for slot, block in enumerate(folded.blocks):
+        fused = rides(block)
         for part in block.parts:
-            feeds[part.source].append(Feed(slot, part, block, rides(block)))
+            layout, right = folded.layout[part.source], part.right
+            is_column = right is not None and not layout.is_matrix
+            one = torch.ones(1, dtype=layout.dtype, device=layout.device)
+            feeds[part.source].append(Feed(slot, part, block, fused, right.apply(one) if is_column else None))
     return feeds
 
 
@@ -423,7 +423,7 @@ def tap(
             zeros[block.into] = like.new_zeros((), dtype=dtype).expand(*lead, *block.shape).requires_grad_()
     run = (watcher or Runner)(plan, scene, zeros)
     used = params if live else values
-    return {name: probe(p, name, (name,), run) for name, p in used.items()}, run
+    return probes(used, run), run
 
 
 def cotangent_rows(out: Tensor, cotangent: Tensor | None, zeros: Rows, retain: bool = False) -> Rows:
@@ -468,7 +468,7 @@ class Runner:
         """Return an operation's result with its contribution to the zeros attached."""
         fed = [feed for name in call.params for feed in self.scene.feeds[name]]
         names = list(dict.fromkeys(feed.block.into for feed in fed))
-        saved, backward = route.family.rows(call, route, self.scene)
+        saved, backward = contributions(call, route, self.scene)
         finish = Contribution(
             backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None
         )

@@ -180,11 +180,12 @@ class PlannedRows:
 
     def with_losses(self, params: Params, batch: Batch) -> tuple[CollectedRows, Float[Tensor, " n"]]:
         """Return the rows of a batch, and its losses from the same forward."""
+        plan = self.plan
         pieces = [self.planned(params, chunk) for chunk in chunks(batch, self._chunk_size)]
         found = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
         rows = {name: row for name, row in found.items() if name != LOSSES}
         finite = finite_rows(rows, batch, self._nonfinite)
-        return CollectedRows(finite, self.plan.transform, self.plan.layout), found[LOSSES]
+        return CollectedRows(finite, plan.transform, plan.layout), found[LOSSES]
 
     def __repr__(self) -> str:
         """Return the plan."""

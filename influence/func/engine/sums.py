@@ -31,12 +31,13 @@ from influence.func.engine.batched import (
     Scene,
     Use,
     attach,
+    contributions,
     same_left,
     some_of,
 )
-from influence.func.engine.trace import Call, UseKey, probe
+from influence.func.engine.trace import Call, UseKey, probes
 from influence.func.loss.losses import widen
-from influence.func.transform.folding import Block, Folded, Part, Side
+from influence.func.transform.folding import Block, Folded, Side
 from influence.types import Batch, Params, Rows
 
 
@@ -106,8 +107,7 @@ def watched(
     """
     plain = {name: p.detach() for name, p in params.items()}
     run = make(Scene(batch_size(batch), None, dict(plan.folded.layout.params), plan.feeds, plain))
-    probes = {name: probe(p, name, (name,), run) for name, p in plain.items()}
-    out, said = head(probes, batch)  # type: ignore[arg-type]
+    out, said = head(probes(plain, run), batch)
     return out, said, run
 
 
@@ -132,7 +132,7 @@ class Reduce(Anchored):
         """Reduce a use's rows when its output gradient arrives."""
         feeds = {feed.slot: feed for name in call.params for feed in self.scene.feeds[name]}
         kept = list(dict.fromkeys(f.block.into for f in feeds.values() if f.block.name not in self.once))
-        saved, rows = route.family.rows(call, route, self.scene)
+        saved, rows = contributions(call, route, self.scene)
 
         def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor | None]:
             found: Rows = {}
@@ -347,30 +347,29 @@ class Gather(Anchored):
         side = feed.part.left if use.known_is_left else feed.part.right
         assert side is not None
         riding = next((f for f in self.scene.feeds[use.bias] if f.slot == feed.slot), None) if use.bias else None
-        beside = None if riding is None else riding.part
         factor = None
         if self.joint is None:
-            gram, count = self.gram(use, side, beside)
+            gram, count = self.gram(use, side, riding)
             self.add(name, {"left" if use.known_is_left else "right": gram})
         else:
-            factor = use.known.factor(side, beside, self.gather.max_side)
+            factor = use.known.factor(side, riding, self.gather.max_side)
             count = factor.count
         self.positions[name] = self.positions.get(name, 0) + count
         return factor
 
-    def gram(self, use: Use, side: Side, beside: Part | None) -> tuple[Tensor, int]:
+    def gram(self, use: Use, side: Side, bias: Feed | None) -> tuple[Tensor, int]:
         """Return the Gram matrix of what came in, and how many positions: of one input behind one side once."""
         source = use.source
         key = (
             id(source),
             None if source is None else source._version,
             _side_key(side),
-            _side_key(beside and beside.right),
+            _side_key(None if bias is None else bias.part.right),
         )
         known = self._grams.get(key)
         if known is not None and source is not None and known[0]() is source:
             return known[1], known[2]
-        factor = use.known.factor(side, beside, self.gather.max_side)
+        factor = use.known.factor(side, bias, self.gather.max_side)
         gram, count = factor.gram(), factor.count
         if source is not None:
             self._grams[key] = (weakref.ref(source), gram, count)

@@ -126,6 +126,11 @@ def probe(value: Tensor, source: "str | Expr", names: tuple[str, ...], watcher: 
     return made
 
 
+def probes(params: Params, watcher: Watcher) -> Params:
+    """Return probes that stand for parameters."""
+    return {name: probe(p, name, (name,), watcher) for name, p in params.items()}
+
+
 def base_name(leaf: Any) -> str | None:
     """Return a leaf's parameter if it is one, unchanged."""
     return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
@@ -399,8 +404,7 @@ def _run(loss_fn: LossFn, params: Params, batch: Batch, n: int, known: dict[UseK
         return derive(call, out, watch) if alone else out
 
     with torch.no_grad():
-        probes = {name: probe(p, name, (name,), watch) for name, p in params.items()}
-        loss_fn(probes, batch)  # type: ignore[arg-type]
+        loss_fn(probes(params, watch), batch)
     return events
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 import torch
+from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -83,14 +84,15 @@ class ParamLayout:
         """Turn a gradient `[n, *shape]` into its block form `[n, o, i]` or `[n, d]`."""
         if not self.is_matrix:
             return grad.reshape(grad.shape[0], prod(self.shape))
-        grad = grad.flatten(3 if self.experts else 2)
-        grad = grad.mT if self.transposed else grad
-        return grad.flatten(1, 2) if self.experts else grad
+        if self.experts:
+            return rearrange(grad, "n e i ... -> n (e ...) i" if self.transposed else "n e o ... -> n (e o) (...)")
+        return rearrange(grad, "n i ... -> n (...) i" if self.transposed else "n o ... -> n o (...)")
 
     def restore(self, block: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
         """Undo `orient`."""
-        block = block.unflatten(1, (self.experts, -1)) if self.experts else block
-        block = block.mT if self.transposed else block
+        if self.is_matrix and (self.experts or self.transposed):
+            stored = "n e i o" if self.transposed else "n e o i"
+            block = rearrange(block, f"n (e o) i -> {stored}", e=self.experts or 1)
         return block.reshape(block.shape[0], *self.shape)
 
 

@@ -100,8 +100,8 @@ def by_mask(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     return [call.leaves[i] for i in data], backward
 
 
-VMAP = Family("per-op vmap", (), slices_agree, by_vmap)
-MASKED = Family("masked", (), lambda use: True, by_mask)
+VMAP = Family("per-op vmap", (), slices_agree, rows=by_vmap)
+MASKED = Family("masked", (), lambda use: True, rows=by_mask)
 
 
 def _leaf_gradients(call: Call, scene: Scene, grads: Sequence[Tensor]) -> Pieces:

@@ -19,6 +19,7 @@ from influence.func.engine.batched import (
     Backward,
     Factor,
     Family,
+    Feed,
     Pieces,
     Route,
     Saved,
@@ -32,7 +33,7 @@ from influence.func.engine.batched import (
 from influence.func.engine.ops.linear import Vectors, late
 from influence.func.engine.trace import Axis, Call, Probe, TracedUse, base_name
 from influence.func.loss.losses import widen
-from influence.func.transform.folding import Part, Side
+from influence.func.transform.folding import Side
 
 SETTINGS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 """What decides which patches are read, and what torch takes where it is not given."""
@@ -103,7 +104,7 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     return [known.through(right_side(feed)) if right_side(feed).dense else known.memory for feed in feeds], backward
 
 
-FAMILY = Family("conv", ("conv1d", "conv2d", "conv3d"), serves, rows, see, layout, channel=1)
+FAMILY = Family("conv", ("conv1d", "conv2d", "conv3d"), serves, see, rows, layout, channel=1)
 
 
 class Patches(NamedTuple):
@@ -144,9 +145,9 @@ class Patches(NamedTuple):
         patches = self._replace(x=memory).unfold()
         return Vectors(patches).meet(side, patches, other, constant)
 
-    def factor(self, side: Side, beside: Part | None, max_side: int) -> Factor:
+    def factor(self, side: Side, bias: Feed | None, max_side: int) -> Factor:
         """Return the patches themselves behind a side."""
-        return Vectors(self.unfold()).factor(side, beside, max_side)
+        return Vectors(self.unfold()).factor(side, bias, max_side)
 
     def unfold(self) -> Float[Tensor, "n gs ck"]:
         """Return the patches themselves."""

@@ -43,7 +43,7 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     return saved, backward
 
 
-FAMILY = Family("elementwise", (*OF_TWO, "expand", "expand_as"), serves, rows)
+FAMILY = Family("elementwise", (*OF_TWO, "expand", "expand_as"), serves, rows=rows)
 
 
 def reduce_to(

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.func.engine.batched import Backward, Factor, Family, Pieces, Route, Saved, Scene, Use, outer_products
+from influence.func.engine.batched import Factor, Family, Feed, Pieces, Route, Scene, Use, outer_products
 from influence.func.engine.ops.linear import Vectors, late, tokens
 from influence.func.engine.trace import Call, Expr, TracedUse, base_name, known_axis, positions
 from influence.func.loss.losses import widen
-from influence.func.transform.folding import Part, Side
+from influence.func.transform.folding import Side
 
 
 def arguments(call: Call) -> dict[str, Any]:
@@ -74,12 +74,7 @@ def _looked_up(
     return Use(name, None, known, not scene.params[name].transposed, arranged, late)
 
 
-def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
-    """Serve the rows of a use."""
-    return outer_products(see(call, route, scene), scene)
-
-
-FAMILY = Family("embedding", ("embedding",), serves, rows, see, layout)
+FAMILY = Family("embedding", ("embedding",), serves, see, layout=layout)
 
 
 def table_pieces(source: Expr, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces | None:
@@ -133,7 +128,7 @@ class OneHot(NamedTuple):
         out = other.new_zeros(*other.shape[:-2], self.scale.shape[0], other.shape[-1])
         return side.apply(out.scatter_add(-2, memory[..., None].expand_as(other), other).mT).mT
 
-    def factor(self, side: Side, beside: Part | None, max_side: int) -> Factor:
+    def factor(self, side: Side, bias: Feed | None, max_side: int) -> Factor:
         """Return the factor behind a side: still tokens, unless the side is a matrix."""
         live = torch.ones_like(self.ids, dtype=torch.bool) if self.live is None else self.live
         if side.dense:

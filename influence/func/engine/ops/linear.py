@@ -13,16 +13,15 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from influence.func.engine.batched import (
-    Backward,
     Factor,
     Family,
+    Feed,
     Route,
-    Saved,
     Scene,
     Use,
     column,
     outer,
-    outer_products,
+    right_side,
 )
 from influence.func.engine.trace import (
     NO_POSITION,
@@ -32,12 +31,11 @@ from influence.func.engine.trace import (
     Probe,
     TracedUse,
     base_name,
-    known_axis,
     op_name,
     positions,
 )
 from influence.func.loss.losses import widen
-from influence.func.transform.folding import Part, Side
+from influence.func.transform.folding import Side
 
 
 def arguments(call: Call) -> tuple[Any, Any, Any, bool]:
@@ -95,7 +93,9 @@ def see(call: Call, route: Route, scene: Scene) -> Use:
     source = matrix_source(weight)
     assert source is not None
     name, flipped = source
-    axis, out_axis = known_axis(route.inputs[call.place(x)]), known_axis(route.outputs[0])
+    axis, out_axis = route.inputs[call.place(x)], route.outputs[0]
+    assert axis is not None
+    assert out_axis is not None
     n, keep = scene.n, scene.keep
     real = tokens(x, axis, scene, name)
     inputs = positions(x.detach().to(scene.values[name].dtype), axis, n, keep)
@@ -108,12 +108,7 @@ def see(call: Call, route: Route, scene: Scene) -> Use:
     return Use(name, base_name(bias), Vectors(inputs, real), known_is_left, arrange, late, x)
 
 
-def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
-    """Serve the rows of a use."""
-    return outer_products(see(call, route, scene), scene)
-
-
-FAMILY = Family("linear", ("linear", "addmm", "matmul", "__matmul__", "mm"), serves, rows, see, layout)
+FAMILY = Family("linear", ("linear", "addmm", "matmul", "__matmul__", "mm"), serves, see, layout=layout)
 
 
 def tokens(x: Shaped[Tensor, "..."], axis: Axis, scene: Scene, what: str) -> Bool[Tensor, "n s"] | None:
@@ -169,14 +164,14 @@ class Vectors(NamedTuple):
         x = side.apply(memory)
         return outer(x if constant is None else x + constant, other)
 
-    def factor(self, side: Side, beside: Part | None, max_side: int) -> Factor:
+    def factor(self, side: Side, bias: Feed | None, max_side: int) -> Factor:
         """Return the factor behind a side; where a bias only puts a one behind each vector, that is never written."""
         real = self.real
-        if beside is not None and _puts_one_behind(side, beside.right) and side.size <= max_side:
+        if bias is not None and _puts_one_behind(side, right_side(bias)) and side.size <= max_side:
             x = self.x[..., side.start : side.stop]
             return Affine(x if real is None else x * real[..., None], real)
         x = side.apply(self.x)
-        x = x if beside is None else x + column(beside, x)
+        x = x if bias is None else x + column(bias, x)
         return Vectors(x if real is None else x * real[..., None], real, x.shape[-1] > max_side)
 
     @property
@@ -202,9 +197,8 @@ def late(g: Float[Tensor, "n s o"], side: Side, max_side: int) -> Factor:
     return Vectors(side.apply(g), None, side.size > max_side)
 
 
-def _puts_one_behind(side: Side, beside: Side | None) -> bool:
+def _puts_one_behind(side: Side, beside: Side) -> bool:
     """Whether a bias's side only puts a one behind what a weight's side only selects."""
-    assert beside is not None
     return side.selects and beside.selects and (side.before, side.after) == (0, 1) and beside.after == 0
 
 

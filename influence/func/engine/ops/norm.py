@@ -64,4 +64,4 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     return [x] if weight is not None else [], backward
 
 
-FAMILY = Family("norm", tuple(NAMES), serves, rows, layout=layout)
+FAMILY = Family("norm", tuple(NAMES), serves, rows=rows, layout=layout)
