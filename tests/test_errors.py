@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from influence import per_example_grads
-from influence.func.engine.plan import check_params
+from influence.func.engine.batch import check_params
 from tests import messages
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from influence import explain, functionalize, per_example_grads, per_example_grads_fn
-from influence.func.engine import attention, batched, rules
+from influence.func.engine import attention, batched, ops
 from influence.func.engine.plan import Plan
 from tests.cases import CASES, Case, images, labelled_tokens, labels_nll, sequences
 from tests.oracles import error, per_example
@@ -243,13 +243,13 @@ def test_guard_catches_a_rule_that_is_wrong(wrong: str, monkeypatch: pytest.Monk
         "scaled": lambda piece: piece * 1.01,
         "lost": torch.zeros_like,
     }[wrong]
-    right = rules.linear
+    right = ops.FAMILIES["linear"]
 
     def linear(*args: Any) -> Any:
-        saved, backward = right(*args)
+        saved, backward = batched.outer_products(right.see(*args), args[2])
         return saved, lambda saved, gs: {slot: spoil(piece) for slot, piece in backward(saved, gs).items()}
 
-    monkeypatch.setitem(batched.RULES, "linear", linear)
+    monkeypatch.setitem(ops.FAMILIES, "linear", right._replace(rows=linear))
     case = BY_NAME["mlp"]
     assert plan_of(case).engine == "vmap"
     assert "check" in str(plan_of(case))

@@ -4,14 +4,20 @@ For a linear map `G_n = Σ_s δ_{ns} x_{ns}^T`, so `⟨G_n, G_m⟩ = Σ_{s,s'} �
 than forming `G` where `s² (o + i) < s · o · i` (a *ghost* product; Goodfellow 2015).
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from einops import einsum, reduce
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from influence.func.engine.capture import Captured, capture
+from influence.func.engine.batched import Scene
+from influence.func.engine.ops import linear
+from influence.func.engine.ops.linear import Vectors
 from influence.func.engine.plan import EngineError, make_plan
+from influence.func.engine.sums import BlockSums, Gather, GatherPlan, Pair, make_gather, watched
 from influence.func.loss.losses import widen
 from influence.func.numbers import check_number
 from influence.func.transform.chain import CollectedRows
@@ -136,16 +142,16 @@ def squared_norms(loss_fn: LossFn, params: Params, batch: Batch) -> Float[Tensor
         >>> squared_norms(lambda p, x: (x @ p["w"]).sum((1, 2)), {"w": torch.eye(2)}, torch.ones(1, 3, 2))
         tensor([36.])
     """
-    captured = _captured(loss_fn, params, batch)
+    found = _gradients(loss_fn, params, batch)
     total: Tensor | None = None
-    for left, right in captured.factors.values():
+    for left, right in found.factors.values():
         s, o, i = left.shape[1], left.shape[2], right.shape[2]
         if s * (o + i) < o * i:
-            part = ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+            part = einsum(left @ left.mT, right @ right.mT, "n s t, n s t -> n")
         else:
-            part = (left.mT @ right).square().sum((1, 2))
+            part = reduce((left.mT @ right).square(), "n o i -> n", "sum")
         total = part if total is None else total + part
-    for row in captured.rows.values():
+    for row in found.rows.values():
         part = vectors(row).square().sum(1)
         total = part if total is None else total + part
     assert total is not None
@@ -169,8 +175,8 @@ def products(loss_fn: LossFn, params: Params, batch: Batch, other: Batch | None 
         >>> products(lambda p, x: (x @ p["w"]).sum((1, 2)), {"w": torch.eye(2)}, torch.ones(1, 3, 2))
         tensor([[36.]])
     """
-    a = _captured(loss_fn, params, batch)
-    b = a if other is None else _captured(loss_fn, params, other)
+    a = _gradients(loss_fn, params, batch)
+    b = a if other is None else _gradients(loss_fn, params, other)
     total: Tensor | None = None
     for name, (left, right) in a.factors.items():
         part = _product((left, right), b.factors[name])
@@ -187,18 +193,56 @@ def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Float[Tensor
     ghost = n * m * s * t * (o + i)
     formed = (n * s + m * t) * o * i + n * m * o * i
     if ghost < formed:
-        lefts, rights = (torch.einsum("nsd,mtd->nmst", x, y) for x, y in zip(a, b, strict=True))
-        return (lefts * rights).sum((2, 3))
-    rows = [(left.mT @ right).flatten(1) for left, right in (a, b)]
-    return rows[0] @ rows[1].mT
+        lefts, rights = (einsum(x, y, "n s d, m t d -> n m s t") for x, y in zip(a, b, strict=True))
+        return einsum(lefts, rights, "n m s t, n m s t -> n m")
+    rows = [left.mT @ right for left, right in (a, b)]
+    return einsum(*rows, "n o i, m o i -> n m")
 
 
-def _captured(loss_fn: LossFn, params: Params, batch: Batch) -> Captured:
+class _Gradients(NamedTuple):
+    """Gradients of a batch: as factors where every use of a parameter is a linear map, as rows elsewhere.
+
+    Attributes:
+        factors: `{parameter: (left [n, s, o], right [n, s, i])}`; several uses lie side by side along `s`.
+        rows: `{parameter: [n, *block]}`.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    rows: Rows
+
+
+class _Both(Gather):
+    """The watcher of a run that keeps both factors, and the rows of what has none."""
+
+    def __init__(self, plan: GatherPlan, scene: Scene) -> None:
+        super().__init__(plan, _side_by_side, None, scene)
+        self.rows: Rows = {}
+
+    def row(self, name: str, row: Shaped[Tensor, "n ..."]) -> None:
+        """Keep a block's rows."""
+        self.rows[name] = widen(row)
+
+
+def _side_by_side(pairs: Sequence[Pair]) -> BlockSums:
+    """Return the factors of all uses of one block, side by side."""
+    found = {"left": [pair.left for pair in pairs], "right": [pair.right for pair in pairs]}
+    return {name: widen(torch.cat([f.x for f in sides if isinstance(f, Vectors)], 1)) for name, sides in found.items()}
+
+
+def _gradients(loss_fn: LossFn, params: Params, batch: Batch) -> _Gradients:
     plan = make_plan(loss_fn, params, batch)
     if plan.batched is None:
         raise EngineError(
             f"ghost products need the batched engine; this function runs by {plan.engine!r}: {plan.notes}"
         )
-    captured = capture(plan.batched, loss_fn, params, batch)
-    factors = {name: (widen(left), widen(right)) for name, (left, right) in captured.factors.items()}
-    return Captured(factors, {name: widen(row) for name, row in captured.rows.items()})
+    routes = plan.batched.routes.items()
+    others = {name for key, route in routes if route.family is not linear.FAMILY for name in key.params}
+    gather = make_gather(plan.batched, max_side=0)
+    rows = {name: "not only linear" for name in gather.uses if name in others}
+    uses = {name: count for name, count in gather.uses.items() if name not in others}
+    gather = gather._replace(uses=uses, rows={**gather.rows, **rows})
+    with torch.enable_grad():
+        watcher = partial(_Both, gather)
+        losses, _, run = watched(plan.batched, watcher, lambda p, b: (loss_fn(p, b), None), params, batch)
+        run.backward(losses, torch.ones_like(losses), retain=False)
+    return _Gradients({name: (run.sums[name]["left"], run.sums[name]["right"]) for name in uses}, run.rows)

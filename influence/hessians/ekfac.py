@@ -18,7 +18,7 @@ from torch import Tensor
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import make_feeds
 from influence.func.engine.plan import make_plan
-from influence.func.engine.row_sums import Reduce, piecewise, squares, watched
+from influence.func.engine.sums import Reduce, piecewise, squares, watched
 from influence.func.transform.chain import Step, Transform, chain
 from influence.func.transform.curvature import replaced
 from influence.func.transform.folding import Block, Folded, Part, with_sides

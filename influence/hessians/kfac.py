@@ -16,10 +16,9 @@ from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import BatchedPlan, make_feeds
-from influence.func.engine.factor_sums import Gather, GatherPlan, Joint, make_gather
 from influence.func.engine.per_token import with_positions
 from influence.func.engine.plan import EngineError, Plan, make_plan
-from influence.func.engine.row_sums import watched
+from influence.func.engine.sums import Gather, GatherPlan, Joint, make_gather, watched
 from influence.func.loss.losses import IGNORED
 from influence.func.transform.chain import Stage, Transform, chain
 from influence.func.transform.project import project

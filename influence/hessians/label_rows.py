@@ -12,7 +12,7 @@ from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import cotangent_rows, tapped_losses
 from influence.func.engine.plan import Plan
 from influence.func.engine.reference import loop_rows, vmap_rows
-from influence.func.engine.row_sums import squares
+from influence.func.engine.sums import squares
 from influence.func.loss.losses import widen
 from influence.hessians.method import BlockSums, FitSetup, Summing, Sums
 from influence.types import Batch, Params, Rows

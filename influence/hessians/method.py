@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 from jaxtyping import Int
 from torch import Tensor
 
-from influence.func.engine.factor_sums import add_grams
 from influence.func.engine.plan import Plan
+from influence.func.engine.sums import add_grams
 from influence.func.transform.chain import Transform
 from influence.func.transform.curvature import Curvature
 from influence.hessians.factors import Factors

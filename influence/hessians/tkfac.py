@@ -15,7 +15,7 @@ from functools import partial, reduce
 
 import torch
 
-from influence.func.engine.factor_sums import BlockSums, Pair, add_grams
+from influence.func.engine.sums import BlockSums, Pair, add_grams
 from influence.func.transform.chain import Transform
 from influence.hessians.factors import Factors
 from influence.hessians.fitting import fit as fit_method

@@ -1,26 +1,289 @@
 r"""The batched engine: one forward, one backward, and every probe's rows arrive with their example axis.
 
-Each use of a parameter gets a tap: an identity on the operation's result whose backward hands the rule's contribution
+Each use of a parameter gets a tap: an identity on the operation's result whose backward hands the use's contribution
 to a zero `Z[n, p, q]` as if it were that zero's gradient. One `grad` of `Σ_n ℓ_n` with respect to all `Z` then is the
 rows, because example n's outputs move example n's loss alone. No weight gradient is formed, nothing is stored but the
 projected factors, and fused attention works in both directions.
+
+What a use contributes, its `Family` of operations says (`ops/`, one a file): for most of them as a `Use`, a sum over
+positions of outer products of what came in and the output gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from influence.func.engine.batch import batch_size
-from influence.func.engine.contributions import Backward, Feed, Piece, Route, Scene, some_of
-from influence.func.engine.probe import Call, UseKey, derive, probe, tensors_of
-from influence.func.engine.rules import RULES
-from influence.func.engine.trace import AnotherPath, Keys, check_losses
-from influence.func.transform.folding import Block, Folded
+from influence.func.engine.batch import batch_size, check_losses
+from influence.func.engine.trace import AnotherPath, Axis, Call, Keys, TracedUse, UseKey, derive, probes, tensors_of
+from influence.func.transform.folding import Block, Folded, Part, Side
+from influence.func.transform.layout import ParamLayout
 from influence.types import Batch, LossFn, Params, Rows
+
+
+class Feed(NamedTuple):
+    """One block that a parameter feeds.
+
+    Attributes:
+        slot: number of the block.
+        part: the sides its gradient goes through.
+        block: the block.
+        fused: whether a bias may ride on the weight of the same block (same left side, one form on the right).
+        column: where a vector goes in a matrix block: the right side of an axis of length one.
+    """
+
+    slot: int
+    part: Part
+    block: Block
+    fused: bool = False
+    column: Float[Tensor, " q"] | None = None
+
+
+class Scene(NamedTuple):
+    """What every family knows of the run.
+
+    Attributes:
+        n: number of examples.
+        keep: number of token positions to keep apart, or `None`.
+        params: layout of each parameter.
+        feeds: the blocks each parameter feeds.
+        values: plain values of the parameters.
+        mask: which positions are tokens, where padding must not count; `None` where all are.
+    """
+
+    n: int
+    keep: int | None
+    params: dict[str, ParamLayout]
+    feeds: dict[str, list[Feed]]
+    values: dict[str, Tensor]
+    mask: Bool[Tensor, "n s"] | None = None
+
+
+class Route(NamedTuple):
+    """How one use is served: decided in the plan.
+
+    Attributes:
+        family: the family of operations that serves it.
+        inputs: example axis of each plain tensor argument, by place.
+        outputs: example axis of each tensor result.
+    """
+
+    family: "Family"
+    inputs: dict[int, Axis | None]
+    outputs: tuple[Axis | None, ...]
+
+
+Saved: TypeAlias = list[Tensor]
+Piece: TypeAlias = Callable[[slice], Tensor]
+"""A contribution that is formed for a few examples at a time: `piece(slice) -> [few, o, i]`."""
+Pieces: TypeAlias = dict[int, Tensor | Piece]
+"""Contributions by block; lazy where the block's linear maps need its whole gradient."""
+Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Pieces]
+"""`(what was saved, output gradients) -> contributions`."""
+Meet: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""`(what was saved, the other factor) -> their sum of outer products over positions`."""
+
+
+@runtime_checkable
+class Factor(Protocol):
+    """One factor of a block's gradient behind its side, at every position of every example; zero at padding."""
+
+    @property
+    def count(self) -> int:
+        """How many positions count."""
+        ...
+
+    def gram(self, weight: Float[Tensor, " n"] | None = None) -> Shaped[Tensor, "d *d"]:
+        """Return `Σ_n w_n Σ_s x_{ns} x_{ns}^T`, or its diagonal where only that is kept."""
+        ...
+
+    def energy(self) -> Float[Tensor, " n"]:
+        """Return `Σ_s ‖x_{ns}‖²`."""
+        ...
+
+
+@runtime_checkable
+class Known(Protocol):
+    """What came in to a use, `[n, s, d]` or, with positions kept, `[n, s, r, d]`, before any side."""
+
+    @property
+    def memory(self) -> Tensor:
+        """What to remember of it where no side makes it smaller."""
+        ...
+
+    def forget(self) -> "Known":
+        """Return it without its memory."""
+        ...
+
+    def through(self, side: Side) -> Tensor:
+        """Return it behind a matrix side, `[n, s, p]`."""
+        ...
+
+    def meet(self, side: Side, memory: Tensor, other: Tensor, constant: Tensor | None = None) -> Tensor:
+        """Return `Σ_s (side x_s + constant) ⊗ other_s`, from what was remembered."""
+        ...
+
+    def factor(self, side: Side, bias: "Feed | None", max_side: int) -> Factor:
+        """Return the factor behind a side, a bias that rides along included; longer sides keep a diagonal."""
+        ...
+
+
+class Use(NamedTuple):
+    r"""One use of a matrix, whose gradient is a sum of outer products, `G_n = Σ_s l_{ns} r_{ns}^T`.
+
+    One of the factors came in, the other is the output gradient. Rows (`outer_products`), sums of rows and of factors
+    (`sums`) are functions of it.
+
+    Attributes:
+        weight: the parameter.
+        bias: a bias of the same use.
+        known: what came in.
+        known_is_left: whether what came in belongs to the left side of the blocks.
+        arrange: arranges an output gradient as `known` is; it holds no input.
+        late: `(arranged gradient, side, max_side) -> factor`.
+        source: the tensor that came in, where other uses of it see the same factor.
+    """
+
+    weight: str
+    bias: str | None
+    known: Known
+    known_is_left: bool
+    arrange: Callable[[Tensor], Tensor]
+    late: Callable[[Tensor, Side, int], Factor]
+    source: Tensor | None = None
+
+
+class Family(NamedTuple):
+    """A family of operations.
+
+    Attributes:
+        name: as a plan shows it.
+        operations: the torch functions it is asked about, by name.
+        serves: whether the arguments of a use with one result are such as it can serve.
+        see: `(call, route, scene) -> Use`, where the gradient is a sum of outer products.
+        rows: `(call, route, scene) -> (what to save, backward)`: its contributions, where `see` does not tell them.
+        layout: what a use tells of its parameters: fields of their `ParamLayout`, by name.
+        channel: the axis of the result that holds a matrix's outputs.
+    """
+
+    name: str
+    operations: tuple[str, ...]
+    serves: Callable[[TracedUse], bool]
+    see: Callable[[Call, Route, Scene], Use] | None = None
+    rows: Callable[[Call, Route, Scene], tuple[Saved, Backward]] | None = None
+    layout: Callable[[TracedUse], dict[str, dict[str, Any]]] | None = None
+    channel: int = -1
+
+
+def contributions(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
+    """Return what to save of a use, and its contributions once the output gradient is here."""
+    see, rows = route.family.see, route.family.rows
+    if rows is not None:
+        return rows(call, route, scene)
+    assert see is not None
+    return outer_products(see(call, route, scene), scene)
+
+
+def outer_products(use: Use, scene: Scene) -> tuple[Saved, Backward]:
+    """Return the contributions `Σ_s l_s ⊗ r_s` of a use.
+
+    A matrix side is applied to what came in now, and only that is saved; a bias rides along as a constant.
+    """
+    weight, bias, known, known_is_left, arrange = use[:5]
+    feeds, dtype = scene.feeds.get(weight, []), scene.values[weight].dtype
+    bias_feeds = {feed.slot: feed for feed in scene.feeds.get(bias, ())} if bias else {}
+    riding = {f.slot: bias_feeds[f.slot] for f in feeds if f.fused and f.slot in bias_feeds and not known_is_left}
+    saved: Saved = []
+    reads: list[tuple[int, Meet]] = []
+    raw: int | None = None
+    for feed in feeds:
+        side = feed.part.left if known_is_left else right_side(feed)
+        beside = riding.get(feed.slot)
+        if side.dense:
+            x = known.through(side)
+            saved.append(x if beside is None else x + column(beside, x))
+            reads.append((len(saved) - 1, outer))
+            continue
+        if raw is None:
+            raw, forgotten = len(saved), known.forget()
+            saved.append(known.memory)
+        constant = None if beside is None else column(beside, scene.values[weight])
+        reads.append((raw, partial(forgotten.meet, side, constant=constant)))
+
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+        g = arrange(gs[0]).to(dtype)
+        pieces: Pieces = {}
+        for feed, (read, meet) in zip(feeds, reads, strict=True):
+            other = (right_side(feed) if known_is_left else feed.part.left).apply(g)
+            product = partial(_product, meet, saved[read], other, known_is_left)
+            pieces[feed.slot] = product if feed.block.linear else product(slice(None))
+        if bias is not None:
+            pieces = add_pieces(pieces, vector_pieces(bias, g.sum(-2), scene, riding))
+        return pieces
+
+    return saved, backward
+
+
+def _product(meet: Meet, memory: Tensor, other: Tensor, known_is_left: bool, some: slice) -> Tensor:
+    """Return the sum of outer products of what came in and an output gradient, for some examples."""
+    piece = meet(memory[some], other[some])
+    return piece if known_is_left else piece.mT
+
+
+def outer(left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Sum outer products over positions: `[n, s, p] × [n, s, q] -> [n, p, q]`, kept positions stay in front."""
+    return left.to(right.dtype).mT @ right  # under autocast, what was projected in the forward is in half precision
+
+
+def right_side(feed: Feed) -> Side:
+    """Return the input side of a matrix block."""
+    assert feed.part.right is not None
+    return feed.part.right
+
+
+def column(feed: Feed, like: Tensor) -> Float[Tensor, " q"]:
+    """Return where a vector goes in its matrix block, as another tensor is."""
+    assert feed.column is not None
+    return feed.column.to(like)
+
+
+def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Collection[int] = ()) -> Pieces:
+    """Feed the gradient of a vector, `v [n, d]` or `[n, s, d]` with positions kept, to all blocks but some."""
+    pieces: Pieces = {}
+    for feed in scene.feeds.get(name, ()):
+        if feed.slot in besides:
+            continue
+        left = feed.part.left.apply(v)
+        pieces[feed.slot] = left if feed.column is None else _columns(left, column(feed, left), feed)
+    return pieces
+
+
+def _columns(left: Float[Tensor, "... p"], right: Float[Tensor, " q"], feed: Feed) -> Tensor | Piece:
+    return (lambda some: left[some, ..., None] * right) if feed.block.linear else left[..., None] * right
+
+
+def add_pieces(*many: Pieces) -> Pieces:
+    """Add contributions block by block."""
+    total: Pieces = {}
+    for pieces in many:
+        for slot, piece in pieces.items():
+            total[slot] = _sum(total[slot], piece) if slot in total else piece
+    return total
+
+
+def _sum(a: Tensor | Piece, b: Tensor | Piece) -> Tensor | Piece:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a + b
+    return lambda some: some_of(a, some) + some_of(b, some)
+
+
+def some_of(piece: Tensor | Piece, some: slice) -> Tensor:
+    """Return a contribution for some examples."""
+    return piece[some] if isinstance(piece, Tensor) else piece(some)
 
 
 class BatchedPlan(NamedTuple):
@@ -28,7 +291,7 @@ class BatchedPlan(NamedTuple):
 
     Attributes:
         folded: the bound transform.
-        routes: the rule of each use.
+        routes: the family that serves each use.
         alone: operations on parameters alone.
         feeds: the blocks each parameter feeds, every side on its device and in its dtype.
     """
@@ -67,8 +330,12 @@ def make_feeds(folded: Folded) -> dict[str, list[Feed]]:
     """Return the blocks that each parameter feeds, ready to run."""
     feeds: dict[str, list[Feed]] = {name: [] for name in folded.layout.params}
     for slot, block in enumerate(folded.blocks):
+        fused = rides(block)
         for part in block.parts:
-            feeds[part.source].append(Feed(slot, part, block, rides(block)))
+            layout, right = folded.layout[part.source], part.right
+            is_column = right is not None and not layout.is_matrix
+            one = torch.ones(1, dtype=layout.dtype, device=layout.device)
+            feeds[part.source].append(Feed(slot, part, block, fused, right.apply(one) if is_column else None))
     return feeds
 
 
@@ -156,7 +423,7 @@ def tap(
             zeros[block.into] = like.new_zeros((), dtype=dtype).expand(*lead, *block.shape).requires_grad_()
     run = (watcher or Runner)(plan, scene, zeros)
     used = params if live else values
-    return {name: probe(p, name, (name,), run) for name, p in used.items()}, run
+    return probes(used, run), run
 
 
 def cotangent_rows(out: Tensor, cotangent: Tensor | None, zeros: Rows, retain: bool = False) -> Rows:
@@ -201,7 +468,7 @@ class Runner:
         """Return an operation's result with its contribution to the zeros attached."""
         fed = [feed for name in call.params for feed in self.scene.feeds[name]]
         names = list(dict.fromkeys(feed.block.into for feed in fed))
-        saved, backward = RULES[route.rule](call, route, self.scene)
+        saved, backward = contributions(call, route, self.scene)
         finish = Contribution(
             backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None
         )
@@ -223,7 +490,7 @@ ALIVE = 1 << 20
 
 
 class Contribution(NamedTuple):
-    """A rule's backward, followed by the linear maps of each block."""
+    """The backward of a use, followed by the linear maps of each block."""
 
     backward: Backward
     feeds: dict[int, Feed]

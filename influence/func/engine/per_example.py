@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.engine.batch import batch_size, chunks, take
+from influence.func.engine.batch import batch_size, check_independence, chunks
 from influence.func.engine.compiled import Compiled
 from influence.func.engine.plan import EngineError, Made, Plan, Planned, make_plan
 from influence.func.engine.reference import explain_torch, loop_both, vmap_both
@@ -180,11 +180,12 @@ class PlannedRows:
 
     def with_losses(self, params: Params, batch: Batch) -> tuple[CollectedRows, Float[Tensor, " n"]]:
         """Return the rows of a batch, and its losses from the same forward."""
+        plan = self.plan
         pieces = [self.planned(params, chunk) for chunk in chunks(batch, self._chunk_size)]
         found = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
         rows = {name: row for name, row in found.items() if name != LOSSES}
         finite = finite_rows(rows, batch, self._nonfinite)
-        return CollectedRows(finite, self.plan.transform, self.plan.layout), found[LOSSES]
+        return CollectedRows(finite, plan.transform, plan.layout), found[LOSSES]
 
     def __repr__(self) -> str:
         """Return the plan."""
@@ -258,28 +259,3 @@ def finite_rows(rows: Rows, batch: Batch, policy: str) -> Rows:
         f"the row of {label} is not finite: block {name!r} holds {value}; {len(labels)} of {len(bad)} examples are "
         "affected. Look at that example's loss, compute in a wider dtype, or pass nonfinite='zero'"
     )
-
-
-def check_independence(loss_fn: LossFn, params: Params, batch: Batch) -> None:
-    """Verify that each example's loss depends on that example alone: exchange one, the others must not move.
-
-    Raises:
-        ValueError: naming the pair.
-    """
-    n = batch_size(batch)
-    with torch.no_grad():
-        before = loss_fn(params, batch)
-        for j in range(n if n > 1 else 0):
-            index = torch.arange(n)
-            index[j] = (j + 1) % n
-            after = loss_fn(params, take(batch, index))
-            moved = (after - before).abs() / before.abs().max().clamp_min(1e-6)
-            moved[j] = 0
-            limit = {torch.float64: 1e-6, torch.float32: 1e-3}.get(before.dtype, 0.1)
-            if moved.max() > limit:
-                i = int(moved.argmax())
-                raise ValueError(
-                    f"example {i}'s loss moves from {before[i].item():.6g} to {after[i].item():.6g} when example {j} "
-                    "is exchanged: a per-example gradient does not exist. Remove what mixes examples "
-                    "(BatchNorm in train mode, a mean over the batch)"
-                )

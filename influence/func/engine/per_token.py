@@ -15,11 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size
-from influence.func.engine.batched import BatchedPlan, batched_rows, cotangent_rows, tapped_losses
-from influence.func.engine.contributions import Route
+from influence.func.engine.batched import BatchedPlan, Route, batched_rows, cotangent_rows, tapped_losses
 from influence.func.engine.plan import EngineError, Made, Plan, Planned, make_plan
-from influence.func.engine.probe import UseKey
-from influence.func.engine.trace import position_axes
+from influence.func.engine.trace import UseKey, position_axes
 from influence.func.transform.chain import Transform
 from influence.types import Batch, LossFn, Params, Rows
 

@@ -1,32 +1,32 @@
-"""Plans in a loop: one for each path that batches take through a model, checked again and again."""
+"""The plan: which engine computes per-example gradients, by which family each use is served, and at what cost.
+
+A plan is made and checked (the guard) on a first batch. `Planned` runs it in a loop, plans anew for a batch that takes
+another path through the model, and checks again from time to time.
+"""
 
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
-from influence.func.engine.batch import batch_size, sample, split_leaves, take
-from influence.func.engine.batched import BatchedPlan, batched_rows, make_feeds
-from influence.func.engine.contributions import Route, positions
-from influence.func.engine.probe import UseKey, tensors_of
+from influence.func.engine.batch import batch_size, check_function, check_params, split_leaves, take
+from influence.func.engine.batched import BatchedPlan, Family, Route, batched_rows, make_feeds
+from influence.func.engine.ops import FAMILIES
+from influence.func.engine.ops.any import MASKED, VMAP
 from influence.func.engine.reference import explain_torch, vmap_problem
-from influence.func.engine.rules import choose_route, traced_layout
 from influence.func.engine.trace import (
     AnotherPath,
     CannotTrace,
-    Inspection,
     NeedsOtherExamples,
     Trace,
-    Use,
-    check_losses,
-    check_unmixed,
-    known_axis,
+    TracedUse,
+    UseKey,
+    tensors_of,
     trace,
 )
 from influence.func.transform.chain import Transform
-from influence.func.transform.folding import Block, Folded
+from influence.func.transform.folding import Block, Folded, Part
 from influence.func.transform.layout import Layout, ParamLayout
 from influence.types import Batch, LossFn, Params, Rows
 
@@ -245,68 +245,44 @@ def make_plan(
     return Plan(chosen, transform, folded, None, costs, tuple(notes), provisional=provisional)
 
 
-def check_params(params: Params) -> None:
-    """Refuse parameters which are no dictionary of floating-point tensors.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    if not isinstance(params, dict) or not params:
-        raise ValueError("params must be a dictionary {name: tensor} with at least one entry, as functionalize returns")
-    for name, p in params.items():
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            raise ValueError(f"parameter {name!r} must be a floating-point tensor to have a gradient; got {kind}")
-
-
-def check_function(loss_fn: LossFn, params: Params, batch: Batch) -> set[str]:
-    """Refuse what is not a differentiable, pure function of one loss per example, by running it on few examples.
-
-    Returns:
-        Names of operations by which it routes elements by their values.
-
-    Raises:
-        ValueError: saying what it does instead.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("no gradient exists under torch.inference_mode(); leave it, or use torch.no_grad()")
-    inspection = Inspection()
-    with inspection, torch.enable_grad():
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        few = loss_fn(leaves, sample(batch, 2))
-    with inspection, torch.no_grad():
-        more = loss_fn(params, sample(batch, 3))
-    check_losses(few, 2)
-    check_losses(more, 3)
-    check_unmixed(few, more)
-    if not _reaches(few, leaves):
-        raise ValueError(
-            f"the losses have no gradient with respect to any of {', '.join(list(params)[:5])}: the function does not "
-            "use these parameters, or computes under torch.no_grad() or detach()"
-        )
-    return inspection.routing
-
-
-def _reaches(out: Tensor, leaves: Params) -> bool:
-    """Whether a backward from a tensor would come to one of some leaves."""
-    wanted, seen, nodes = {id(leaf) for leaf in leaves.values()}, set(), [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        seen.add(node)
-        nodes += [after for after, _ in node.next_functions]
-    return False
-
-
 def _try_trace(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Trace | None, Exception | None]:
     """Trace a function that is known to run; where the probes are what it cannot bear, say so."""
     try:
         return trace(loss_fn, params, batch), None
     except (RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
         return None, error
+
+
+def _family(key: UseKey, use: TracedUse) -> Family | None:
+    """Return the family of operations that describes a use; `None` if none does."""
+    family = FAMILIES.get(key.op) if len(use.outputs) == 1 and use.outputs[0] is not None else None
+    return family if family is not None and family.serves(use) else None
+
+
+def choose_route(key: UseKey, use: TracedUse) -> Route:
+    """Choose the family that serves a use.
+
+    Raises:
+        CannotTrace: if none can.
+    """
+    family = _family(key, use)
+    if family is None:
+        if not all(use.outputs):
+            raise CannotTrace(f"{key} mixes examples, or its result has no example axis")
+        family = VMAP if VMAP.serves(use) else MASKED
+    return Route(family, use.inputs, use.outputs)
+
+
+def traced_layout(params: Params, traced: Trace | None) -> Layout:
+    """Return the layout of a hand-written function's parameters, from how they are used."""
+    found: dict[str, dict[str, Any]] = {name: {"family": "bare"} for name in params}
+    for key, use in () if traced is None else traced.uses.items():
+        family = _family(key, use)
+        told = {} if family is None or family.layout is None else family.layout(use)
+        for name, what in told.items():
+            if what["family"] != "linear" or found[name]["family"] == "bare":
+                found[name] = what
+    return Layout({name: ParamLayout(tuple(p.shape), p.dtype, p.device, **found[name]) for name, p in params.items()})
 
 
 def _batched_plan(
@@ -337,18 +313,19 @@ def _batched_plan(
 
 def _costs(folded: Folded, traced: Trace, routes: dict[UseKey, Route]) -> tuple[BlockCost, ...]:
     shapes = folded.row_shapes
-    uses: dict[str, list[tuple[UseKey, Use]]] = {}
+    uses: dict[str, list[tuple[UseKey, TracedUse]]] = {}
     for key, use in traced.uses.items():
         for name in key.params:
             uses.setdefault(name, []).append((key, use))
     costs = []
     for block in folded.blocks:
-        rules, flops = [], 0
+        names, flops = [], 0
         for part in block.parts:
             for key, use in uses.get(part.source, ()):
-                rules.append(routes[key].rule)
-                flops += _flops(use, routes[key], part, folded.layout[part.source])
-        rule = " + ".join(dict.fromkeys(rules)) or "unused"
+                family = routes[key].family
+                names.append(family.name)
+                flops += _flops(use, family, part, folded.layout[part.source])
+        rule = " + ".join(dict.fromkeys(names)) or "unused"
         costs.append(_cost(folded, block, shapes, rule, not block.linear, flops))
     return tuple(costs)
 
@@ -361,13 +338,12 @@ def _cost(
     return BlockCost(block.name, block.original, row, rule, is_folded, flops, size)
 
 
-def _flops(use: Use, route: Route, part: Any, layout: ParamLayout) -> int:
+def _flops(use: TracedUse, family: Family, part: Part, layout: ParamLayout) -> int:
     """Return the cost of one use per example beyond forward and input-backward, by multiply-adds counted twice."""
-    if part.right is None or route.rule not in ("linear", "embedding", "conv") or not layout.is_matrix:
+    if part.right is None or family.see is None or not layout.is_matrix:
         return 2 * prod(layout.shape)
-    out = tensors_of(use.call.run())[0]
-    (axis,) = use.outputs
-    count = positions(out, known_axis(axis), 3, None).shape[1] if route.rule != "conv" else out[0, 0].numel()
+    out = tensors_of(use.call.run())[0]  # of three examples
+    count = out.numel() // out.shape[family.channel] // 3
     left, right = part.left, part.right
     sides = sum(side.source * side.size for side in (left, right) if side.dense)
     return 2 * count * (sides + left.size * right.size)

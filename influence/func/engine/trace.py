@@ -1,23 +1,168 @@
 """The trace: how a loss function uses its parameters, and where the examples are at each use.
 
+A probe stands in for a parameter in a call of a pure function. It is a tensor subclass: every torch function that
+touches it arrives at `Probe.__torch_function__`, which asks the run's `Watcher` what to do. What is computed from
+parameters alone (a transpose, `1 + weight`, a position embedding) stays a probe, as an expression, until it meets
+the examples.
+
 The function runs on two and on three examples of the first batch. Whatever changes its size between the two runs is
 the example axis; a merged axis `n · s` is told from `s · n` by its values. An operation which meets no examples keeps
 its result a probe, and the trace is taken again until nothing new is learnt.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from influence.func.engine.batch import sample
-from influence.func.engine.probe import Call, UseKey, derive, op_name, probe, tensors_of
 from influence.types import Batch, LossFn, Params
+
+
+class UseKey(NamedTuple):
+    """Which use of which parameters: the operation, their names, and how often that pair came before."""
+
+    op: str
+    params: tuple[str, ...]
+    call: int
+
+    def __str__(self) -> str:
+        """Return the key as an error or a plan shows it."""
+        return f"{self.op}({', '.join(self.params)})" + (f" use {self.call + 1}" if self.call else "")
+
+
+class Expr(NamedTuple):
+    """An operation on parameters alone, kept so that a gradient can be pulled back through it."""
+
+    func: Callable[..., Any]
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+    item: int | None
+
+    def evaluate(self, base: dict[str, Tensor]) -> Tensor:
+        """Compute the expression anew from base parameters."""
+        leaves = [evaluate(leaf.source, base) if isinstance(leaf, Probe) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        out = self.func(*args, **kwargs)
+        return out if self.item is None else out[self.item]
+
+
+def evaluate(source: "str | Expr", base: dict[str, Tensor]) -> Tensor:
+    """Return what a probe stands for, as a function of base parameters."""
+    return base[source] if isinstance(source, str) else source.evaluate(base)
+
+
+class Call(NamedTuple):
+    """One intercepted operation: its arguments as leaves, some of them probes."""
+
+    func: Callable[..., Any]
+    leaves: list[Any]
+    spec: TreeSpec
+
+    @property
+    def probes(self) -> list[int]:
+        """Positions of the probes among the leaves."""
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Probe)]
+
+    @property
+    def data(self) -> list[int]:
+        """Positions of the other tensors among the leaves."""
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Probe)]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of all base parameters involved, in order of appearance."""
+        return tuple(dict.fromkeys(name for i in self.probes for name in self.leaves[i].names))
+
+    def arguments(self, names: Sequence[str], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the arguments by name, probes included."""
+        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
+        return {**dict.fromkeys(names), **(defaults or {}), **dict(zip(names, args, strict=False)), **kwargs}
+
+    def place(self, leaf: Tensor) -> int:
+        """Return where an argument is among the leaves."""
+        return next(i for i, other in enumerate(self.leaves) if other is leaf)
+
+    def run(self, replaced: dict[int, Tensor] | None = None) -> Any:
+        """Execute the operation on plain values, some of them replaced."""
+        leaves = [leaf.value if isinstance(leaf, Probe) else leaf for leaf in self.leaves]
+        for i, value in (replaced or {}).items():
+            leaves[i] = value
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.func(*args, **kwargs)
+
+
+Watcher: TypeAlias = Callable[[Call], Any]
+"""What a run does with each operation on a probe: returns its result."""
+
+
+class Probe(Tensor):
+    """A parameter, or an expression of parameters, which reports its uses to a watcher."""
+
+    value: Tensor
+    source: "str | Expr"
+    names: tuple[str, ...]
+    watcher: Watcher
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Hand the operation to the watcher of the first probe among its arguments."""
+        call = Call(func, *tree_flatten((args, kwargs or {})))
+        for leaf in call.leaves:
+            if isinstance(leaf, Probe):
+                return leaf.watcher(call)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def probe(value: Tensor, source: "str | Expr", names: tuple[str, ...], watcher: Watcher) -> Probe:
+    """Return a probe that stands for a value."""
+    made = value.detach().as_subclass(Probe)
+    made.value, made.source, made.names, made.watcher = value, source, names, watcher
+    return made
+
+
+def probes(params: Params, watcher: Watcher) -> Params:
+    """Return probes that stand for parameters."""
+    return {name: probe(p, name, (name,), watcher) for name, p in params.items()}
+
+
+def base_name(leaf: Any) -> str | None:
+    """Return a leaf's parameter if it is one, unchanged."""
+    return leaf.source if isinstance(leaf, Probe) and isinstance(leaf.source, str) else None
+
+
+def op_name(func: Any) -> str:
+    """Return a stable name of a torch function, also of attribute accesses and operators."""
+    name = getattr(func, "__name__", repr(func))
+    if name in ("__get__", "__set__"):
+        return f"{name}.{func.__self__.__name__}"
+    return name
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """Return the tensors of a result, which may be a tensor or a sequence."""
+    if isinstance(out, Tensor):
+        return [out]
+    return [item for item in out if isinstance(item, Tensor)] if isinstance(out, list | tuple) else []
+
+
+def derive(call: Call, out: Any, watcher: Watcher) -> Any:
+    """Wrap a result computed from parameters alone: it stays a probe."""
+    leaves = tuple(call.leaves)
+
+    def wrap(value: Any, item: int | None) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return probe(value, Expr(call.func, leaves, call.spec, item), call.params, watcher)
+
+    if isinstance(out, Tensor):
+        return wrap(out, None)
+    return type(out)(wrap(value, item) for item, value in enumerate(out)) if type(out) in (list, tuple) else out
 
 
 class AnotherPath(ValueError):
@@ -56,6 +201,42 @@ class Axis(NamedTuple):
 
 
 NO_POSITION = -1
+
+
+def positions(x: Shaped[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> Shaped[Tensor, "..."]:
+    """Arrange a tensor whose last axis holds features as `[n, s, d]`, or `[n, keep, r, d]` where positions are kept.
+
+    Args:
+        x: the tensor.
+        axis: its example axis.
+        n: number of examples.
+        keep: the number of positions, if they must stay apart.
+
+    Returns:
+        The rearranged tensor.
+    """
+    parts = axis.split(x, n)
+    if keep is None:
+        return parts.flatten(1, -2)
+    moved = parts.movedim(position_dim(parts[..., 0], keep, axis), 1)
+    return moved.reshape(n, keep, -1, moved.shape[-1])
+
+
+def position_dim(parts: Shaped[Tensor, "n ..."], keep: int, axis: Axis) -> int:
+    """Return the axis of token positions of a split tensor.
+
+    Raises:
+        ValueError: if there is none, or more than one that it could be.
+    """
+    dims = [dim for dim in range(1, parts.ndim) if parts.shape[dim] == keep]
+    if axis.position is not None:
+        dims = [axis.position + 1] if axis.position + 1 in dims else []
+    elif keep == 1:
+        dims = dims[:1]
+    if len(dims) != 1:
+        found = "no axis" if not dims else f"{len(dims)} axes that could be the one"
+        raise ValueError(f"{found} of {keep} token positions in a use of shape {list(parts.shape[1:])} per example")
+    return dims[0]
 
 
 def find_position(whole: tuple[int, ...], shorter: tuple[int, ...], s: int) -> int | None:
@@ -138,10 +319,6 @@ def known_axis(axis: Axis | None) -> Axis:
     return axis
 
 
-LOSS_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""How far a loss may move, relative to the largest, when other examples join the batch; half precision: 0.1."""
-
-
 class CannotTrace(ValueError):
     """The loss function cannot be run by the batched engine; the message says why."""
 
@@ -150,7 +327,7 @@ class NeedsOtherExamples(CannotTrace):
     """The examples at hand do not tell where examples are; others will."""
 
 
-class Use(NamedTuple):
+class TracedUse(NamedTuple):
     """One planned use of parameters.
 
     Attributes:
@@ -163,6 +340,10 @@ class Use(NamedTuple):
     inputs: dict[int, Axis | None]
     outputs: tuple[Axis | None, ...]
 
+    def axis(self, leaf: Any) -> Axis | None:
+        """Return the example axis of an argument; `None` if it has none."""
+        return next((axis for place, axis in self.inputs.items() if self.call.leaves[place] is leaf), None)
+
     @property
     def knows_examples(self) -> bool:
         """Whether any argument or result has an example axis."""
@@ -172,7 +353,7 @@ class Use(NamedTuple):
 class Trace(NamedTuple):
     """What the trace found: the uses where examples meet parameters, and the operations on parameters alone."""
 
-    uses: dict[UseKey, Use]
+    uses: dict[UseKey, TracedUse]
     alone: frozenset[UseKey]
 
 
@@ -223,8 +404,7 @@ def _run(loss_fn: LossFn, params: Params, batch: Batch, n: int, known: dict[UseK
         return derive(call, out, watch) if alone else out
 
     with torch.no_grad():
-        probes = {name: probe(p, name, (name,), watch) for name, p in params.items()}
-        loss_fn(probes, batch)  # type: ignore[arg-type]
+        loss_fn(probes(params, watch), batch)
     return events
 
 
@@ -252,7 +432,7 @@ def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
         learnt = {}
         uses = {}
         for a, b in zip(two, three, strict=True):
-            use = Use(b.call, _axes(a, b), _output_axes(a, b))
+            use = TracedUse(b.call, _axes(a, b), _output_axes(a, b))
             if not a.alone:
                 uses[a.key] = use
             if use.knows_examples == a.alone and a.key not in known:
@@ -312,79 +492,3 @@ def _output_axes(a: Event, b: Event) -> tuple[Axis | None, ...]:
         raise NeedsOtherExamples(str(error)) from None
     except MixedAxes as error:
         raise CannotTrace(f"the result of {a.key} has no single example axis: {error}") from None
-
-
-def check_losses(losses: Any, n: int) -> None:
-    """Refuse what is not one loss per example.
-
-    Raises:
-        ValueError: naming what came.
-    """
-    if not isinstance(losses, Tensor):
-        raise ValueError(f"loss_fn must return a tensor of one loss per example, [{n}]; got {type(losses).__name__}")
-    if tuple(losses.shape) != (n,):
-        hint = "return the losses before their mean or sum" if losses.ndim == 0 else "sum each example's own losses"
-        raise ValueError(f"loss_fn must return one loss per example, shape [{n}]; got {list(losses.shape)}: {hint}")
-    if not losses.is_floating_point():
-        raise ValueError(f"loss_fn must return floating-point losses; got {losses.dtype}")
-
-
-def check_unmixed(few: Tensor, more: Tensor) -> None:
-    """Refuse a function whose losses move when other examples join the batch.
-
-    Raises:
-        ValueError: naming the loss that moved.
-    """
-    a, b = few.detach().double(), more.detach().double()[: few.shape[0]]
-    scale = b.abs().max().clamp_min(1e-6)
-    moved = ((a - b).abs() / scale).nan_to_num(0.0)
-    if moved.max() > LOSS_TOLERANCE.get(few.dtype, 0.1):
-        i = int(moved.argmax())
-        raise ValueError(
-            f"example {i}'s loss changes from {a[i].item():.6g} to {b[i].item():.6g} when another example joins the "
-            "batch: a per-example gradient does not exist. Something mixes examples (BatchNorm in train mode, a mean "
-            "over the batch, in-batch negatives) or is random; use mode='eval', or sum each example's own loss"
-        )
-
-
-REORDERINGS = {"sort", "argsort", "topk", "msort", "bincount", "histc", "index_copy", "index_add"}
-"""Operations whose result may lie in another order, or be of another size, on another batch: routed tokens."""
-
-
-class Inspection(TorchDispatchMode):
-    """Refuses every operation that draws from a global generator, before it draws, and notes what routes by value.
-
-    Attributes:
-        routing: names of the operations by which values decide where elements go.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing noted."""
-        super().__init__()
-        self.routing: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let pure operations pass."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and draws(func, args, kwargs):
-            raise ValueError(
-                f"the loss function draws random numbers ({func}): dropout was left on, or it samples. "
-                "Use functionalize(model, mode='eval'), or pass the noise in the batch"
-            )
-        name = func._schema.name.removeprefix("aten::")
-        dynamic = torch.Tag.dynamic_output_shape in func.tags
-        if name == "index":
-            dynamic = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if dynamic or name.removesuffix("_") in REORDERINGS:
-            self.routing.add(name)
-        return func(*args, **kwargs)
-
-
-def draws(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a seeded operation really draws: attention kernels do only where their dropout is not zero."""
-    schema = func._schema.arguments  # type: ignore[attr-defined]
-    for i, argument in enumerate(schema):
-        if argument.name in ("dropout_p", "p", "dropout"):
-            value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
-            return bool(value)
-    return True

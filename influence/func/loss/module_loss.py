@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from influence.families import masks_plainly
 from influence.func.fingerprint import fingerprint
 from influence.func.loss.likelihood import Likelihood, Natural, categorical, gaussian
 from influence.func.loss.losses import IGNORED, cross_entropy, kl_divergence, log_odds, reduce_positions, widen
-from influence.func.loss.unembedding import ENTRIES, Logits, Unembedding, by_chunks, positions_at_once
+from influence.func.loss.unembedding import ENTRIES, Unembedding, by_chunks, positions_at_once
 from influence.func.transform.layout import Layout
 from influence.types import Batch, ExampleLoss, Params
 
@@ -94,6 +95,32 @@ def constants_of(module: nn.Module) -> dict[str, Any]:
         if state is not None:
             constants[f"{name}.quantisation"] = state
     return constants
+
+
+class Logits(NamedTuple):
+    """A model's logits, or what they are made of.
+
+    Attributes:
+        seen: the logits themselves, or what the unembedding sees.
+        fixed: the unembedding's weight and bias; nothing where `seen` are the logits.
+        cap: as in `Unembedding`.
+    """
+
+    seen: Float[Tensor, "*n d"]
+    fixed: tuple[Tensor, ...] = ()
+    cap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many there are at a position."""
+        return self.fixed[0].shape[0] if self.fixed else self.seen.shape[-1]
+
+    def made(self, seen: Float[Tensor, "*n d"], *fixed: Tensor) -> Float[Tensor, "*n v"]:
+        """Return the logits of some positions."""
+        if not fixed:
+            return seen
+        z = F.linear(seen, *fixed)
+        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
 
 
 class Model(NamedTuple):
@@ -230,7 +257,7 @@ class ModuleLoss:
         logits, labels, labelled = self._aligned(params, batch, whole)
         losses = self._position_losses(logits, labels, labelled, batch)
         if self._task == "causal" and self._loss != "squared_error":
-            losses, labelled = (torch.nn.functional.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
+            losses, labelled = (F.pad(x[:, :-1], (1, 0)) for x in (losses, labelled))
         return losses, labelled
 
     def of_outputs(self, outputs: Any, batch: Batch) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
@@ -316,7 +343,7 @@ class ModuleLoss:
                 "of positions; pass loss=your own (output, batch) -> [n]"
             )
         if self._task == "causal":
-            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return logits._replace(seen=outputs), labels, labels != IGNORED
 
     def _position_losses(
@@ -370,7 +397,7 @@ class ModuleLoss:
         mask = batch.get("attention_mask")
         if mask is None:
             return batch["input_ids"]
-        seen = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
+        seen = F.pad(mask[:, :-1], (1, 0), value=1)
         return torch.where(mask.bool() & seen.bool(), batch["input_ids"], IGNORED)
 
     def counts(self, batch: Batch) -> Int[Tensor, " n"]:

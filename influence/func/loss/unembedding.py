@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from influence.func.loss.losses import widen
 from influence.types import Params
@@ -41,32 +40,6 @@ class Unembedding(NamedTuple):
     bias: str | None
     cap: float | None
     vocabulary: int
-
-
-class Logits(NamedTuple):
-    """A model's logits, or what they are made of.
-
-    Attributes:
-        seen: the logits themselves, or what the unembedding sees.
-        fixed: the unembedding's weight and bias; nothing where `seen` are the logits.
-        cap: as in `Unembedding`.
-    """
-
-    seen: Float[Tensor, "*n d"]
-    fixed: tuple[Tensor, ...] = ()
-    cap: float | None = None
-
-    @property
-    def vocabulary(self) -> int:
-        """How many there are at a position."""
-        return self.fixed[0].shape[0] if self.fixed else self.seen.shape[-1]
-
-    def made(self, seen: Float[Tensor, "*n d"], *fixed: Tensor) -> Float[Tensor, "*n v"]:
-        """Return the logits of some positions."""
-        if not fixed:
-            return seen
-        z = F.linear(seen, *fixed)
-        return z if self.cap is None else torch.tanh(z / self.cap) * self.cap
 
 
 def positions_at_once(vocabulary: int) -> int:
