@@ -115,8 +115,8 @@ def overview() -> str:
         f"Exit status: 0 done; {FAILED} refused or failed, as standard error says; {MISUSED} not understood; "
         f"{INTERRUPTED} stopped by Ctrl-C.",
         "",
-        "Share the work of a command among processes (-r is --run, which torchrun would take for its own):",
-        "  torchrun --nproc-per-node 2 -m influence build … -r RUN",
+        "Share the work of a command among processes:",
+        "  torchrun --nproc-per-node 2 -m influence build RUN …",
     ]
     return "\n".join(lines)
 
@@ -192,7 +192,8 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     for name in WRITTEN:
         path = getattr(config, name, None)
         if isinstance(path, str) and (seen := visible(path, lines=False)) != path:
-            raise ValueError(f"--{name} {seen} has a control code in it, such as a newline: give a path without one")
+            flag = "RUN" if name == "run" else f"--{name}"
+            raise ValueError(f"{flag} {seen} has a control code in it, such as a newline: give a path without one")
     return config
 
 

@@ -11,7 +11,7 @@ CALL = re.compile(r"[A-Za-z_][\w.]*\((?=[^)])")
 
 def names_of(kind: Any) -> dict[str, str]:
     """Return the flag of every argument that is one in a configuration; the first, where several have its name."""
-    return dict(reversed(list(_fields(kind))))
+    return {name: flag for name, flag in reversed(list(_fields(kind))) if name != "run"}  # which has its place alone
 
 
 def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

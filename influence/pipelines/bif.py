@@ -29,8 +29,8 @@ SHOWN = 3
 class BifConfig(SamplingConfig):
     r"""Bayesian influence functions: how the losses of two examples move together around the trained weights.
 
-    influence bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
-        --rows questions --columns train --run runs/bif --plot bif.png
+    influence bif runs/bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
+        --rows questions --columns train --plot bif.png
 
     A positive influence means that what lowers the one loss lowers the other. --sign -1 --scale N_BETA gives the
     paper's: what upweighting one example does to the loss of the other.

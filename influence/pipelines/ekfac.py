@@ -16,7 +16,7 @@ from influence.pipelines.recipes.frame import RecipeConfig, fewer, result, run_s
 class EkfacConfig(RecipeConfig):
     """Score a corpus by influence functions: query gradient, inverse curvature, training gradient.
 
-    influence ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/ekfac
+    influence ekfac runs/ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: hessian, query, scores. Whole gradients meet, unless --compress keeps only
     the strongest directions of each block on both sides.

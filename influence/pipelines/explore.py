@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
 from influence.index import Index, check, open_index
 from influence.index.by_example import Examples
+from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.planning import size
 from influence.pipelines.frame.prepare import check_gradients
@@ -49,7 +49,7 @@ class ExploreConfig:
         device: where products are computed.
     """
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: Run
     to: str | None = None
     other: str | None = None
     queries: str | None = None

@@ -23,7 +23,7 @@ AT_ONCE = 1 << 24
 class ExportConfig:
     """Write the rows of an index (or scores) as safetensors, npy or parquet, decoded to float32 or float64.
 
-    influence export --run runs/corpus --to corpus.parquet
+    influence export runs/corpus --to corpus.parquet
 
     Attributes:
         run: the run directory of build, reduce or score.

@@ -27,7 +27,7 @@ from influence.visible import visible
 class InspectConfig:
     """Say what a run directory holds, how large it is, and whether it is whole.
 
-    influence inspect --run runs/corpus --verify
+    influence inspect runs/corpus --verify
 
     Attributes:
         run: the run directory.
@@ -86,7 +86,7 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         text += "\nverified: every checksum holds"
     if (directory / CONFIG).exists():
         file = shlex.quote(str(directory / CONFIG))
-        replay = f"replay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
+        replay = f"replay: influence {kind_command(facts['kind'])} ANOTHER_RUN --config {file}"
         text += f"\n{visible(replay, lines=False)}"
         facts["config"] = config_of(directory)
     return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")

@@ -35,8 +35,8 @@ from influence.pipelines.recipes.frame import planned, result, run_steps
 class LessConfig(SumConfig):
     """Choose training data as LESS does: cosines of Adam's updates with a task's gradients, over a warm-up.
 
-    influence less --model base --checkpoints warmup/checkpoint-* --dataset pool.jsonl --query.dataset task.jsonl
-    --run runs/less
+    influence less runs/less --model base --checkpoints warmup/checkpoint-* --dataset pool.jsonl
+    --query.dataset task.jsonl
 
     The checkpoints are those of a short training by Adam, of LoRA as a rule, saved with their optimizers. Steps, each
     in a directory of the run's: the rows of both sides at each checkpoint, which are indexes; scores, one an example.

@@ -64,13 +64,13 @@ def run(config: MixConfig, say: Say = quiet) -> Outcome:
 
 def _write(config: MixConfig, file: Path, say: Say) -> None:
     if file.exists() and not config.overwrite:
-        raise FileExistsError(f"{config.run} holds factors already: pass --overwrite to replace them, or another --run")
+        raise FileExistsError(f"{config.run} holds factors already: pass --overwrite to replace them, or name another run")
     query, index = load_factors(config.query), load_factors(config.index)
     mixed = hessians.mix(query, index, components=config.components, weight=config.weight)
     say(f"plan: mix of {query!r} and {index!r} → {config.run}")
     say(f"      {mixed.notes['mix']}")
     kept = replace(config, overwrite=False)
-    command = ["influence", "mix", "--config", str(file.parent / "config.yaml"), "--run", "ANOTHER_RUN"]
+    command = ["influence", "mix", "ANOTHER_RUN", "--config", str(file.parent / "config.yaml")]
     plan = {"shards": [], "query": query.digest, "index": index.digest, "components": config.components}
     plan["weight"] = config.weight
     results = [file.name, CONFIG]

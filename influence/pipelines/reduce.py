@@ -28,7 +28,7 @@ from influence.types import Rows
 class ReduceConfig(PassConfig):
     """Average or sum the gradients of a dataset into one row, an index that score and query take as a query.
 
-    influence reduce --model gpt2 --dataset questions.jsonl --run runs/questions
+    influence reduce runs/questions --model gpt2 --dataset questions.jsonl
 
     The mean divides by the examples that have a label to predict, and says how many there were.
 

@@ -30,7 +30,7 @@ Mode: TypeAlias = Literal["individual", "nearest"]
 class ScoreConfig(PassConfig):
     """Score every example of a corpus against queries, as the corpus streams by. Positive helps the query.
 
-    influence score --model gpt2 --dataset corpus.jsonl --query runs/questions --run runs/scores
+    influence score runs/scores --model gpt2 --dataset corpus.jsonl --query runs/questions
 
     The queries are indexes that build or reduce wrote; several are scored in one pass. Rows are not stored.
 

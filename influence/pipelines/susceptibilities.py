@@ -29,8 +29,8 @@ WIDTH = 40
 class SusceptibilitiesConfig(SamplingConfig):
     r"""Susceptibilities: the covariance of a component's excess loss on a task with each token's loss.
 
-    influence susceptibilities --model gpt2 --dataset corpus.jsonl --observables task=corpus.jsonl code=code.jsonl \
-        --restrictions l0h0 l0h1 l1h0 l1h1 --run runs/chi --plot chi.png
+    influence susceptibilities runs/chi --model gpt2 --dataset corpus.jsonl \
+        --observables task=corpus.jsonl code=code.jsonl --restrictions l0h0 l0h1 l1h0 l1h1 --plot chi.png
 
     For every restriction chains are run in which only it moves, and chains in which all weights do. Negative: the
     component expresses the token; positive: it suppresses it.

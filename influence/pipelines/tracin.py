@@ -24,8 +24,8 @@ from influence.pipelines.recipes.frame import planned, result, run_steps
 class TracinConfig(SumConfig):
     """Score a corpus as TracIn does: gradient products, summed over checkpoints, each times its learning rate.
 
-    influence tracin --model base --checkpoints out/checkpoint-* --dataset corpus.jsonl --query.dataset questions.jsonl
-    --run runs/tracin
+    influence tracin runs/tracin --model base --checkpoints out/checkpoint-* --dataset corpus.jsonl
+    --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: the rows of both sides at each checkpoint, which are indexes; scores. With
     --unit-norm the products are cosines.

@@ -16,7 +16,7 @@ from influence.pipelines.recipes.frame import RecipeConfig, fewer, planned, resu
 class TrackstarConfig(RecipeConfig):
     """Score a corpus against queries as TrackStar does: cosines in the metric of a mixed curvature.
 
-    influence trackstar --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trackstar
+    influence trackstar runs/trackstar --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: query_hessian, index_hessian, mixed, query, scores.
 

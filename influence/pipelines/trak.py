@@ -26,7 +26,7 @@ from influence.types import Rows
 class TrakConfig(RecipeConfig):
     """Score a corpus as TRAK does: log-odds, one global projection, their Gram matrix, a mean over checkpoints.
 
-    influence trak --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trak
+    influence trak runs/trak --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: each checkpoint's hessian, query and scores; scores, their mean.
 

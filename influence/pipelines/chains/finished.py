@@ -143,7 +143,7 @@ def read_samples(directory: Path) -> Samples:
     """
     if not (directory / RESULT).is_file():
         raise FileNotFoundError(
-            f"{directory} has no finished chains ({RESULT}): pass --model and --dataset to sample, or --run of a "
+            f"{directory} has no finished chains ({RESULT}): pass --model and --dataset to sample, or name a "
             "finished run of influence sample"
         )
     found = sgmcmc.load(directory)
@@ -179,7 +179,7 @@ def _check_read(config: SamplingConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
-                f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
+                f"read as they are: leave {flag} out, or pass --model and --dataset, and name another run"
             )
 
 
@@ -260,7 +260,7 @@ def _directory(
         manifest = None
         if place.first:
             kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
-            replay = ["influence", command, "--config", str(directory / CONFIG), "--run", "ANOTHER_RUN"]
+            replay = ["influence", command, "ANOTHER_RUN", "--config", str(directory / CONFIG)]
             claim = traces.claim(directory, plan.facts, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
             with _readable():
                 manifest = stack.enter_context(claim)
@@ -309,7 +309,7 @@ def _readable() -> Iterator[None]:
     except sgmcmc.DivergedError:
         raise
     except (ValueError, FileExistsError) as error:
-        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or another --run")) from error
+        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or name another run")) from error
 
 
 def _shown(what: Sampling, place: Ranks) -> bool:

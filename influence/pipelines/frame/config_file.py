@@ -136,10 +136,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def write_config(path: str | Path, config: Any, command: str, run: str = "") -> None:
-    """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
+    """Write a configuration as YAML, which replays the run: `influence COMMAND ANOTHER_RUN --config PATH`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
     place = visible(shlex.quote(str(path)), lines=False)  # a newline would end the comment
-    head = f"# influence {command} --config {place} --run ANOTHER_RUN\n"
+    head = f"# influence {command} ANOTHER_RUN --config {place}\n"
     write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)

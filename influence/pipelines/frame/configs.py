@@ -263,8 +263,8 @@ class NeighbourConfig:
         return None if self.index_factory is None else FaissConfig(**fields)
 
 
-Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]
-"""The run directory. Under torchrun write `-r`: Python 3.11 takes `--run` for an abbreviation of torchrun's options."""
+Run: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A run directory, which every command takes by its place: `influence build RUN`."""
 Model: TypeAlias = Annotated[ModelConfig, tyro.conf.OmitArgPrefixes]
 Data: TypeAlias = Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
 Loss: TypeAlias = Annotated[LossConfig, tyro.conf.OmitArgPrefixes]

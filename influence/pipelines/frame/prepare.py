@@ -125,7 +125,7 @@ def load_factors(path: str | Path) -> Factors:
         state = (
             "its run is not finished, or it is no run of influence hessian" if Path(path).is_dir() else "no such file"
         )
-        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
+        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian {path} first")
     return hessians.load(file, run_id(file.parent))
 
 

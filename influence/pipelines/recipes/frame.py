@@ -137,13 +137,13 @@ def _begin(kind: str, config: RecipeConfig, names: list[str], place: Ranks, stac
     if place.first:
         if not execution.overwrite and all(finished(directory / name) for name in names):
             raise FileExistsError(
-                f"{directory} holds a finished run of influence {kind}: pass --overwrite to replace it, or another "
-                "--run"
+                f"{directory} holds a finished run of influence {kind}: pass --overwrite to replace it, or name "
+                "another run"
             )
         kept = replace(config, execution=replace(execution, overwrite=False))
         settings = to_mapping(replace(kept, execution=replace(execution, **_indifferent())))
         settings.pop("run")
-        command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
+        command = ["influence", kind, "ANOTHER_RUN", "--config", str(directory / "config.yaml")]
         plan = {"shards": [], "steps": names, "settings": settings}
         plan |= {f"contents of {name}": found for name, found in contents(config).items()}
         how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume}
