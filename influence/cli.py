@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from influence.flags import as_flags, names_of
+from influence.pipelines.frame.config_file import FieldError, read_config
+from influence.pipelines.frame.flags import as_flags, in_flags, names_of
 from influence.visible import visible
 
 COMMANDS = {
@@ -171,24 +172,8 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     """
     import tyro
 
-    from influence.pipelines.frame.config_file import FieldError, from_mapping, read_config
-
-    default = None
-    if options.config is not None:
-        read = read_config(options.config)
-        if {"-h", "--help"} & {*flags}:  # which prints it
-            read = _shown(read)
-        try:
-            default = from_mapping(kind, read, partial=True)
-        except FieldError as error:
-            raise FieldError(f"{options.config}: {error}") from error
-    config = tyro.cli(
-        kind,
-        args=list(flags),
-        prog=f"influence {command}",
-        description=described(kind),
-        default=default,
-    )
+    words = list(flags) if options.config is None else _with_settings(kind, options.config, flags)
+    config = tyro.cli(kind, args=words, prog=f"influence {command}", description=described(kind))
     for name in WRITTEN:
         path = getattr(config, name, None)
         if isinstance(path, str) and (seen := visible(path, lines=False)) != path:
@@ -197,13 +182,16 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     return config
 
 
-def _shown(value: Any) -> Any:
-    """Return what a file of settings holds with all texts as a terminal may show them."""
-    if isinstance(value, dict):
-        return {visible(str(name)): _shown(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_shown(part) for part in value]
-    return visible(value, lines=False) if isinstance(value, str) else value
+def _with_settings(kind: Any, path: str, flags: Sequence[str]) -> list[str]:
+    """Return flags behind those of a file, so that they win; RUN, where it is typed, stands before all."""
+    settings = read_config(path)
+    named = [word for word in flags[:1] if not word.startswith("-")]
+    if named:
+        settings.pop("run", None)
+    try:
+        return [*named, *as_flags(kind, settings), *flags[len(named) :]]
+    except FieldError as error:
+        raise FieldError(f"{path}: {error}") from error
 
 
 def described(kind: Any) -> str:
@@ -228,8 +216,8 @@ def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> s
     # nothing is caught here: these are foreseen, so their message alone is said
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(visible(_message(error)).split()) or "no message"
-    if type(error).__name__ != "FieldError":  # which speaks of a file of settings
-        text = as_flags(text, names or {})
+    if not isinstance(error, FieldError):  # which speaks of a file of settings
+        text = in_flags(text, names or {})
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
         text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
     return text

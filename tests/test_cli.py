@@ -160,9 +160,9 @@ def refused(capsys: Any, flags: list[Any], *parts: str) -> None:
 def test_no_such_model_dataset_or_column(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     flags = made(tmp_path / "a")
-    flags[2] = str(tmp_path / "nothing")
+    flags[flags.index("--model") + 1] = str(tmp_path / "nothing")
     refused(capsys, flags, "there is no folder", "nothing")
-    flags[2] = "nobody/nothing-at-all"
+    flags[flags.index("--model") + 1] = "nobody/nothing-at-all"
     refused(capsys, flags, "no model 'nobody/nothing-at-all'", "save_pretrained")
     flags = made(tmp_path / "a")
     flags[flags.index("--dataset") + 1] = str(tmp_path / "no.jsonl")

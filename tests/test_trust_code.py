@@ -31,7 +31,7 @@ from influence import data, models
 from influence.cli import COMMANDS, _kind, main
 from influence.data import parsing, templates
 from influence.data import parsing as sizes
-from influence.flags import names_of
+from influence.pipelines.frame.flags import names_of
 from influence.index import rows as reading
 from influence.pipelines import build
 from influence.pipelines.chains.finished import tokenizer_of

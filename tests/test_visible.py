@@ -157,7 +157,7 @@ def test_a_config_in_a_folder_with_a_newline_replays(tmp_path: Path) -> None:
 def test_help_does_not_obey_a_file_of_settings(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"run": EVIL, "model": {"model": EVIL}, "data": {"dataset": EVIL}}))
-    assert "owned" in told(capsys, "build", "--config", path, "--help")
+    assert "owned" not in told(capsys, "build", "--config", path, "--help")
     path.write_text(json.dumps({"run": "r", EVIL: 1}))
     told(capsys, "build", "--config", path, status=1)
 

@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import tyro
 
 from influence.data.parsing import shortly, text_of, yaml_of
 from influence.store import BadFileError, write_text
@@ -32,45 +30,60 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_mapping(kind: type[C], mapping: Any, where: str = "", partial: bool = False) -> C:
+def from_mapping(kind: type[C], mapping: Any, where: str = "") -> C:
     """Return a configuration from what JSON or YAML hold.
 
     Args:
         kind: a dataclass of this package.
         mapping: its fields; those left out have their defaults.
         where: the group, for messages.
-        partial: let fields without a default be missing, for the command line to fill in.
 
     Returns:
         The configuration.
 
     Raises:
-        ValueError: naming the unknown field, the missing one, or the one that holds something else.
+        FieldError: naming the unknown field, the missing one, or the one that holds something else.
+    """
+    values = {}
+    for name, hint, value in settings_of(kind, mapping, where):
+        values[name] = from_mapping(hint, value, f"{where}{name}.") if dataclasses.is_dataclass(hint) else value  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name in values or not required:
+            continue
+        if not dataclasses.is_dataclass(hints[field.name]):
+            raise FieldError(f"field {where}{field.name} is missing, and it has no default")
+        values[field.name] = from_mapping(hints[field.name], {}, f"{where}{field.name}.")
+    return kind(**values)
+
+
+def settings_of(kind: Any, mapping: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each field that JSON or YAML hold, with its type and its value; a group's value is not looked into.
+
+    Args:
+        kind: a dataclass of this package.
+        mapping: its fields.
+        where: the group, for messages.
+
+    Yields:
+        Names, types and values.
+
+    Raises:
+        FieldError: naming the unknown field, or the one that holds something else.
     """
     if not isinstance(mapping, Mapping):
         raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {shortly(mapping)}")
-    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
     unknown = [name for name in mapping if name not in fields]
     if unknown:
         name = unknown[0] if isinstance(unknown[0], str) and len(unknown[0]) < 100 else shortly(unknown[0])
         raise FieldError(f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}: correct or remove it")
-    hints = get_type_hints(kind)
-    values = {}
-    for name, field in fields.items():
-        hint, inside = hints[name], f"{where}{name}."
-        if name not in mapping:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and dataclasses.is_dataclass(hint):
-                values[name] = from_mapping(hint, {}, inside, partial)  # type: ignore[arg-type]
-            elif required and not partial:
-                raise FieldError(f"field {where}{name} is missing, and it has no default")
-            elif required:
-                values[name] = tyro.MISSING
-        elif dataclasses.is_dataclass(hint):
-            values[name] = from_mapping(hint, mapping[name], inside, partial)  # type: ignore[arg-type]
-        else:
-            values[name] = _checked(mapping[name], hint, f"{where}{name}")
-    return kind(**values)
+    for name in fields:
+        if name in mapping:
+            group = dataclasses.is_dataclass(hints[name])
+            yield name, hints[name], mapping[name] if group else _checked(mapping[name], hints[name], f"{where}{name}")
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
