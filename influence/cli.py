@@ -1,4 +1,4 @@
-"""The command line: one thin command per pipeline, its flags and help made from the pipeline's configuration."""
+"""The command line. Each pipeline is one command; its flags and its help come from its configuration."""
 
 import argparse
 import contextlib
@@ -10,29 +10,31 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from influence import __version__
 from influence.pipelines.frame.config_file import FieldError, read_config
 from influence.pipelines.frame.flags import as_flags, in_flags, names_of
+from influence.terminal import did_you_mean
 from influence.visible import visible
 
 COMMANDS = {
-    "build": "write an index: one gradient row for every example of a dataset",
-    "reduce": "average or sum the gradients of a dataset into one row",
-    "score": "score a corpus against query rows as it streams by",
-    "query": "ask an index in words: which examples help or hurt this text",
+    "build": "write an index: one gradient row per example",
+    "reduce": "average or sum a dataset's gradients into one row",
+    "score": "score a corpus against query rows in one pass",
+    "query": "ask an index which examples help or hurt a text",
     "hessian": "fit the curvature of a model on a corpus",
-    "mix": "mix the curvature of queries with the corpus's",
-    "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
+    "mix": "mix the curvature of the queries into the corpus's",
+    "trackstar": "recipe: cosines under a mixed curvature (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
-    "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
-    "tracin": "recipe: gradient products over checkpoints, times learning rates (TracIn)",
-    "less": "recipe: Adam's updates against a task's gradients, over a warm-up (LESS)",
-    "sample": "run chains around the trained weights, and keep what observables do along them",
-    "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
-    "bif": "which examples' losses move together: Bayesian influence functions",
-    "susceptibilities": "how each part of a network answers to each token",
+    "trak": "recipe: projected gradients of the log-odds, averaged over checkpoints (TRAK)",
+    "tracin": "recipe: gradient products, summed over checkpoints (TracIn)",
+    "less": "recipe: Adam's updates against a task's gradients, over checkpoints (LESS)",
+    "sample": "run sampling chains around the trained weights and record observables",
+    "llc": "estimate the local learning coefficient (LLC), with errors and diagnostics",
+    "bif": "Bayesian influence functions: which examples' losses move together",
+    "susceptibilities": "measure how each part of a network responds to each token",
     "recall": "judge an index or scores by known answers: recall@k and MRR",
-    "inspect": "say what a run holds, its size and its health",
-    "explore": "write a page to look at an index with, in a browser",
+    "inspect": "show what a run holds, its size, and whether it is whole",
+    "explore": "write a page to explore an index in a browser",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
 CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}
@@ -41,11 +43,11 @@ WRITTEN = ("run", "to", "record", "save", "plot")
 """Fields that name what is written."""
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses beside 0: refused or failed; not understood; stopped by Ctrl-C, as shells say it."""
+"""Exit statuses other than 0: refused or failed; not understood; stopped by Ctrl-C."""
 
 
 class Options(NamedTuple):
-    """What every command takes besides its own flags."""
+    """The flags that every command has."""
 
     config: str | None
     json: bool
@@ -67,13 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if typed else MISUSED
     if typed[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"influence {version('influence')}")
+        print(f"influence {__version__}")
         return 0
     command, rest = typed[0], typed[1:]
     if command not in COMMANDS:
-        return _complain(command, f"there is no such command; there are {', '.join(COMMANDS)}", MISUSED)
+        near = did_you_mean(command, COMMANDS)
+        return _complain(command, f"there is no such command; there are {', '.join(COMMANDS)}{near}", MISUSED)
     options, flags = common(rest)
     try:
         with warnings.catch_warnings():
@@ -102,16 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """Return the help of the whole."""
     lines = [
-        "usage: influence COMMAND [flags]",
+        "usage: influence COMMAND RUN [flags]",
         "",
-        "Which training examples made a network behave this way, and what did it learn, where.",
+        "Which training examples made a network behave this way, and what did it learn, where?",
         "",
         *(f"  {name:16} {says}" for name, says in COMMANDS.items()),
         "",
-        "influence COMMAND --help explains a command. Every command takes",
-        "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
-        "  --json         the result for machines, on standard output",
-        "  --debug        the traceback of an error",
+        "influence COMMAND --help explains a command. A command names its run first: influence build RUN --model …",
+        "Every command takes",
+        "  --config FILE  read settings from a YAML or JSON file; flags override it. A run's config.yaml replays it",
+        "  --json         print the result as JSON on standard output",
+        "  --debug        print the traceback of an error",
         "",
         f"Exit status: 0 done; {FAILED} refused or failed, as standard error says; {MISUSED} not understood; "
         f"{INTERRUPTED} stopped by Ctrl-C.",
@@ -198,7 +200,7 @@ def described(kind: Any) -> str:
     """Return a command's help: its docstring without the attributes, which become the flags."""
     text = (kind.__doc__ or "").split("Attributes:")[0]
     about = "\n".join(line.strip() for line in text.strip().splitlines())
-    return f"{about}\n\n--config FILE, --json and --debug are understood too: influence --help."
+    return f"{about}\n\nEvery command also takes --config FILE, --json and --debug: see influence --help."
 
 
 def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> str:

@@ -31,13 +31,13 @@ from influence import data, models
 from influence.cli import COMMANDS, _kind, main
 from influence.data import parsing, templates
 from influence.data import parsing as sizes
-from influence.pipelines.frame.flags import names_of
 from influence.index import rows as reading
 from influence.pipelines import build
 from influence.pipelines.chains.finished import tokenizer_of
 from influence.pipelines.chains.settings import Sampling
 from influence.pipelines.frame.config_file import to_mapping
 from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.flags import names_of
 from influence.store import BadFileError
 from influence.store.folder import manifest_of, write_manifest
 from influence.train import contents, load_from_optimizer, read_optimizer

@@ -12,9 +12,9 @@ import pytest
 
 from influence.cli import main
 from influence.pipelines.frame.config_file import read_config, write_config
-from influence.pipelines.frame.outcome import table
 from influence.pipelines.frame.texts import short
 from influence.store.folder import read_manifest, write_manifest
+from influence.terminal import table
 from influence.visible import CODES, visible
 from notebooks.make_corpus import make
 

@@ -15,11 +15,12 @@ from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.posterior import Posterior
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.texts import short
 from influence.sgmcmc import Run as Sampled
 from influence.sgmcmc import bif
 from influence.store import output_file
+from influence.terminal import table
 
 SHOWN = 3
 """Queries that are shown, unless some are named."""

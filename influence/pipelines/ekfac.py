@@ -22,10 +22,6 @@ class EkfacConfig(RecipeConfig):
     the strongest directions of each block on both sides.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        query: the queries.
         method: which curvature.
         labels: whose gradients it is fitted to.
         stats_examples: fit it on so many examples.
@@ -33,9 +29,7 @@ class EkfacConfig(RecipeConfig):
         compress: keep so many whitened directions of each side of a block, on both sides of the score.
         mode: a score for each query row, or the best over all of them.
         top_k: keep the so many best and worst examples of each query only.
-        loss: the loss.
         transform: blocks, damping and inversion; the rest is the recipe's.
-        execution: every pass.
     """
 
     method: Literal["ekfac", "kfac", "tkfac", "shampoo"] = "ekfac"

@@ -10,7 +10,6 @@ from influence.index import Index, check, open_index
 from influence.index.by_example import Examples
 from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.pipelines.frame.prepare import check_gradients
 from influence.pipelines.page import LARGEST, Page
 from influence.pipelines.panels import Limits, estimated, of_examples, of_queries
@@ -18,6 +17,7 @@ from influence.pipelines.reading_texts import Texts, texts_for
 from influence.pipelines.score_panels import of_scores
 from influence.pipelines.serve import serve
 from influence.store import output_file
+from influence.terminal import size
 
 
 @dataclass(frozen=True)

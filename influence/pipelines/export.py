@@ -12,8 +12,8 @@ from influence.index import Index, open_index
 from influence.index.choosing import choose
 from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.store import output_file
+from influence.terminal import size
 
 AT_ONCE = 1 << 24
 """Numbers that are decoded at once."""
@@ -27,10 +27,10 @@ class ExportConfig:
 
     Attributes:
         run: the run directory of build, reduce or score.
-        to: the file to write; its end says how: .safetensors (a tensor per block), .npy (one matrix, blocks side by
-            side) or .parquet (a list per row, with index, loss and length).
-        format: the format, where the file's end does not say it.
-        blocks: these blocks only (names or globs).
+        to: the file to write. Its suffix gives the format: .safetensors (a tensor per block), .npy (one matrix, blocks
+            side by side) or .parquet (a list per row, with index, loss and length).
+        format: the format, if the suffix does not give it.
+        blocks: export only these blocks (names or globs).
         overwrite: replace the file.
     """
 

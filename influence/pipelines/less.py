@@ -42,16 +42,13 @@ class LessConfig(SumConfig):
     in a directory of the run's: the rows of both sides at each checkpoint, which are indexes; scores, one an example.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint, and adapters go on it.
         data: the pool to choose from.
         query: examples of what is wanted.
         checkpoints: the folders that a Trainer saved, of adapters or of whole models.
         learning_rates: one for each checkpoint; default the mean of those that the Trainer logged since the one before.
         subtask: a column of the queries that says which subtask each is of; the best subtask counts.
-        loss: the loss.
         transform: targets and projection; the optimizer is each checkpoint's own.
-        execution: every pass.
     """
 
     subtask: str | None = None

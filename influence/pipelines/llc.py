@@ -9,9 +9,10 @@ from influence import viz
 from influence.pipelines.chains.finished import Samples, sampled
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.sgmcmc import llc
 from influence.sgmcmc.estimators.llc import LLC
+from influence.terminal import table
 from influence.visible import visible
 
 

@@ -19,10 +19,11 @@ from influence.index import Fingerprint, Index, fingerprint_of, open_index
 from influence.index.attributor import Attributor
 from influence.pipelines.frame import recorded
 from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, Run, RunConfig, at_least
-from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet
 from influence.pipelines.frame.prepare import Measured, check_gradients, measure, predicted
 from influence.pipelines.frame.texts import by_part, highlighted, short, texts_of
 from influence.pipelines.frame.tokens import tokens_of, vocabulary_hash
+from influence.terminal import table
 from influence.types import Rows
 
 

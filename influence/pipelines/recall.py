@@ -16,39 +16,40 @@ from influence.func.retrieval import Recall, first_gold, first_gold_listed, reca
 from influence.index import fingerprint_of, open_index
 from influence.pipelines.frame.configs import Run, RunConfig
 from influence.pipelines.frame.directory import config_of, names_in
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.prepare import batches_of
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes.best import read_best
 from influence.pipelines.passes.queries import column
 from influence.pipelines.query import QueryConfig, open_session
 from influence.store.folder import RUN
+from influence.terminal import table
 
 
 @dataclass(frozen=True)
 class RecallConfig:
-    """Say how often the right documents come first: recall@k and mean reciprocal rank against known answers.
+    """Measure how often the right documents come first: recall@k and mean reciprocal rank.
 
     influence recall runs/scores --gold gold.jsonl
 
     influence recall runs/corpus --gold questions.jsonl --dataset questions.jsonl --prompt-column prompt
     --completion-column answer
 
-    A line of the gold file is {"gold": [rows of the corpus]}, one for each query, in their order; {"query": 3, "gold":
-    [...]} names the query, and then others may be left out. A gold document is found at the rank of the first of them.
+    A line of the gold file is {"gold": [rows of the corpus]}, one per query, in the order of the queries. A line with
+    {"query": 3, "gold": [...]} names its query; then queries may be left out. A query's rank is that of its first gold
+    document.
 
     Attributes:
-        run: scores: a run of score, trackstar, ekfac or trak, with one score for each query; or an index: a run of
-            build, which is asked --dataset.
-        gold: the file: JSON lines, of which other fields do not matter, or one JSON object {query: [rows]}.
-        dataset: the queries to ask an index; their gradients are taken as the index's own were.
-        prompt_column: the dataset's column with the text; default the index's.
-        completion_column: the dataset's column with the answer; then it alone is labelled.
-        k: how many documents to look through; one or more.
-        force: answer what the fingerprints refuse, with a warning.
-        model_kwargs: as for influence query.
-        trust_remote_code: run code that comes with the model; an index cannot ask for it.
-        loss: as for influence query: a function that the index was built with runs only if it is named here.
+        run: a run of score, trackstar, ekfac or trak, with a score per query; or an index written by build.
+        gold: the right answers: JSON lines with a field gold, or one JSON object {query: [rows]}.
+        dataset: for an index, the queries to ask. Their gradients are taken as the index's were.
+        prompt_column: the dataset's text column. Default: the index's.
+        completion_column: the dataset's answer column. Then only the answer is labelled.
+        k: numbers of documents to look through.
+        force: answer even if the fingerprints disagree, with a warning.
+        model_kwargs: as in influence query.
+        trust_remote_code: run code that comes with the model. An index cannot ask for it.
+        loss: as in influence query. Your own loss function runs only if it is named here.
         device: where the model runs.
     """
 

@@ -7,9 +7,9 @@ from influence.pipelines.chains.finished import Samples, sampled
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.pipelines.llc import estimates, table_of
 from influence.sgmcmc.runner.traces import RESULT
+from influence.terminal import size
 from influence.visible import visible
 
 

@@ -15,11 +15,12 @@ from influence.pipelines.chains.examples import Example, examples, words_of
 from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet
 from influence.pipelines.frame.texts import short
 from influence.sgmcmc import susceptibility
 from influence.sgmcmc.estimators.susceptibility import Susceptibility
 from influence.store import output_file
+from influence.terminal import table
 
 WIDTH = 40
 """Characters of an example that are shown, where the loss is one per example."""

@@ -31,15 +31,10 @@ class TracinConfig(SumConfig):
     --unit-norm the products are cosines.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint, and adapters go on it.
-        data: the corpus.
-        query: the queries.
         checkpoints: the folders that a Trainer saved, of whole models or of adapters.
         learning_rates: one for each checkpoint; default the mean of those that the Trainer logged since the one before.
-        loss: the loss.
         transform: what is compared of each gradient.
-        execution: every pass.
     """
 
 

@@ -21,19 +21,13 @@ class TrackstarConfig(RecipeConfig):
     Steps, each in a directory of the run's: query_hessian, index_hessian, mixed, query, scores.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        query: the queries.
         components: how many directions that all queries share to play down; of all blocks together, so at most as many
             as queries times blocks.
         mix: mix the queries' curvature into the corpus's.
         stats_examples: fit each curvature on so many examples.
         mode: a score for each query, or the best over all of them.
         top_k: keep the so many best and worst examples of each query only.
-        loss: the loss.
         transform: the projection; curvature and unit norm are the recipe's.
-        execution: every pass.
     """
 
     components: int = 1000

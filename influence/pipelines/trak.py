@@ -31,15 +31,11 @@ class TrakConfig(RecipeConfig):
     Steps, each in a directory of the run's: each checkpoint's hessian, query and scores; scores, their mean.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint.
-        data: the corpus.
-        query: the queries.
         checkpoints: folders or Hub ids of the same architecture, or adapters on the model, to average over; default the
             model alone.
         loss: TRAK's output function.
         transform: the projection and the damping.
-        execution: every pass.
     """
 
     checkpoints: tuple[str, ...] = ()

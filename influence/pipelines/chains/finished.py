@@ -21,7 +21,6 @@ from influence.pipelines.frame.configs import DataConfig
 from influence.pipelines.frame.directory import CONFIG, config_of
 from influence.pipelines.frame.loading import load_tokenizer
 from influence.pipelines.frame.outcome import Outcome, Say
-from influence.pipelines.frame.planning import duration, size
 from influence.pipelines.frame.ranks import Ranks, ranks
 from influence.sgmcmc import Run
 from influence.sgmcmc.estimators import llc
@@ -29,6 +28,7 @@ from influence.sgmcmc.runner import joining, observables, sampling, schedule, st
 from influence.sgmcmc.runner.schedule import Plan
 from influence.sgmcmc.runner.traces import RESULT
 from influence.store.folder import Manifest, clear, refuse_foreign, tidy
+from influence.terminal import duration, size
 
 SHARES = "chains-#-#/"
 """Folders of the chains that ranks run, while they do."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from influence.data.parsing import shortly, text_of, yaml_of
 from influence.store import BadFileError, write_text
+from influence.terminal import did_you_mean
 from influence.visible import visible
 
 C = TypeVar("C")
@@ -79,7 +80,10 @@ def settings_of(kind: Any, mapping: Any, where: str = "") -> Iterator[tuple[str,
     unknown = [name for name in mapping if name not in fields]
     if unknown:
         name = unknown[0] if isinstance(unknown[0], str) and len(unknown[0]) < 100 else shortly(unknown[0])
-        raise FieldError(f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}: correct or remove it")
+        near = did_you_mean(name, fields)
+        raise FieldError(
+            f"unknown field {where}{name}{near}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
+        )
     for name in fields:
         if name in mapping:
             group = dataclasses.is_dataclass(hints[name])

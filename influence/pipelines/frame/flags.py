@@ -75,7 +75,7 @@ def as_flags(kind: Any, settings: Any, where: str = "", prefix: str = "") -> lis
                 raise FieldError(f"field {where}{name} has a text that begins with a dash, like a flag: it has {texts}")
             typed += [_flag(prefix, name), *texts]
         elif value == "None" and type(None) in get_args(hint):
-            raise FieldError(f"field {where}{name} is the text 'None', which means nothing: write null, or another text")
+            raise FieldError(f"field {where}{name} is the text 'None', which says no text: write null, or another")
         else:
             typed.append(f"{_flag(prefix, name)}={value}")
     return typed

@@ -23,8 +23,8 @@ from influence.pipelines.frame.configs import (
 )
 from influence.pipelines.frame.directory import CONFIG, RESULTS, contents
 from influence.pipelines.frame.outcome import Outcome, Say
-from influence.pipelines.frame.planning import duration, size
 from influence.pipelines.frame.ranks import Ranks, ranks
+from influence.terminal import duration, size
 
 
 @dataclass(frozen=True)
