@@ -137,7 +137,7 @@ def common(flags: Sequence[str]) -> tuple[Options, list[str]]:
 def run(command: str, flags: Sequence[str], options: Options) -> None:
     """Run a command and print what came of it, on the first rank."""
     room, kind = _kind(command)
-    config = parsed(command, kind, flags, options)
+    config = parse(command, kind, flags, options)
     if not options.debug:
         _quieten()
     say = _say(options.json)
@@ -166,7 +166,7 @@ def _names(command: str) -> dict[str, str]:
     return {}
 
 
-def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
+def parse(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
     """Return the configuration that a file and flags describe; flags win.
 
     Raises:
@@ -175,7 +175,7 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     import tyro
 
     words = list(flags) if options.config is None else _with_settings(kind, options.config, flags)
-    config = tyro.cli(kind, args=words, prog=f"influence {command}", description=described(kind))
+    config = tyro.cli(kind, args=words, prog=f"influence {command}", description=description_of(kind))
     for name in WRITTEN:
         path = getattr(config, name, None)
         if isinstance(path, str) and (seen := visible(path, lines=False)) != path:
@@ -196,7 +196,7 @@ def _with_settings(kind: Any, path: str, flags: Sequence[str]) -> list[str]:
         raise FieldError(f"{path}: {error}") from error
 
 
-def described(kind: Any) -> str:
+def description_of(kind: Any) -> str:
     """Return a command's help: its docstring without the attributes, which become the flags."""
     text = (kind.__doc__ or "").split("Attributes:")[0]
     about = "\n".join(line.strip() for line in text.strip().splitlines())

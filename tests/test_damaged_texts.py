@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import page
-from influence.cli import Options, main, parsed
+from influence.cli import Options, main, parse
 from influence.data import Tokenized, auto_token_budget, templates
 from influence.data.sources import mapping_of
 from influence.pipelines.build import BuildConfig
@@ -52,7 +52,7 @@ def template(path: Path) -> Any:
 
 
 def settings(path: Path) -> Any:
-    return parsed("build", BuildConfig, [], Options(str(path), json=False, debug=False))
+    return parse("build", BuildConfig, [], Options(str(path), json=False, debug=False))
 
 
 def gold(path: Path) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 import influence
-from influence.cli import COMMANDS, Options, _kind, main, parsed
+from influence.cli import COMMANDS, Options, _kind, main, parse
 from influence.pipelines.build import BuildConfig
 from influence.pipelines.frame.config_file import FieldError, to_mapping, write_config
 from influence.pipelines.frame.configs import DataConfig, ModelConfig, TransformConfig
@@ -46,7 +46,7 @@ def test_flags_win_and_a_run_that_is_typed_is_the_run(tmp_path: Path) -> None:
     write_config(path, config, "build")
 
     def read(*flags: str) -> Any:
-        return parsed("build", BuildConfig, flags, Options(str(path), json=False, debug=False))
+        return parse("build", BuildConfig, flags, Options(str(path), json=False, debug=False))
 
     assert read() == config
     assert read("runs/new").run == "runs/new"

@@ -1,4 +1,4 @@
-"""Configurations as JSON and YAML hold them: written, read and checked field by field."""
+"""Configurations in YAML and JSON: writing, reading, and a check of every field."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ C = TypeVar("C")
 
 
 class FieldError(ValueError):
-    """A file of settings has what it cannot have; fields have the names that they have in files."""
+    """An error in a file of settings. It names fields as files do, not as flags."""
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     elif float in (hint, *get_args(hint)):
         value = _number(value)
     if not _is(value, hint):
-        raise FieldError(f"field {name} must be {_said(hint)}; got {shortly(value)}")
+        raise FieldError(f"field {name} must be {_in_words(hint)}; got {shortly(value)}")
     return value
 
 
@@ -123,14 +123,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _said(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     """Return a type as a user would say it."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_said(part) for part in get_args(hint))
+        return " or ".join(_in_words(part) for part in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_said(get_args(hint)[0])}"
+        return f"a list of {_in_words(get_args(hint)[0])}"
     if hint is type(None):
         return "null"
     return str(getattr(hint, "__name__", hint))

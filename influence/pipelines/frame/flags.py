@@ -13,7 +13,7 @@ ARGUMENT = re.compile(
     r"(?<![\w.'\"/-])([a-z]+(?:_[a-z]+)*)"  # a name, which is no attribute, no file and no text in quotes
     r"(=True\b|='[^']*'|=(?=-?\w)|(?:\(\)|=)?(?![\w/]|\.\w))"
 )
-"""A word that may be an argument, and its value as Python writes it."""
+"""A word that may be an argument; behind it a value as Python writes it: `=True`, `='x'`, `=`, `()` or nothing."""
 
 
 def names_of(kind: Any) -> dict[str, str]:
@@ -96,10 +96,10 @@ def in_flags(text: str, names: Mapping[str, str]) -> str:
         >>> in_flags("no column: pass prompt_column, or split='b' under project(dim=4)", names)
         'no column: pass --prompt-column, or --split b under project(dim=4)'
     """
-    return _outside_calls(text, lambda part: ARGUMENT.sub(lambda found: _said(found, names), part))
+    return _outside_calls(text, lambda part: ARGUMENT.sub(lambda found: _as_flag(found, names), part))
 
 
-def _said(found: re.Match[str], names: Mapping[str, str]) -> str:
+def _as_flag(found: re.Match[str], names: Mapping[str, str]) -> str:
     """Return an argument as its flag, with its value; a word that only may be one stays, unless it is asked for."""
     name, value = found[1], found[2]
     flag = names.get(name)

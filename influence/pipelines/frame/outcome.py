@@ -1,4 +1,4 @@
-"""What a pipeline hands back: where it wrote, facts for machines, text for people."""
+"""The result of a command, its progress bar, and cells of CSV files that no spreadsheet runs as formulas."""
 
 import contextlib
 import re
