@@ -31,7 +31,7 @@ def run(scratch: Path, rounds: int, documents: int) -> dict:
     torch.set_num_threads(1)
     corpus(scratch, documents)
     model, text = str(scratch / "model"), str(scratch / "corpus.jsonl")
-    ours = ["influence", "build", "--model", model, "--dataset", text, "--run", str(scratch / "ours"), "--overwrite"]
+    ours = ["influence", "build", str(scratch / "ours"), "--model", model, "--dataset", text, "--overwrite"]
     theirs = ["bergson", "build", str(scratch / "theirs"), "--overwrite", "--model", model, "--dataset", text]
     builds = {
         "influence build": process(ours, ["--token-budget", str(BUDGET), "--dtype", "float32"]),

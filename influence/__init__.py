@@ -1,6 +1,7 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from influence.func import similarity, sinks
@@ -30,6 +31,7 @@ __all__ = [
     "as_blocks",
     "build",
     "chain",
+    "data",
     "down_project",
     "eigen_whiten",
     "explain",
@@ -40,6 +42,7 @@ __all__ = [
     "index",
     "kept_energy",
     "kfac_whiten",
+    "models",
     "one_sided",
     "open_index",
     "per_example_grads",
@@ -53,13 +56,14 @@ __all__ = [
     "similarity",
     "sinks",
     "split_heads",
+    "store",
     "train",
     "two_sided",
     "unit_norm",
     "viz",
 ]
 
-ROOMS = ("explorer", "hessians", "index", "sgmcmc", "train", "viz")
+ROOMS = ("data", "explorer", "hessians", "index", "models", "sgmcmc", "store", "train", "viz")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")
@@ -67,7 +71,9 @@ LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "inde
 
 
 def __getattr__(name: str) -> Any:
-    """Import a room on its first use."""
+    """Import a room on its first use, and look up the version."""
+    if name == "__version__":
+        return version("influence")
     if name in ROOMS:
         return import_module(f"influence.{name}")
     if name in LENT:

@@ -1,4 +1,4 @@
-"""The command line: one thin command per pipeline, its flags and help made from the pipeline's configuration."""
+"""The command line. Each pipeline is one command; its flags and its help come from its configuration."""
 
 import argparse
 import contextlib
@@ -10,28 +10,31 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from influence.flags import as_flags, names_of
+from influence import __version__
+from influence.pipelines.frame.config_file import FieldError, read_config
+from influence.pipelines.frame.flags import as_flags, in_flags, names_of
+from influence.terminal import did_you_mean
 from influence.visible import visible
 
 COMMANDS = {
-    "build": "write an index: one gradient row for every example of a dataset",
-    "reduce": "average or sum the gradients of a dataset into one row",
-    "score": "score a corpus against query rows as it streams by",
-    "query": "ask an index in words: which examples help or hurt this text",
+    "build": "write an index: one gradient row per example",
+    "reduce": "average or sum a dataset's gradients into one row",
+    "score": "score a corpus against query rows in one pass",
+    "query": "ask an index which examples help or hurt a text",
     "hessian": "fit the curvature of a model on a corpus",
-    "mix": "mix the curvature of queries with the corpus's",
-    "trackstar": "recipe: curvature of both sides, mixed, whitened, cosine (TrackStar)",
+    "mix": "mix the curvature of the queries into the corpus's",
+    "trackstar": "recipe: cosines under a mixed curvature (TrackStar)",
     "ekfac": "recipe: influence functions with EK-FAC curvature",
-    "trak": "recipe: log-odds, one global projection, mean over checkpoints (TRAK)",
-    "tracin": "recipe: gradient products over checkpoints, times learning rates (TracIn)",
-    "less": "recipe: Adam's updates against a task's gradients, over a warm-up (LESS)",
-    "sample": "run chains around the trained weights, and keep what observables do along them",
-    "llc": "how singular the loss is there: the local learning coefficient, with errors and a verdict",
-    "bif": "which examples' losses move together: Bayesian influence functions",
-    "susceptibilities": "how each part of a network answers to each token",
+    "trak": "recipe: projected gradients of the log-odds, averaged over checkpoints (TRAK)",
+    "tracin": "recipe: gradient products, summed over checkpoints (TracIn)",
+    "less": "recipe: Adam's updates against a task's gradients, over checkpoints (LESS)",
+    "sample": "run sampling chains around the trained weights and record observables",
+    "llc": "estimate the local learning coefficient (LLC), with errors and diagnostics",
+    "bif": "Bayesian influence functions: which examples' losses move together",
+    "susceptibilities": "measure how each part of a network responds to each token",
     "recall": "judge an index or scores by known answers: recall@k and MRR",
-    "inspect": "say what a run holds, its size and its health",
-    "explore": "write a page to look at an index with, in a browser",
+    "inspect": "show what a run holds, its size, and whether it is whole",
+    "explore": "write a page to explore an index in a browser",
     "export": "write an index's rows as safetensors, npy or parquet",
 }
 CONFIGS = {name: f"{name.capitalize()}Config" for name in COMMANDS}
@@ -40,11 +43,11 @@ WRITTEN = ("run", "to", "record", "save", "plot")
 """Fields that name what is written."""
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses beside 0: refused or failed; not understood; stopped by Ctrl-C, as shells say it."""
+"""Exit statuses other than 0: refused or failed; not understood; stopped by Ctrl-C."""
 
 
 class Options(NamedTuple):
-    """What every command takes besides its own flags."""
+    """The flags that every command has."""
 
     config: str | None
     json: bool
@@ -66,13 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(overview())
         return 0 if typed else MISUSED
     if typed[0] in ("-V", "--version"):
-        from importlib.metadata import version
-
-        print(f"influence {version('influence')}")
+        print(f"influence {__version__}")
         return 0
     command, rest = typed[0], typed[1:]
     if command not in COMMANDS:
-        return _complain(command, f"there is no such command; there are {', '.join(COMMANDS)}", MISUSED)
+        near = did_you_mean(command, COMMANDS)
+        return _complain(command, f"there is no such command; there are {', '.join(COMMANDS)}{near}", MISUSED)
     options, flags = common(rest)
     try:
         with warnings.catch_warnings():
@@ -101,22 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def overview() -> str:
     """Return the help of the whole."""
     lines = [
-        "usage: influence COMMAND [flags]",
+        "usage: influence COMMAND RUN [flags]",
         "",
-        "Which training examples made a network behave this way, and what did it learn, where.",
+        "Which training examples made a network behave this way, and what did it learn, where?",
         "",
         *(f"  {name:16} {says}" for name, says in COMMANDS.items()),
         "",
-        "influence COMMAND --help explains a command. Every command takes",
-        "  --config FILE  a YAML or JSON file of its settings, which flags override; a run's config.yaml replays it",
-        "  --json         the result for machines, on standard output",
-        "  --debug        the traceback of an error",
+        "influence COMMAND --help explains a command. A command names its run first: influence build RUN --model …",
+        "Every command takes",
+        "  --config FILE  read settings from a YAML or JSON file; flags override it. A run's config.yaml replays it",
+        "  --json         print the result as JSON on standard output",
+        "  --debug        print the traceback of an error",
         "",
         f"Exit status: 0 done; {FAILED} refused or failed, as standard error says; {MISUSED} not understood; "
         f"{INTERRUPTED} stopped by Ctrl-C.",
         "",
-        "Share the work of a command among processes (-r is --run, which torchrun would take for its own):",
-        "  torchrun --nproc-per-node 2 -m influence build … -r RUN",
+        "Share the work of a command among processes:",
+        "  torchrun --nproc-per-node 2 -m influence build RUN …",
     ]
     return "\n".join(lines)
 
@@ -134,7 +137,7 @@ def common(flags: Sequence[str]) -> tuple[Options, list[str]]:
 def run(command: str, flags: Sequence[str], options: Options) -> None:
     """Run a command and print what came of it, on the first rank."""
     room, kind = _kind(command)
-    config = parsed(command, kind, flags, options)
+    config = parse(command, kind, flags, options)
     if not options.debug:
         _quieten()
     say = _say(options.json)
@@ -185,7 +188,7 @@ def _names(command: str) -> dict[str, str]:
     return {}
 
 
-def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
+def parse(command: str, kind: Any, flags: Sequence[str], options: Options) -> Any:
     """Return the configuration that a file and flags describe; flags win.
 
     Raises:
@@ -193,45 +196,33 @@ def parsed(command: str, kind: Any, flags: Sequence[str], options: Options) -> A
     """
     import tyro
 
-    from influence.pipelines.frame.config_file import FieldError, from_mapping, read_config
-
-    default = None
-    if options.config is not None:
-        read = read_config(options.config)
-        if {"-h", "--help"} & {*flags}:  # which prints it
-            read = _shown(read)
-        try:
-            default = from_mapping(kind, read, partial=True)
-        except FieldError as error:
-            raise FieldError(f"{options.config}: {error}") from error
-    config = tyro.cli(
-        kind,
-        args=list(flags),
-        prog=f"influence {command}",
-        description=described(kind),
-        default=default,
-    )
+    words = list(flags) if options.config is None else _with_settings(kind, options.config, flags)
+    config = tyro.cli(kind, args=words, prog=f"influence {command}", description=description_of(kind))
     for name in WRITTEN:
         path = getattr(config, name, None)
         if isinstance(path, str) and (seen := visible(path, lines=False)) != path:
-            raise ValueError(f"--{name} {seen} has a control code in it, such as a newline: give a path without one")
+            flag = "RUN" if name == "run" else f"--{name}"
+            raise ValueError(f"{flag} {seen} has a control code in it, such as a newline: give a path without one")
     return config
 
 
-def _shown(value: Any) -> Any:
-    """Return what a file of settings holds with all texts as a terminal may show them."""
-    if isinstance(value, dict):
-        return {visible(str(name)): _shown(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_shown(part) for part in value]
-    return visible(value, lines=False) if isinstance(value, str) else value
+def _with_settings(kind: Any, path: str, flags: Sequence[str]) -> list[str]:
+    """Return flags behind those of a file, so that they win; RUN, where it is typed, stands before all."""
+    settings = read_config(path)
+    named = [word for word in flags[:1] if not word.startswith("-")]
+    if named:
+        settings.pop("run", None)
+    try:
+        return [*named, *as_flags(kind, settings), *flags[len(named) :]]
+    except FieldError as error:
+        raise FieldError(f"{path}: {error}") from error
 
 
-def described(kind: Any) -> str:
+def description_of(kind: Any) -> str:
     """Return a command's help: its docstring without the attributes, which become the flags."""
     text = (kind.__doc__ or "").split("Attributes:")[0]
     about = "\n".join(line.strip() for line in text.strip().splitlines())
-    return f"{about}\n\n--config FILE, --json and --debug are understood too: influence --help."
+    return f"{about}\n\nEvery command also takes --config FILE, --json and --debug: see influence --help."
 
 
 def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> str:
@@ -249,8 +240,8 @@ def paragraph(error: BaseException, names: Mapping[str, str] | None = None) -> s
     # nothing is caught here: these are foreseen, so their message alone is said
     known = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
     text = " ".join(visible(_message(error)).split()) or "no message"
-    if type(error).__name__ != "FieldError":  # which speaks of a file of settings
-        text = as_flags(text, names or {})
+    if not isinstance(error, FieldError):  # which speaks of a file of settings
+        text = in_flags(text, names or {})
     if not isinstance(error, known) and type(error).__name__ not in ("EngineError", "RankFailed"):
         text = f"unexpected {type(error).__name__}: {text}. --debug shows where"
     return text

@@ -1,7 +1,7 @@
 """Make a small language model and a corpus of documents, offline, in seconds: something to try the command line on.
 
     python notebooks/make_corpus.py tiny            # tiny/model, tiny/corpus.jsonl, tiny/questions.jsonl
-    influence build --model tiny/model --dataset tiny/corpus.jsonl --run runs/corpus
+    influence build runs/corpus --model tiny/model --dataset tiny/corpus.jsonl
 
 The corpus tells facts about invented animals: where they live, what they eat, what they are good at. The model, a Llama
 of two layers with a word-level tokenizer, is trained on it for a moment; it learns what a question is from half of the

@@ -59,7 +59,7 @@ def prepare(folder: Path) -> None:
 
 
 def command(folder: Path, name: str, run: str, *more: object, data: str = "corpus.jsonl") -> list[object]:
-    made = [name, "--model", folder / "model", "--dataset", folder / data, "--run", folder / run]
+    made = [name, folder / run, "--model", folder / "model", "--dataset", folder / data]
     return [*made, "--shard-size", 8, "--projection-dim", 4, *more]
 
 
@@ -72,7 +72,7 @@ def score(*more: object, query: str = "mean") -> Callable[[Path], list[object]]:
 
 
 def ask(*more: object, index: str = "corpus", text: str = "babo lives in") -> Callable[[Path], list[object]]:
-    return lambda folder: ["query", "--index", folder / index, "--text", text, *more]
+    return lambda folder: ["query", folder / index, "--text", text, *more]
 
 
 def instead(typed: Callable[[Path], list[object]], flag: str, value: str) -> Callable[[Path], list[object]]:
@@ -148,7 +148,7 @@ MISTAKES = [
     Mistake("the run exists", build(run="corpus"), ("holds a run of kind 'index' (finished; 4 of 4", "--overwrite")),
     Mistake(
         "the run is another's",
-        instead(score(), "--run", "mean"),
+        lambda folder: command(folder, "score", "mean", "--query", folder / "mean"),
         ("holds a finished run of influence reduce", "--overwrite"),
     ),
     Mistake("the run is a file", file_in_the_way, ("a-file is a file, and a run is a directory",)),

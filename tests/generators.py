@@ -147,32 +147,29 @@ def run_commands(folder: Path) -> dict[str, int]:
     save_optimizer(checkpoint)
     sums = ["--checkpoints", checkpoint, "--learning-rates", 0.1]
 
-    def run(name: str) -> list[Any]:
-        return ["--run", folder / name]
-
     grams = ["--method", "autocorrelation"]
     typed: list[list[Any]] = [
-        ["build", *model, *corpus, *small, *run("index")],
-        ["reduce", *model, *questions, *small, *run("mean")],
-        ["score", *model, *corpus, *small, "--query", folder / "mean", *run("scores")],
-        ["query", "--index", folder / "index", "--text", "babo lives in", "--record", folder / "out.csv"],
-        ["query", "--index", folder / "index", "--text", "babo lives in", "--faiss.index-factory", "IVF2,Flat"],
-        ["hessian", *model, *corpus, *small, *grams, *run("h")],
-        ["hessian", *model, *questions, *small, *grams, *run("hq")],
-        ["mix", "--query", folder / "hq", "--index", folder / "h", *run("mix")],
-        ["trackstar", *model, *corpus, *asked, "--components", 5, *small, *run("trackstar")],
-        ["ekfac", *model, *corpus, *asked, *small, *run("ekfac")],
-        ["trak", *model, *corpus, *asked, "--shard-size", 8, "--projection-dim", 16, *run("trak")],
-        ["tracin", *model, *corpus, *asked, *sums, *small, *run("tracin")],
-        ["less", *model, *corpus, *asked, *sums, "--shard-size", 8, "--projection-dim", 16, *run("less")],
-        ["sample", *model, *corpus, *chains, *run("chains"), "--observables", "data"],
-        ["llc", *model, *corpus, *chains, *run("llc"), "--plot", folder / "llc.png"],
-        ["bif", *model, *corpus, *chains, "--observed", 4, *run("bif"), "--plot", folder / "bif.png"],
-        ["susceptibilities", *model, *corpus, *chains, "--observed", 4, "--restrictions", "l0h0", *run("chi")],
-        ["recall", "--gold", made / "questions.jsonl", "--index", folder / "index", *questions],
-        ["inspect", *run("index"), "--verify"],
+        ["build", folder / "index", *model, *corpus, *small],
+        ["reduce", folder / "mean", *model, *questions, *small],
+        ["score", folder / "scores", *model, *corpus, *small, "--query", folder / "mean"],
+        ["query", folder / "index", "--text", "babo lives in", "--record", folder / "out.csv"],
+        ["query", folder / "index", "--text", "babo lives in", "--faiss.index-factory", "IVF2,Flat"],
+        ["hessian", folder / "h", *model, *corpus, *small, *grams],
+        ["hessian", folder / "hq", *model, *questions, *small, *grams],
+        ["mix", folder / "mix", "--query", folder / "hq", "--index", folder / "h"],
+        ["trackstar", folder / "trackstar", *model, *corpus, *asked, "--components", 5, *small],
+        ["ekfac", folder / "ekfac", *model, *corpus, *asked, *small],
+        ["trak", folder / "trak", *model, *corpus, *asked, "--shard-size", 8, "--projection-dim", 16],
+        ["tracin", folder / "tracin", *model, *corpus, *asked, *sums, *small],
+        ["less", folder / "less", *model, *corpus, *asked, *sums, "--shard-size", 8, "--projection-dim", 16],
+        ["sample", folder / "chains", *model, *corpus, *chains, "--observables", "data"],
+        ["llc", folder / "llc", *model, *corpus, *chains, "--plot", folder / "llc.png"],
+        ["bif", folder / "bif", *model, *corpus, *chains, "--observed", 4, "--plot", folder / "bif.png"],
+        ["susceptibilities", folder / "chi", *model, *corpus, *chains, "--observed", 4, "--restrictions", "l0h0"],
+        ["recall", folder / "index", "--gold", made / "questions.jsonl", *questions],
+        ["inspect", folder / "index", "--verify"],
         ["explore", folder / "index", "--to", folder / "page.html"],
-        ["export", *run("index"), "--to", folder / "rows.parquet"],
+        ["export", folder / "index", "--to", folder / "rows.parquet"],
     ]
     assert {flags[0] for flags in typed} == {*COMMANDS}
     status = {}

@@ -25,7 +25,7 @@ SMALL = [
 
 def made(command: str, place: Path, *more: str, data: str = "corpus.jsonl") -> list[str]:
     model = ["--model", str(world() / "model"), "--dataset", str(world() / data)]
-    return [command, *model, "--run", str(place), *SMALL, *more]
+    return [command, str(place), *model, *SMALL, *more]
 
 
 OBSERVED = [
@@ -62,7 +62,7 @@ def test_llc_says_its_plan_its_number_and_its_verdict(tmp_path: Path, capsys: An
     assert any(line.startswith("LLC ") and " ± " in line for line in rest)
     assert (tmp_path / "llc.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".lock", "config.yaml", "run.h5", "run.json"]
-    again = json.loads(run(capsys, "llc", "--run", tmp_path / "a", "--json")[1])  # no model: it is read
+    again = json.loads(run(capsys, "llc", tmp_path / "a", "--json")[1])  # no model: it is read
     stored = sgmcmc.load(tmp_path / "a")
     assert isinstance(stored, dict)
     assert again["llc"]["full"]["mean"] == sgmcmc.llc.estimate(stored["full"]).mean
@@ -81,23 +81,23 @@ def test_a_dry_run_stops_at_the_plan(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_run_replays_by_its_configuration(samples: Path, tmp_path: Path, capsys: Any) -> None:
-    assert run(capsys, "sample", "--config", samples / "config.yaml", "--run", tmp_path / "again")[0] == 0
+    assert run(capsys, "sample", tmp_path / "again", "--config", samples / "config.yaml")[0] == 0
     first, second = sgmcmc.load(samples), sgmcmc.load(tmp_path / "again")
     assert isinstance(first, dict)
     assert isinstance(second, dict)
     assert list(first) == list(second) == ["full", "l0 mlp", "l0h0+l0h1"]
     for name in first:
         same(first[name], second[name])
-    said = run(capsys, "inspect", "--run", samples, "--verify")[1]
-    assert f"influence sample --config {samples / 'config.yaml'} --run ANOTHER_RUN" in said
+    said = run(capsys, "inspect", samples, "--verify")[1]
+    assert f"influence sample ANOTHER_RUN --config {samples / 'config.yaml'}" in said
     assert "3 chains" in said
 
 
 def test_samples_are_read_by_all_the_others(samples: Path, tmp_path: Path, capsys: Any) -> None:
-    status, out, _ = run(capsys, "llc", "--run", samples, "--plot", tmp_path / "l.svg")
+    status, out, _ = run(capsys, "llc", samples, "--plot", tmp_path / "l.svg")
     assert status == 0
     assert [line.split("  ")[0] for line in out.splitlines()[:4]] == ["restriction", "full", "l0 mlp", "l0h0+l0h1"]
-    bif = ["bif", "--run", samples, "--rows", "questions", "--columns", "data", "--top-k", "2"]
+    bif = ["bif", samples, "--rows", "questions", "--columns", "data", "--top-k", "2"]
     status, out, _ = run(capsys, *bif, "--plot", tmp_path / "b.png", "--save", tmp_path / "b.npy")
     assert (status, out.count("moves with"), out.count("± ")) == (0, 3, 12)
     stored = sgmcmc.load(samples)
@@ -112,7 +112,7 @@ def test_samples_are_read_by_all_the_others(samples: Path, tmp_path: Path, capsy
     assert run(capsys, *bif, "--level", "token", "--plot", tmp_path / "t.pdf", "--pair", "0", "3")[0] == 0
     assert run(capsys, *bif, "--level", "token", "--save", tmp_path / "t.npy")[0] == 0
     assert numpy.load(tmp_path / "t.npy").ndim == 4
-    chi = ["susceptibilities", "--run", samples, "--sampling-task", "data", "--probes", "questions"]
+    chi = ["susceptibilities", samples, "--sampling-task", "data", "--probes", "questions"]
     status, out, _ = run(capsys, *chi, "--save", tmp_path / "chi.csv", "--plot", tmp_path / "chi.png")
     assert status == 0
     found = sgmcmc.susceptibility.estimate(stored, "data", ["questions"])["questions"]
@@ -153,15 +153,15 @@ def test_a_grid_shows_its_plateau(tmp_path: Path, capsys: Any) -> None:
     rows = [line.split() for line in out.splitlines() if line.startswith(("1e-05", "0.0001", "50 "))]
     assert [row[-1] == "diverged" for row in rows] == [False, False, True]
     assert (tmp_path / "g.png").stat().st_size > 5000
-    facts = json.loads(run(capsys, "llc", "--run", tmp_path / "g", "--json")[1])
+    facts = json.loads(run(capsys, "llc", tmp_path / "g", "--json")[1])
     assert len(facts["llc"]) == 4
-    again = run(capsys, "llc", "--run", tmp_path / "g")[1]  # points that diverged were forgotten
+    again = run(capsys, "llc", tmp_path / "g")[1]  # points that diverged were forgotten
     assert [line.split()[-1] == "diverged" for line in again.splitlines()[1:]] == [False, False, True]
 
 
 def test_influences_of_nothing_are_no_empty_page(tmp_path: Path, capsys: Any) -> None:
     assert run(capsys, *made("sample", tmp_path / "s"))[0] == 0
-    refused(capsys, ["bif", "--run", str(tmp_path / "s")], "has no observables", "sample with --observables")
+    refused(capsys, ["bif", str(tmp_path / "s")], "has no observables", "sample with --observables")
     said = run(capsys, *made("bif", tmp_path / "b", "--observed", "1"))[1]
     assert "moves with none: there is no other example" in said
 
@@ -183,7 +183,7 @@ def test_what_finished_chains_cannot_heed_is_refused(samples: Path, capsys: Any)
         ("bif", ["--precision", "fp64"]),
         ("bif", ["--tokenizer", "gpt2"]),
     ):
-        refused(capsys, [command, "--run", str(samples), *flags], f"{flags[0]} is of chains that are yet to run")
+        refused(capsys, [command, str(samples), *flags], f"{flags[0]} is of chains that are yet to run")
 
 
 def an_error(output: Any, batch: Any) -> torch.Tensor:
@@ -249,14 +249,14 @@ def test_what_cannot_be_is_refused_in_a_paragraph(
 
 
 def test_runs_that_are_not_there_or_of_another_kind(samples: Path, tmp_path: Path, capsys: Any) -> None:
-    refused(capsys, ["bif", "--run", str(samples), "--rows", "code"], "no observable 'code'; it has questions, data")
-    refused(capsys, ["llc", "--run", str(tmp_path / "no")], "no finished chains", "--model and --dataset")
-    refused(capsys, ["llc", "--run", str(tmp_path / "no"), "--model", "x"], "no dataset", "--dataset")
+    refused(capsys, ["bif", str(samples), "--rows", "code"], "no observable 'code'; it has questions, data")
+    refused(capsys, ["llc", str(tmp_path / "no")], "no finished chains", "--model and --dataset")
+    refused(capsys, ["llc", str(tmp_path / "no"), "--model", "x"], "no dataset", "--dataset")
     start(tmp_path / "index", "index", {}, ["influence", "build"], {"shards": []}, Fingerprint()).close()
-    refused(capsys, made("llc", tmp_path / "index"), "another kind", "another --run")
-    refused(capsys, ["bif", "--run", samples, "--restriction", "l9"], "no chains of the restriction 'l9'", "l0 mlp")
-    refused(capsys, ["bif", "--run", samples, "--query", "77"], "no example 77", "rows have 7")
-    refused(capsys, ["bif", "--run", samples, "--rows", "code"], "no observable 'code'", "questions, data")
+    refused(capsys, made("llc", tmp_path / "index"), "another kind", "name another run")
+    refused(capsys, ["bif", samples, "--restriction", "l9"], "no chains of the restriction 'l9'", "l0 mlp")
+    refused(capsys, ["bif", samples, "--query", "77"], "no example 77", "rows have 7")
+    refused(capsys, ["bif", samples, "--rows", "code"], "no observable 'code'", "questions, data")
     from influence.store.lock import Lock
 
     (tmp_path / "held").mkdir()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import page
-from influence.cli import Options, main, parsed
+from influence.cli import Options, main, parse
 from influence.data import Tokenized, auto_token_budget, templates
 from influence.data.sources import mapping_of
 from influence.pipelines.build import BuildConfig
@@ -52,7 +52,7 @@ def template(path: Path) -> Any:
 
 
 def settings(path: Path) -> Any:
-    return parsed("build", BuildConfig, [], Options(str(path), json=False, debug=False))
+    return parse("build", BuildConfig, [], Options(str(path), json=False, debug=False))
 
 
 def gold(path: Path) -> Any:
@@ -191,7 +191,7 @@ def test_a_configuration_of_every_wrong_type_is_a_paragraph(tmp_path: Path, caps
 
 
 def test_what_is_no_number_of_this_machine(capsys: Any) -> None:
-    flags = ["build", "--model", "m", "--dataset", "d", "--run", "r", "--max-examples"]
+    flags = ["build", "r", "--model", "m", "--dataset", "d", "--max-examples"]
     for value in (str(10**30), "9" * 400):
         assert main([*flags, value]) == 2
         assert "--max-examples must be" in " ".join(capsys.readouterr().err.replace("│", " ").split())

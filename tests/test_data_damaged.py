@@ -133,7 +133,7 @@ def test_the_command_line_says_it_in_a_paragraph(tmp_path: Path, capsys: Any) ->
         (b'{"input_ids": [1, 2], "labels": [1, 99999]}\n', "the data have the label 99999"),
     ):
         path.write_bytes(whole)
-        flags = ["build", "--model", model, "--dataset", path, "--run", tmp_path / "run"]
+        flags = ["build", tmp_path / "run", "--model", model, "--dataset", path]
         assert main([*map(str, flags), "--data-kwargs", f"{{cache_dir: {tmp_path / 'cache'}}}"]) == 1
         said = capsys.readouterr().err
         assert words in said

@@ -150,7 +150,7 @@ def test_the_benchmark_page_is_what_the_results_say() -> None:
 def offered() -> dict[str, set[str]]:
     """Return the flags of every command."""
     from influence.cli import COMMANDS, _kind
-    from influence.flags import _fields
+    from influence.pipelines.frame.flags import _fields
 
     own = {command: {flag for _, flag in _fields(_kind(command)[1])} for command in COMMANDS}
     return {command: {*flags, "--config", "--json", "--debug"} for command, flags in own.items()}

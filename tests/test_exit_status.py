@@ -30,13 +30,13 @@ def test_the_help_says_them(capsys: Any) -> None:
         (["--version"], 0),
         (["help"], 0),
         (["inspect", "--help"], 0),
-        (["inspect", "--run", "nowhere"], 1),
+        (["inspect", "nowhere"], 1),
         (["build", "--config", "nowhere.yaml"], 1),
         ([], 2),
         (["bild"], 2),
         (["inspect"], 2),
-        (["inspect", "--run", "a", "--colour", "red"], 2),
-        (["inspect", "--run"], 2),
+        (["inspect", "a", "--colour", "red"], 2),
+        (["build", "a", "--model"], 2),
     ],
 )
 def test_what_is_typed(typed: list[str], status: int, capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_is_raised(raised: BaseException, status: int, capsys: Any, monkeyp
         raise raised
 
     monkeypatch.setattr(cli, "run", fails)
-    assert main(["inspect", "--run", "a"]) == status
+    assert main(["inspect", "a"]) == status
     if not isinstance(raised, SystemExit):
         assert capsys.readouterr().err.startswith("influence inspect: ")
 
@@ -73,7 +73,7 @@ def test_what_is_raised(raised: BaseException, status: int, capsys: Any, monkeyp
 def test_a_process_that_is_interrupted_ends_with_130() -> None:
     heeds = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background jobs ignore it
     waits = "cli.run = lambda *typed: (print('up', flush=True), time.sleep(60))"
-    ends = "sys.exit(cli.main(['inspect', '--run', 'a']))"
+    ends = "sys.exit(cli.main(['inspect', 'a']))"
     code = f"import signal, sys, time; {heeds}; from influence import cli; {waits}; {ends}"
     settings = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(

@@ -338,8 +338,8 @@ def told(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, str]:
 
 
 def flags_of(command: str, run: Path, rows: str = "corpus.jsonl", *more: object) -> list[object]:
-    data = ["--model", world() / "model", "--dataset", world() / rows, "--run", run]
-    return [command, *data, "--projection-dim", 4, "--shard-size", 8, *more]
+    data = ["--model", world() / "model", "--dataset", world() / rows]
+    return [command, run, *data, "--projection-dim", 4, "--shard-size", 8, *more]
 
 
 def test_the_command_line_refuses_each_field_and_takes_what_fits(tmp_path: Path, capsys: Any) -> None:
@@ -392,19 +392,19 @@ def test_the_prompts_command_line_refuses_a_second_inverse_and_takes_one(tmp_pat
     curvature = ["--projection-dim", 0, "--hessian", fitted("one"), "--power", -0.5]
     assert told(capsys, *flags_of("build", whole_rows, "corpus.jsonl", "--projection-dim", 0))[0] == 0
     assert told(capsys, *flags_of("build", halves, "corpus.jsonl", *curvature))[0] == 0
-    assert told(capsys, "query", "--index", whole_rows, *ask, fitted("one")) == (0, "")
-    assert told(capsys, "query", "--index", halves, *ask, fitted("one"), "--power", -0.5) == (0, "")
-    status, said = told(capsys, "query", "--index", whole_rows, *ask, fitted("one"), "--power", -0.5)
+    assert told(capsys, "query", whole_rows, *ask, fitted("one")) == (0, "")
+    assert told(capsys, "query", halves, *ask, fitted("one"), "--power", -0.5) == (0, "")
+    status, said = told(capsys, "query", whole_rows, *ask, fitted("one"), "--power", -0.5)
     assert status == 1
     assert "the query's curvature is kfac:" in said
     assert "and the stored rows' is none" in said
     for how in ([fitted("two"), "--power", -0.5], [fitted("one"), "--power", -0.5, "--damping", 0.3]):
-        status, said = told(capsys, "query", "--index", halves, *ask, *how)
+        status, said = told(capsys, "query", halves, *ask, *how)
         assert status == 1
         assert "the query's curvature is kfac:" in said, said
-    status, said = told(capsys, "query", "--index", halves, *ask, fitted("one"))
+    status, said = told(capsys, "query", halves, *ask, fitted("one"))
     assert status == 1
     assert "they must sum to -1: pass --power -0.5" in said
-    status, said = told(capsys, "query", "--index", whole_rows, *ask, fitted("one"), "--power", -0.5, "--force")
+    status, said = told(capsys, "query", whole_rows, *ask, fitted("one"), "--power", -0.5, "--force")
     assert status == 0
     assert "forced past 1 differences: 'curvature'" in said

@@ -301,7 +301,7 @@ def test_every_number_of_the_command_line_is_refused_where_it_means_nothing(kind
     ],
 )
 def test_the_run_refuses_by_the_flag_before_it_loads(flag: str, value: str, tmp_path: Path, capsys: Any) -> None:
-    flags = ["sample", "--model", "nowhere/nothing", "--dataset", "none.jsonl", "--run", str(tmp_path / "run")]
+    flags = ["sample", str(tmp_path / "run"), "--model", "nowhere/nothing", "--dataset", "none.jsonl"]
     assert main([*flags, f"--{flag}", value]) == 1
     said = capsys.readouterr().err
     assert flag in said
@@ -311,7 +311,7 @@ def test_the_run_refuses_by_the_flag_before_it_loads(flag: str, value: str, tmp_
 
 def test_the_command_line_says_it_by_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for smoothing in ("-0.5", "nan", "inf"):
-        flags = ["build", "--model", "m", "--dataset", "d", "--run", "r", "--label-smoothing", smoothing]
+        flags = ["build", "r", "--model", "m", "--dataset", "d", "--label-smoothing", smoothing]
         assert main(flags) == 2
         said = " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert "--label-smoothing must be" in said

@@ -466,7 +466,7 @@ def test_an_optimizer_that_does_not_fit(tmp_path: Path, whole: Any, lora: Any) -
 
 
 def test_the_command_line(tmp_path: Path, lora: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", world() / "model", "--dataset", world() / "corpus.jsonl", "--run", tmp_path / "r"]
+    flags = [tmp_path / "r", "--model", world() / "model", "--dataset", world() / "corpus.jsonl"]
     flags += ["--query.dataset", world() / "questions.jsonl", "--checkpoints", *lora[0]]
     assert main([*map(str, ["less", *flags]), "--subtask", "about", "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -122,7 +122,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
 def command(run: Path) -> list[str]:
     data = ["--model", str(world() / "model"), "--dataset", str(world() / "corpus.jsonl")]
     small = ["--shard-size", "4", "--token-budget", "128", "--projection-dim", "4", "--dtype", "float64"]
-    return ["build", *data, *small, "--loss", "tests.test_ranks:failing", "-r", str(run)]
+    return ["build", str(run), *data, *small, "--loss", "tests.test_ranks:failing"]
 
 
 @pytest.mark.parametrize(("launch", "how"), [(torchrun, "raise"), (torchrun, "kill"), (plainly, "raise")])

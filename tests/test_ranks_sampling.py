@@ -28,12 +28,11 @@ def flags(run: Path, *more: str) -> list[str]:
     settings = ["--localization", "1000", "--checkpoint-every", "10", *more]
     return [
         "sample",
+        str(run),
         "--model",
         str(world() / "model"),
         "--dataset",
         data,
-        "-r",
-        str(run),
         *chains,
         *watched,
         *settings,
@@ -109,7 +108,7 @@ def test_unfinished_shares_of_other_settings_are_refused(tmp_path: Path, capsys:
     assert "another lr of full: it has 0.0001, this one 0.0002. Pass --overwrite" in capsys.readouterr().err
     assert main(flags(tmp_path / "a", "--num-chains", "2")) == 1
     assert "holds a run of another --num-chains: it has 3, this one 2. Pass --overwrite" in capsys.readouterr().err
-    assert main(["inspect", "--run", str(tmp_path / "a")]) == 0
+    assert main(["inspect", str(tmp_path / "a")]) == 0
     assert "not finished (chains-0-3)" in capsys.readouterr().out
     assert main(flags(tmp_path / "a")) == 0
     assert main(flags(tmp_path / "a", "--num-chains", "2", "--overwrite")) == 0

@@ -31,13 +31,13 @@ from influence import data, models
 from influence.cli import COMMANDS, _kind, main
 from influence.data import child, parsing
 from influence.data import parsing as sizes
-from influence.flags import names_of
 from influence.index import rows as reading
 from influence.pipelines import build
 from influence.pipelines.chains.finished import tokenizer_of
 from influence.pipelines.chains.settings import Sampling
 from influence.pipelines.frame.config_file import to_mapping
 from influence.pipelines.frame.configs import LossConfig, ModelConfig, TransformConfig
+from influence.pipelines.frame.flags import names_of
 from influence.store import BadFileError
 from influence.store.folder import manifest_of, write_manifest
 from influence.train import contents, load_from_optimizer, read_optimizer
@@ -311,10 +311,10 @@ def stolen(tmp_path: Path) -> Path:
 
 
 DOORS: dict[str, Callable[[Path, Path], list[Any]]] = {
-    "build --optimizer": lambda at, run: ["build", *rows(), "--run", run, "--optimizer", at],
-    "hessian --optimizer": lambda at, run: ["hessian", *rows(), "--run", run, "--optimizer", at],
-    "tracin": lambda at, run: ["tracin", *rows(), *queries(), "--run", run, "--checkpoints", at],
-    "less": lambda at, run: ["less", *rows(), *queries(), "--run", run, "--checkpoints", at],
+    "build --optimizer": lambda at, run: ["build", run, *rows(), "--optimizer", at],
+    "hessian --optimizer": lambda at, run: ["hessian", run, *rows(), "--optimizer", at],
+    "tracin": lambda at, run: ["tracin", run, *rows(), *queries(), "--checkpoints", at],
+    "less": lambda at, run: ["less", run, *rows(), *queries(), "--checkpoints", at],
 }
 
 
@@ -341,7 +341,7 @@ def test_an_index_whose_transform_names_a_checkpoint(
 ) -> None:
     at = stolen(tmp_path)
     index = lying(transform=TransformConfig(projection_dim=4, optimizer=str(at)))
-    assert main(["query", "--index", str(index), "--text", "where does babo live ?"]) == 1
+    assert main(["query", str(index), "--text", "where does babo live ?"]) == 1
     said = capsys.readouterr().err
     assert "optimizer_0/.metadata" in said
     assert not (tmp_path / "ran").exists()
@@ -424,18 +424,18 @@ def test_a_query_imports_no_loss_that_nobody_typed(
     index = lying(loss=LossConfig("stranger:loss"))
     gold = tmp_path / "gold.jsonl"
     gold.write_text("".join(json.dumps({"gold": [0]}) + "\n" for _ in lines("questions.jsonl")))
-    recall = ["recall", "--gold", gold, "--index", index, "--dataset", world() / "questions.jsonl"]
-    for command in (["query", "--index", index, *TEXT], recall):
+    recall = ["recall", index, "--gold", gold, "--dataset", world() / "questions.jsonl"]
+    for command in (["query", index, *TEXT], recall):
         status, said = asked(capsys, *command)
         assert status == 1
         assert "type --loss stranger:loss;" in said
         assert "the module stranger would be imported" in said
         assert str(index) in said
         assert not ran.exists()
-    status, said = asked(capsys, "query", "--index", index, *TEXT, "--loss", "cross_entropy")
+    status, said = asked(capsys, "query", index, *TEXT, "--loss", "cross_entropy")
     assert (status, ran.exists()) == (0, False)
     assert "the query measures cross_entropy, and the rows of" in said
-    status, said = asked(capsys, "query", "--index", index, *TEXT, "--loss", "stranger:loss")
+    status, said = asked(capsys, "query", index, *TEXT, "--loss", "stranger:loss")
     assert (status, ran.exists()) == (0, True), said
     assert "the query measures" not in said
 
@@ -445,7 +445,7 @@ def test_a_loss_that_is_no_name_is_not_repeated_as_something_to_type(
 ) -> None:
     evil = "stranger:loss; touch ran \x1b[2J"
     index = lying(loss=LossConfig(evil))
-    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    status, said = asked(capsys, "query", index, *TEXT)
     assert (status, ran.exists()) == (1, False)
     assert "which is no loss" in said
     assert "type --loss stranger" not in said
@@ -456,15 +456,15 @@ def test_a_query_runs_no_code_of_a_model_that_nobody_trusted(
     ran: Path, lying: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = lying(model=ModelConfig(str(tmp_path / "own"), trust_remote_code=True))
-    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    status, said = asked(capsys, "query", index, *TEXT)
     assert (status, ran.exists()) == (1, False)
     assert "type --trust-remote-code" in said
     assert str(tmp_path / "own") in said
-    assert asked(capsys, "query", "--index", index, *TEXT, "--model", world() / "model")[0] == 0
+    assert asked(capsys, "query", index, *TEXT, "--model", world() / "model")[0] == 0
     assert not ran.exists()
     assert asked(capsys, "explore", index)[0] == 0
     assert not ran.exists()
-    status, said = asked(capsys, "query", "--index", index, *TEXT, "--trust-remote-code", "--force")
+    status, said = asked(capsys, "query", index, *TEXT, "--trust-remote-code", "--force")
     assert (status, ran.exists()) == (0, True), said  # by force, because a model of one's own is another function
 
 
@@ -539,7 +539,7 @@ def test_settings_that_lead_to_code_are_not_taken_from_an_index(
         stored = to_mapping(replace(corpus(), **groups["appended"]))
         says["appended"] = ({"first": 0, "config": {"data": stored}, "command": [], "recorded": {}},)
     index = lying(**says)
-    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    status, said = asked(capsys, "query", index, *TEXT)
     assert (status, ran.exists()) == (1, False), said
     assert match in said
     assert str(index) in said
@@ -551,12 +551,12 @@ def test_settings_that_lead_to_no_code_are_taken(
     model = replace(model_config(), model_kwargs="{attn_implementation: eager, dtype: float64}")
     data = replace(corpus(), data_kwargs="{encoding: utf-8}")
     index = lying(model=model, data=data)
-    assert asked(capsys, "query", "--index", index, *TEXT)[0] == 0
+    assert asked(capsys, "query", index, *TEXT)[0] == 0
     index = lying(model=replace(model, model_kwargs="{num_labels: 3}"))
-    status, said = asked(capsys, "query", "--index", index, *TEXT)
+    status, said = asked(capsys, "query", index, *TEXT)
     assert status == 1
     assert "type --model-kwargs '{num_labels: 3}'" in said
-    assert asked(capsys, "query", "--index", index, *TEXT, "--model-kwargs", "{num_labels: 3}")[0] == 0
+    assert asked(capsys, "query", index, *TEXT, "--model-kwargs", "{num_labels: 3}")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "weights_only", "allow_all_kernels"])

@@ -284,7 +284,7 @@ def test_a_text_that_is_too_large_is_refused_before_the_tokenizer_meets_it() -> 
 
 
 def test_the_command_line_has_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["build", "--model", world() / "model", "--dataset", world() / "corpus.jsonl", "--run", tmp_path / "run"]
+    flags = ["build", tmp_path / "run", "--model", world() / "model", "--dataset", world() / "corpus.jsonl"]
     assert main([str(word) for word in [*flags, "--max-document-bytes", 40]]) == 1
     assert "and --max-document-bytes 40 is the limit" in capsys.readouterr().err
     assert main([str(word) for word in [*flags, "--max-document-bytes", 0]]) != 0

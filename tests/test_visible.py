@@ -12,9 +12,9 @@ import pytest
 
 from influence.cli import main
 from influence.pipelines.frame.config_file import read_config, write_config
-from influence.pipelines.frame.outcome import table
 from influence.pipelines.frame.texts import short
 from influence.store.folder import read_manifest, write_manifest
+from influence.terminal import table
 from influence.visible import CODES, visible
 from notebooks.make_corpus import make
 
@@ -66,10 +66,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             row["text"] = f"{EVIL}\nsecond line {number} {row['text']}"
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "corpus.jsonl").rename(folder / f"corpus{EVIL.replace(chr(0), '')}.jsonl".replace("/", ""))
-    run(folder, "build", "--run", folder / "index")
-    run(folder, "reduce", "--run", folder / "mean")
-    run(folder, "score", "--run", folder / "scores", "--query", folder / "mean")
-    run(folder, "hessian", "--run", folder / "factors")
+    run(folder, "build", folder / "index")
+    run(folder, "reduce", folder / "mean")
+    run(folder, "score", folder / "scores", "--query", folder / "mean")
+    run(folder, "hessian", folder / "factors")
     return folder
 
 
@@ -77,9 +77,9 @@ def data(folder: Path) -> Path:
     return next(folder.glob("corpus*.jsonl"))
 
 
-def run(folder: Path, command: str, *flags: Any) -> None:
+def run(folder: Path, command: str, place: Path, *flags: Any) -> None:
     given = ["--model", folder / "model", "--dataset", data(folder), "--projection-dim", 4]
-    assert main([command, *map(str, (*given, *flags))]) == 0
+    assert main([command, *map(str, (place, *given, *flags))]) == 0
 
 
 def told(capsys: Any, *flags: Any, status: int = 0) -> str:
@@ -90,30 +90,30 @@ def told(capsys: Any, *flags: Any, status: int = 0) -> str:
 
 
 def test_commands_show_codes_and_obey_none(world: Path, tmp_path: Path, capsys: Any) -> None:
-    ask = ["query", "--index", world / "index", "--k", 2, "--width", 200]
+    ask = ["query", world / "index", "--k", 2, "--width", 200]
     name = EVIL.replace("\x00", "")  # which no file name has
-    new = ["build", "--model", world / "model", "--run", tmp_path / "run"]
+    new = ["build", tmp_path / "run", "--model", world / "model"]
     assert r"\x1b]0;owned\x07" in told(capsys, *ask, "--text", f"{EVIL} where does babo live ?")
     told(capsys, *ask, "--text", "where does babo live ?", "--blocks", EVIL, status=1)
-    told(capsys, "inspect", "--run", world / "index", "--verify")
-    told(capsys, "inspect", "--run", world / "factors")
-    told(capsys, "inspect", "--run", world / "scores")
-    assert r"\x9b31m" in told(capsys, "recall", "--gold", world / name, "--scores", world / "scores", status=1)
+    told(capsys, "inspect", world / "index", "--verify")
+    told(capsys, "inspect", world / "factors")
+    told(capsys, "inspect", world / "scores")
+    assert r"\x9b31m" in told(capsys, "recall", world / "scores", "--gold", world / name, status=1)
     told(capsys, "explore", world / "index", "--to", tmp_path / "page.html")
     told(capsys, *new, "--dataset", f"{data(world)}x", status=1)
-    told(capsys, "build", "--model", EVIL, "--dataset", "d", "--run", tmp_path / "run", status=1)
+    told(capsys, "build", tmp_path / "run", "--model", EVIL, "--dataset", "d", status=1)
     told(capsys, EVIL, status=2)
     (tmp_path / "broken.jsonl").write_text('{"text": "' + EVIL)
     told(capsys, *new, "--dataset", tmp_path / "broken.jsonl", status=1)
     chains = ["--num-draws", 4, "--num-chains", 2, "--num-burnin-steps", 0, "--batch-size", 4, "--lr", 1e-6]
-    flags = ["--model", world / "model", "--dataset", data(world), "--observed", 4, "--run", tmp_path / "chains"]
-    assert "data[3]" in told(capsys, "bif", *flags, *chains)
+    flags = ["--model", world / "model", "--dataset", data(world), "--observed", 4]
+    assert "data[3]" in told(capsys, "bif", tmp_path / "chains", *flags, *chains)
 
 
 def test_a_conversation(world: Path, capsys: Any, monkeypatch: Any) -> None:
     typed = iter([f"{EVIL} babo lives in", "exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    assert r"\x1b[2J" in told(capsys, "query", "--index", world / "index", "--k", 2)
+    assert r"\x1b[2J" in told(capsys, "query", world / "index", "--k", 2)
 
 
 def test_what_a_run_says_of_itself_is_one_line(world: Path, tmp_path: Path, capsys: Any) -> None:
@@ -123,23 +123,24 @@ def test_what_a_run_says_of_itself_is_one_line(world: Path, tmp_path: Path, caps
         known.config["query"] = [f"q\nverified: every checksum holds {EVIL}"]
         command = ["influence", f"build\nverified: every checksum holds {EVIL}"]
         write_manifest(tmp_path / name, known._replace(command=command))
-        said = told(capsys, "inspect", "--run", tmp_path / name)
+        said = told(capsys, "inspect", tmp_path / name)
         assert "\nverified" not in said
     (tmp_path / "factors" / "factors.h5").unlink()
-    assert "\nverified" not in told(capsys, "inspect", "--run", tmp_path / "factors")
+    assert "\nverified" not in told(capsys, "inspect", tmp_path / "factors")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[2Jb", "a\rb", "\u202eb"])
 def test_a_path_to_write_has_no_codes(name: str, world: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     given = ["--model", world / "model", "--dataset", data(world)]
-    for command, flag in (("build", "--run"), ("sample", "--run"), ("export", "--to"), ("query", "--record")):
-        flags = {
-            "export": ["--run", world / "index"],
-            "query": ["--index", world / "index", "--text", "a b"],
-        }.get(command, given)
-        said = told(capsys, command, *flags, flag, name, status=1)
-        assert f"{flag} {visible(name, lines=False)} has a control code in it" in said
+    for command, words, said_of in (
+        ("build", [name, *given], "RUN"),
+        ("sample", [name, *given], "RUN"),
+        ("export", [world / "index", "--to", name], "--to"),
+        ("query", [world / "index", "--text", "a b", "--record", name], "--record"),
+    ):
+        said = told(capsys, command, *words, status=1)
+        assert f"{said_of} {visible(name, lines=False)} has a control code in it" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -156,7 +157,7 @@ def test_a_config_in_a_folder_with_a_newline_replays(tmp_path: Path) -> None:
 def test_help_does_not_obey_a_file_of_settings(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"run": EVIL, "model": {"model": EVIL}, "data": {"dataset": EVIL}}))
-    assert "owned" in told(capsys, "build", "--config", path, "--help")
+    assert "owned" not in told(capsys, "build", "--config", path, "--help")
     path.write_text(json.dumps({"run": "r", EVIL: 1}))
     told(capsys, "build", "--config", path, status=1)
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from influence.func.engine.plan import human
 from influence.func.fingerprint import fingerprint, weights_hash
 from influence.func.loss.described import differing
 from influence.func.transform.blocks import as_blocks
@@ -21,6 +20,7 @@ from influence.func.transform.chain import Transform, unblock
 from influence.func.transform.curvature import Basis, Curvature, inverse_weights
 from influence.func.transform.layout import Layout
 from influence.hessians.labels import Labels
+from influence.terminal import human
 from influence.types import LossFn, Params, Rows
 from influence.visible import visible
 
@@ -255,7 +255,7 @@ def load(path: str | Path, run: str | None = None) -> Factors:
     if not file.is_file():
         there = Path(path).is_dir()
         state = "its run is not finished, or it is no run of influence hessian" if there else "no such file"
-        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian --run {path} first")
+        raise FileNotFoundError(f"no factors in {path}: {state}; run influence hessian {path} first")
     if run is None and Path(path).is_dir():
         run = run_id(path)
     arrays, about = store.read(file, kind="factors", schema=SCHEMA, run=run)

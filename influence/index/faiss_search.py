@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func import top
-from influence.func.engine.plan import human
 from influence.func.similarity import Nearest
 from influence.index import scan
 from influence.index.choosing import Chosen, choose
@@ -31,6 +30,7 @@ from influence.store.folder import (
     write_manifest,
 )
 from influence.store.replacing import TEMPORARY
+from influence.terminal import human
 
 PER_LIST = 256
 """Rows that k-means looks at per centroid at most."""

@@ -14,13 +14,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from influence import store
-from influence.func.engine.plan import human
 from influence.index.columns import Columns, Encoded, decode
 from influence.index.provenance import Fingerprint
 from influence.index.root import HEADER, About, Shard, header_of, read_root
 from influence.index.run import ROOT, made_by, way_on, what_is_there
 from influence.store import BadFileError
 from influence.store.folder import RUN, run_id
+from influence.terminal import human, table
 from influence.types import Rows
 from influence.visible import visible
 
@@ -139,10 +139,10 @@ def describe(index: "Index") -> str:
     recorded = {visible(name, lines=False): value for name, value in known.recorded.items()}
     lines += ["recorded:", *(f"  {name}: {_short(value)}" for name, value in recorded.items())]
     lines.append(f"configuration: {_short(about.config, 400)}")
-    lines += ["", *_table(["block", "shape", "columns"], [_block(index, name) for name in index.blocks])]
+    lines += ["", _table(["block", "shape", "columns"], [_block(index, name) for name in index.blocks])]
     if about.shards:
         rows = [[s.file, f"{s.begin}:{s.end}", f"{s.rows:,}", human(s.bytes), "whole"] for s in about.shards]
-        lines += ["", *_table(["shard", "examples", "rows", "bytes", "size"], rows)]
+        lines += ["", _table(["shard", "examples", "rows", "bytes", "size"], rows)]
         lines.append(f"{len(about.shards)} shards, {human(sum(s.bytes for s in about.shards))} bytes")
     return "\n".join(lines)
 
@@ -152,13 +152,10 @@ def _block(index: "Index", name: str) -> list[str]:
     return [visible(name, lines=False), "×".join(map(str, index.blocks[name])) or "1", f"{begin}:{end}"]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def _table(head: list[str], rows: list[list[str]]) -> str:
     if len(rows) > SHOWN:
         rows = [*rows[: SHOWN // 2], ["…", *[""] * (len(head) - 1)], *rows[-SHOWN // 2 :]]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
-    ]
+    return table(head, rows)
 
 
 def _short(value: object, most: int = 120) -> str:

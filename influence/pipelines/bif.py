@@ -15,11 +15,12 @@ from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.posterior import Posterior
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of, with_keep
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.texts import short
 from influence.sgmcmc import Run as Sampled
 from influence.sgmcmc import bif
 from influence.store import output_file
+from influence.terminal import table
 
 SHOWN = 3
 """Queries that are shown, unless some are named."""
@@ -29,8 +30,8 @@ SHOWN = 3
 class BifConfig(SamplingConfig):
     r"""Bayesian influence functions: how the losses of two examples move together around the trained weights.
 
-    influence bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
-        --rows questions --columns train --run runs/bif --plot bif.png
+    influence bif runs/bif --model gpt2 --dataset corpus.jsonl --observables questions=q.jsonl train=corpus.jsonl \
+        --rows questions --columns train --plot bif.png
 
     A positive influence means that what lowers the one loss lowers the other. --sign -1 --scale N_BETA gives the
     paper's: what upweighting one example does to the loss of the other.

@@ -24,22 +24,17 @@ from influence.pipelines.passes.steps import collected, plan_step, total_dim
 class BuildConfig(PassConfig):
     """Write an index: one gradient row for every example of a dataset, to query, score and inspect later.
 
-    influence build --model gpt2 --dataset corpus.jsonl --run runs/corpus
+    influence build runs/corpus --model gpt2 --dataset corpus.jsonl
 
-    A row holds the example's gradient of every matrix of the model's layers, each sketched to 16 × 16 numbers. The run
-    can be killed and started again; it goes on where it was. To share the work among processes:
+    A row holds the example's gradients of the matrices in the model's layers. Each is sketched to 16 × 16 numbers. A
+    killed run continues where it stopped when you type the same again. To share the work among processes:
 
-    torchrun --nproc-per-node 2 -m influence build --model gpt2 --dataset corpus.jsonl -r runs/corpus
+    torchrun --nproc-per-node 2 -m influence build runs/corpus --model gpt2 --dataset corpus.jsonl
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        per_token: a row for every token instead: use (where parameters were used) or loss (whose loss it is).
-        append: add the dataset's examples to the finished index that is there, behind those it has.
-        loss: the loss.
-        transform: what is stored of each gradient.
-        execution: the pass.
+        per_token: write a row per token: use, by where parameters were used, or loss, by whose loss it is. Default: a
+            row per example.
+        append: add the dataset's examples to the finished index in RUN, after those it has.
     """
 
     per_token: Literal["use", "loss"] | None = None
@@ -127,5 +122,5 @@ def _refuse_twice(index: Index, data: str, directory: Path) -> None:
         if change["recorded"].get("data") == data:
             raise FileExistsError(
                 f"{directory} has these data already, appended from shard {change['first']}: nothing was added; "
-                "append other data, or build them into another --run"
+                "append other data, or build them into another run"
             )

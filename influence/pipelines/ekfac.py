@@ -16,16 +16,12 @@ from influence.pipelines.recipes.frame import RecipeConfig, fewer, result, run_s
 class EkfacConfig(RecipeConfig):
     """Score a corpus by influence functions: query gradient, inverse curvature, training gradient.
 
-    influence ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/ekfac
+    influence ekfac runs/ekfac --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: hessian, query, scores. Whole gradients meet, unless --compress keeps only
     the strongest directions of each block on both sides.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        query: the queries.
         method: which curvature.
         base: whose eigenvalues ekfac corrects; default kfac.
         labels: whose gradients it is fitted to; default the method's.
@@ -34,9 +30,7 @@ class EkfacConfig(RecipeConfig):
         compress: keep so many whitened directions of each side of a block, on both sides of the score.
         mode: a score for each query row, or the best over all of them.
         top_k: keep the so many best and worst examples of each query only.
-        loss: the loss.
         transform: blocks, damping and inversion; the rest is the recipe's.
-        execution: every pass.
     """
 
     method: hessian.MethodName = "ekfac"

@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 
 from influence import explorer
 from influence.explorer.by_example import summed_tokens
 from influence.index import Index, open_index
+from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.directory import names_in
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.pipelines.frame.texts import texts_of_run
 from influence.pipelines.passes.best import read_best
 from influence.pipelines.passes.queries import column
+from influence.terminal import size
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExploreConfig:
         device: where products are computed.
     """
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run: Run
     to: str | None = None
     other: str | None = None
     queries: str | None = None

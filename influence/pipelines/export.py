@@ -14,8 +14,8 @@ from influence.index import Index, open_index
 from influence.index.choosing import choose
 from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.store import output_file
+from influence.terminal import size
 
 SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.float64: "F64", torch.float32: "F32"}
 """Types by safetensors' names."""
@@ -27,14 +27,14 @@ AT_ONCE = 1 << 24
 class ExportConfig:
     """Write the rows of an index (or scores) as safetensors, npy or parquet, decoded to float32 or float64.
 
-    influence export --run runs/corpus --to corpus.parquet
+    influence export runs/corpus --to corpus.parquet
 
     Attributes:
         run: the run directory of build, reduce or score.
-        to: the file to write; its end says how: .safetensors (a tensor per block), .npy (one matrix, blocks side by
-            side) or .parquet (a list per row, with index, loss and length).
-        format: the format, where the file's end does not say it.
-        blocks: these blocks only (names or globs).
+        to: the file to write. Its suffix gives the format: .safetensors (a tensor per block), .npy (one matrix, blocks
+            side by side) or .parquet (a list per row, with index, loss and length).
+        format: the format, if the suffix does not give it.
+        blocks: export only these blocks (names or globs).
         overwrite: replace the file.
     """
 

@@ -1,4 +1,4 @@
-"""Say what a run holds: contents, provenance, sizes, health; whatever kind it is of, finished or not."""
+"""Describe a run of any kind, finished or not: contents, provenance, sizes, health."""
 
 import json
 import shlex
@@ -14,23 +14,23 @@ from influence.pipelines import hessian, sample
 from influence.pipelines.chains.finished import read_samples, shares_in
 from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.directory import CONFIG, config_of, kind_command
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
-from influence.pipelines.frame.planning import size
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.passes.best import read_best
 from influence.store.folder import RUN, Manifest, read_manifest
 from influence.store.schema import conform
+from influence.terminal import size, table
 from influence.visible import visible
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Say what a run directory holds, how large it is, and whether it is whole.
+    """Show what a run directory holds, how large it is, and whether it is whole.
 
-    influence inspect --run runs/corpus --verify
+    influence inspect runs/corpus --verify
 
     Attributes:
         run: the run directory.
-        verify: read every byte again and compare checksums.
+        verify: also read every byte and compare checksums.
     """
 
     run: Run
@@ -85,7 +85,7 @@ def run(config: InspectConfig, say: Say = quiet) -> Outcome:
         text += "\nverified: every checksum holds"
     if (directory / CONFIG).exists():
         file = shlex.quote(str(directory / CONFIG))
-        replay = f"replay: influence {kind_command(facts['kind'])} --config {file} --run ANOTHER_RUN"
+        replay = f"replay: influence {kind_command(facts['kind'])} ANOTHER_RUN --config {file}"
         text += f"\n{visible(replay, lines=False)}"
         facts["config"] = config_of(directory)
     return Outcome(config.run, facts, f"{text}\n{size(facts['bytes'])} on disk")

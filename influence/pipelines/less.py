@@ -35,23 +35,20 @@ from influence.pipelines.recipes.frame import planned, result, run_steps
 class LessConfig(SumConfig):
     """Choose training data as LESS does: cosines of Adam's updates with a task's gradients, over a warm-up.
 
-    influence less --model base --checkpoints warmup/checkpoint-* --dataset pool.jsonl --query.dataset task.jsonl
-    --run runs/less
+    influence less runs/less --model base --checkpoints warmup/checkpoint-* --dataset pool.jsonl
+    --query.dataset task.jsonl
 
     The checkpoints are those of a short training by Adam, of LoRA as a rule, saved with their optimizers. Steps, each
     in a directory of the run's: the rows of both sides at each checkpoint, which are indexes; scores, one an example.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint, and adapters go on it.
         data: the pool to choose from.
         query: examples of what is wanted.
         checkpoints: the folders that a Trainer saved, of adapters or of whole models.
         learning_rates: one for each checkpoint; default the mean of those that the Trainer logged since the one before.
         subtask: a column of the queries that says which subtask each is of; the best subtask counts.
-        loss: the loss.
         transform: targets and projection; the optimizer is each checkpoint's own.
-        execution: every pass.
     """
 
     subtask: str | None = None

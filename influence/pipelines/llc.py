@@ -9,9 +9,10 @@ from influence import viz
 from influence.pipelines.chains.finished import Samples, sampled
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.sgmcmc import llc
 from influence.sgmcmc.estimators.llc import LLC
+from influence.terminal import table
 from influence.visible import visible
 
 
@@ -19,12 +20,12 @@ from influence.visible import visible
 class LlcConfig(SamplingConfig):
     """Estimate the local learning coefficient: half the directions that matter, fewer where the loss is singular.
 
-    influence llc --model gpt2 --dataset corpus.jsonl --run runs/llc --plot llc.png
+    influence llc runs/llc --model gpt2 --dataset corpus.jsonl --plot llc.png
 
     The verdict says what is wrong, if anything: chains that diverge, do not mix, have not settled, or find lower losses
     than the trained weights have. To find settings, run a grid and look for a plateau:
 
-    influence llc --model gpt2 --dataset corpus.jsonl --lrs 1e-5 1e-4 1e-3 --localizations 10 100 -r runs/g --plot g.png
+    influence llc runs/g --model gpt2 --dataset corpus.jsonl --lrs 1e-5 1e-4 1e-3 --localizations 10 100 --plot g.png
 
     Attributes:
         run: the run directory; of a finished run of influence sample or llc, it is read, and needs no model.

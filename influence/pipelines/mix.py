@@ -19,11 +19,11 @@ class MixConfig:
     """Mix the curvature of queries with the corpus's, so that what all queries share counts less.
 
     Attributes:
-        run: the run directory; factors.h5 in it is the mix.
+        run: the run directory to write. The mix is its factors.h5.
         query: the run of influence hessian on the queries.
         index: the run of influence hessian on the corpus.
-        components: how many directions to play down.
-        weight: the queries' share instead, between 0 and 1.
+        components: number of directions to play down.
+        weight: the queries' share, between 0 and 1. Then --components is not used.
         overwrite: replace what is there.
     """
 
@@ -63,13 +63,13 @@ def run(config: MixConfig, say: Say = quiet) -> Outcome:
 
 def _write(config: MixConfig, file: Path, say: Say) -> None:
     if file.exists() and not config.overwrite:
-        raise FileExistsError(f"{config.run} holds factors already: pass --overwrite to replace them, or another --run")
+        raise FileExistsError(f"{config.run} holds factors: pass --overwrite to replace them, or name another run")
     query, index = hessians.load(config.query), hessians.load(config.index)
     mixed = hessians.mix(query, index, components=config.components, weight=config.weight)
     say(f"plan: mix of {query!r} and {index!r} → {config.run}")
     say(f"      {mixed.notes['mix']}")
     kept = replace(config, overwrite=False)
-    command = ["influence", "mix", "--config", str(file.parent / "config.yaml"), "--run", "ANOTHER_RUN"]
+    command = ["influence", "mix", "ANOTHER_RUN", "--config", str(file.parent / "config.yaml")]
     plan = {"shards": [], "query": query.digest, "index": index.digest, "components": config.components}
     plan["weight"] = config.weight
     results = [file.name, CONFIG]

@@ -18,11 +18,12 @@ from influence.func.fingerprint import weights_hash
 from influence.index import Fingerprint, fingerprint_of, open_index
 from influence.index.attributor import Attributor
 from influence.pipelines.frame import recorded
-from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, RunConfig, at_least
-from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
+from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, Run, RunConfig, at_least
+from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet
 from influence.pipelines.frame.prepare import Measured, check_gradients, measure, predicted
 from influence.pipelines.frame.texts import by_part, datasets_of, highlighted, short, texts_of
 from influence.pipelines.frame.tokens import tokens_of, vocabulary_hash
+from influence.terminal import table
 from influence.types import Rows
 
 COLUMNS = ("query", "direction", "rank", "score", "example", "position", "text")
@@ -123,14 +124,14 @@ def check_record(path: str | Path) -> None:
 class QueryConfig:
     """Ask an index which examples help a text (lower its loss) and which hurt it.
 
-    influence query --index runs/corpus --text "where does babo live ?"
+    influence query runs/corpus --text "where does babo live ?"
 
     Without --text and --file it is a prompt: type a text, or exit. The index's own model, tokenizer, loss and transform
     are used, whatever they were; but a text is no step of training, so of Adam's updates it sees the plain gradient.
     An index is data: code that it names, of its model or its loss, runs only if you type so.
 
     Attributes:
-        index: the run directory of build.
+        run: the run directory of build.
         text: one or more texts to ask about.
         file: a file of texts, one a line.
         k: how many examples to show at either end.
@@ -151,7 +152,7 @@ class QueryConfig:
         width: characters of an example that are shown.
     """
 
-    index: str
+    run: Run
     text: tuple[str, ...] = ()
     file: str | None = None
     k: int = 5
@@ -226,22 +227,22 @@ def open_session(config: QueryConfig) -> Session:
     """
     if config.record is not None:
         check_record(config.record)
-    index = open_index(config.index)
+    index = open_index(config.run)
     check_gradients(index)
     stored = index.about.config
     if not {"model", "data", "loss", "transform"} <= set(stored):
         raise ValueError(
-            f"{config.index} was built from Python, so it does not say by which model: ask it from Python, with "
+            f"{config.run} was built from Python, so it does not say by which model: ask it from Python, with "
             "Attributor(…).trace(…)"
         )
     if not 1 <= config.k <= len(index):
         raise ValueError(f"k must be between 1 and the number of rows, {len(index):,}; got {config.k}")
     if config.model is None and not config.trust_remote_code:
-        recorded.refuse_remote_code(stored["model"], config.index)
-    model = recorded.model_of(stored["model"], config.index, config.trust_remote_code, config.model_kwargs)
+        recorded.refuse_remote_code(stored["model"], config.run)
+    model = recorded.model_of(stored["model"], config.run, config.trust_remote_code, config.model_kwargs)
     model = replace(model, model=config.model) if config.model is not None else model
-    own = recorded.data_of(stored["data"], config.index)
-    view = recorded.view_of(stored["transform"], config.index)
+    own = recorded.data_of(stored["data"], config.run)
+    view = recorded.view_of(stored["transform"], config.run)
     if config.hessian is not None:
         if view.hessian is not None and view.power + config.power != -1:
             raise ValueError(
@@ -252,7 +253,7 @@ def open_session(config: QueryConfig) -> Session:
         view = replace(view, **curvature)
     if view.optimizer_view == "update":
         view = replace(view, optimizer=None, optimizer_view="scale")
-    loss = recorded.loss_of(stored["loss"], config.index, config.loss)
+    loss = recorded.loss_of(stored["loss"], config.run, config.loss)
     measured = measure(model, loss, view, RunConfig(device=config.device))
     begins, parts = datasets_of(index, own)
     shown = [(part, measured.tokenizer, measured.config) for part in parts]
@@ -262,7 +263,7 @@ def open_session(config: QueryConfig) -> Session:
     known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer), "loss": loss.loss}
     if (reference := measured.loss_fn.reference) is not None:
         known["reference"] = reference
-    asked = Attributor(config.index, faiss=config.faiss.made())
+    asked = Attributor(config.run, faiss=config.faiss.made())
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
@@ -356,8 +357,8 @@ def run(config: QueryConfig, say: Say = quiet) -> Outcome:
     answers = ask(session, texts)
     if config.record is not None:
         record(config.record, answers)
-    facts = {"index": config.index, "answers": [as_facts(answer) for answer in answers]}
-    return Outcome(config.index, facts, shown(answers, config.width))
+    facts = {"run": config.run, "answers": [as_facts(answer) for answer in answers]}
+    return Outcome(config.run, facts, shown(answers, config.width))
 
 
 def _lines(file: str | None) -> list[str]:

@@ -14,46 +14,47 @@ from influence.data.parsing import parsed, shortly, text_of
 from influence.func.engine.per_example import per_example_grads_fn
 from influence.func.retrieval import Recall, first_gold, first_gold_listed, recall
 from influence.index import fingerprint_of, open_index
-from influence.pipelines.frame.configs import RunConfig
+from influence.pipelines.frame.configs import Run, RunConfig
 from influence.pipelines.frame.directory import config_of, names_in
-from influence.pipelines.frame.outcome import Outcome, Say, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.prepare import batches_of
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes.best import read_best
 from influence.pipelines.passes.queries import column
 from influence.pipelines.query import QueryConfig, open_session
+from influence.store.folder import RUN
+from influence.terminal import table
 
 
 @dataclass(frozen=True)
 class RecallConfig:
-    """Say how often the right documents come first: recall@k and mean reciprocal rank against known answers.
+    """Measure how often the right documents come first: recall@k and mean reciprocal rank.
 
-    influence recall --gold gold.jsonl --scores runs/scores
+    influence recall runs/scores --gold gold.jsonl
 
-    influence recall --gold questions.jsonl --index runs/corpus --dataset questions.jsonl --prompt-column prompt
+    influence recall runs/corpus --gold questions.jsonl --dataset questions.jsonl --prompt-column prompt
     --completion-column answer
 
-    A line of the gold file is {"gold": [rows of the corpus]}, one for each query, in their order; {"query": 3, "gold":
-    [...]} names the query, and then others may be left out. A gold document is found at the rank of the first of them.
+    A line of the gold file is {"gold": [rows of the corpus]}, one per query, in the order of the queries. A line with
+    {"query": 3, "gold": [...]} names its query; then queries may be left out. A query's rank is that of its first gold
+    document.
 
     Attributes:
-        gold: the file: JSON lines, of which other fields do not matter, or one JSON object {query: [rows]}.
-        scores: a run of score, trackstar, ekfac or trak, one score for each query.
-        index: a run of build instead: the dataset's gradients are taken as the index's own were.
-        dataset: the queries to ask the index.
-        prompt_column: the dataset's column with the text; default the index's.
-        completion_column: the dataset's column with the answer; then it alone is labelled.
-        k: how many documents to look through; one or more.
-        force: answer what the fingerprints refuse, with a warning.
-        model_kwargs: as for influence query.
-        trust_remote_code: run code that comes with the model; an index cannot ask for it.
-        loss: as for influence query: a function that the index was built with runs only if it is named here.
+        run: a run of score, trackstar, ekfac or trak, with a score per query; or an index written by build.
+        gold: the right answers: JSON lines with a field gold, or one JSON object {query: [rows]}.
+        dataset: for an index, the queries to ask. Their gradients are taken as the index's were.
+        prompt_column: the dataset's text column. Default: the index's.
+        completion_column: the dataset's answer column. Then only the answer is labelled.
+        k: numbers of documents to look through.
+        force: answer even if the fingerprints disagree, with a warning.
+        model_kwargs: as in influence query.
+        trust_remote_code: run code that comes with the model. An index cannot ask for it.
+        loss: as in influence query. Your own loss function runs only if it is named here.
         device: where the model runs.
     """
 
+    run: Run
     gold: str
-    scores: str | None = None
-    index: str | None = None
     dataset: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
@@ -106,15 +107,15 @@ def run(config: RecallConfig, say: Say = quiet) -> Outcome:
     """
     if not config.k or min(config.k) < 1:
         raise ValueError(f"k must be at least 1; got {', '.join(map(str, config.k)) or 'none'}")
-    if (config.scores is None) == (config.index is None):
-        raise ValueError("give either --scores RUN, or --index RUN and the --dataset of its queries")
-    if config.index is not None and config.dataset is None:
-        raise ValueError("an index needs queries: give their --dataset")
-    asked = ("dataset", "prompt_column", "completion_column", "loss", "model_kwargs")
-    if config.scores is not None and (unused := [name for name in asked if getattr(config, name) is not None]):
-        raise ValueError(f"{unused[0]} is for --index: the queries of --scores were asked already")
     gold = read_gold(config.gold)
-    found = of_scores(config, gold) if config.scores is not None else [of_index(config, gold)]
+    scores = _scores_at(Path(config.run))
+    if scores is None and config.dataset is None:
+        raise ValueError(f"{config.run} holds gradients, and no scores: give the --dataset of the queries to ask it")
+    asked = ("dataset", "prompt_column", "completion_column", "loss", "model_kwargs")
+    if scores is not None and (unused := [name for name in asked if getattr(config, name) is not None]):
+        flag = "--" + unused[0].replace("_", "-")
+        raise ValueError(f"{flag} is for an index: the queries of the scores in {scores} were asked already")
+    found = of_scores(config, scores, gold) if scores is not None else [of_index(config, gold)]
     judged = [(each, recall(each.ranks, config.k)) for each in found]
     facts = [_facts(each, metrics) for each, metrics in judged]
     head = ["queries", "number", *(f"recall@{k}" for k in config.k), "MRR"]
@@ -122,7 +123,7 @@ def run(config: RecallConfig, say: Say = quiet) -> Outcome:
     text = table(head, rows)
     if (kept := found[0].listed) is not None:
         text += f"\nonly the {kept:,} best documents of each query were kept: beyond them 1 / rank counts as 0"
-    return Outcome(config.scores or str(config.index), {"gold": config.gold, "results": facts}, text)
+    return Outcome(config.run, {"gold": config.gold, "results": facts}, text)
 
 
 def _facts(ranked: Ranked, metrics: Recall) -> dict[str, Any]:
@@ -188,10 +189,14 @@ def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
+def _scores_at(path: Path) -> Path | None:
+    """Return where a run keeps its scores, a recipe's in its last step; none where it is an index of gradients."""
+    path = path / "scores" if (path / "scores" / RUN).exists() else path
+    return path if (path / "best.h5").is_file() or open_index(path).about.kind == "scores" else None
+
+
+def of_scores(config: RecallConfig, path: Path, gold: Gold) -> list[Ranked]:
     """Return where scores put the gold documents, for every query run that was scored."""
-    path = Path(str(config.scores))
-    path = path / "scores" if (path / "scores" / "run.json").exists() else path
     about = config_of(path)
     if about.get("mode") == "nearest":
         raise ValueError(f"{path} keeps the best score over all queries: score with --mode individual")
@@ -205,8 +210,6 @@ def of_scores(config: RecallConfig, gold: Gold) -> list[Ranked]:
         ranks = [first_gold_listed(heap.indices[q], g) for heap, (q, g) in zip(heaps, each, strict=True)]
         return [Ranked(_name(names, number), found, kept) for number, found in enumerate(ranks)]
     index = open_index(path)
-    if index.about.kind != "scores":
-        raise ValueError(f"{path} holds gradients, and no scores: give it by --index, with the --dataset to ask it")
     found = []
     runs = sum("/" not in name for name in index.blocks)  # others are a block's part of a score
     for number in range(runs):
@@ -223,7 +226,7 @@ def _name(names: Sequence[str], number: int) -> str:
 def of_index(config: RecallConfig, gold: Gold) -> Ranked:
     """Return where an index puts the gold documents of a dataset's queries."""
     same = {name: getattr(config, name) for name in ("force", "device", "model_kwargs", "trust_remote_code", "loss")}
-    session = open_session(QueryConfig(str(config.index), k=1, **same))
+    session = open_session(QueryConfig(config.run, k=1, **same))
     columns = {name: getattr(config, name) for name in ("prompt_column", "completion_column")}
     chosen = {name: value for name, value in columns.items() if value is not None}
     data = replace(session.data, dataset=str(config.dataset), split=None, subset=None, max_examples=None, **chosen)
@@ -238,7 +241,7 @@ def of_index(config: RecallConfig, gold: Gold) -> Ranked:
         documents, scores = session.attributor.document_scores(rows, fingerprint=made, force=config.force)
         for query, row in zip(batch["index"].tolist(), scores, strict=True):
             if query in asked:
-                ranks[query] = int(first_gold(row[None], _columns([asked[query]], documents, config.index))[0])
+                ranks[query] = int(first_gold(row[None], _columns([asked[query]], documents, config.run))[0])
     return Ranked(str(config.dataset), torch.tensor([ranks[query] for query in asked]))
 
 

@@ -28,19 +28,14 @@ from influence.types import Rows
 class ReduceConfig(PassConfig):
     """Average or sum the gradients of a dataset into one row, an index that score and query take as a query.
 
-    influence reduce --model gpt2 --dataset questions.jsonl --run runs/questions
+    influence reduce runs/questions --model gpt2 --dataset questions.jsonl
 
     The mean divides by the examples that have a label to predict, and says how many there were.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the dataset.
         method: mean or sum.
         normalize: divide the result by its norm.
-        loss: the loss.
-        transform: what is reduced of each gradient; --unit-norm makes every example count alike.
-        execution: the pass.
+        transform: what is reduced of each gradient. --unit-norm gives every example the same weight.
     """
 
     method: Literal["mean", "sum"] = "mean"

@@ -7,9 +7,9 @@ from influence.pipelines.chains.finished import Samples, sampled
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of
 from influence.pipelines.frame.configs import at_least
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
-from influence.pipelines.frame.planning import size
 from influence.pipelines.llc import estimates, table_of
 from influence.sgmcmc.runner.traces import RESULT
+from influence.terminal import size
 from influence.visible import visible
 
 
@@ -17,9 +17,9 @@ from influence.visible import visible
 class SampleConfig(SamplingConfig):
     """Run chains around the trained weights, and keep what observables do along them.
 
-    influence sample --model gpt2 --dataset corpus.jsonl --observables code=code.jsonl prose=prose.jsonl --run runs/s
+    influence sample runs/s --model gpt2 --dataset corpus.jsonl --observables code=code.jsonl prose=prose.jsonl
 
-    Then influence llc, bif and susceptibilities --run runs/s read it, as often as you like. A run that was killed goes
+    Then influence llc runs/s, and bif and susceptibilities, read it, as often as you like. A run that was killed goes
     on when the same is typed again; torchrun shares its chains out among processes, and none of this changes a chain.
 
     Attributes:

@@ -28,26 +28,22 @@ Mode: TypeAlias = Literal["individual", "nearest"]
 
 @dataclass(frozen=True)
 class ScoreConfig(PassConfig):
-    """Score every example of a corpus against queries, as the corpus streams by. Positive helps the query.
+    """Score every example of a corpus against queries in one pass. A positive score helps the query.
 
-    influence score --model gpt2 --dataset corpus.jsonl --query runs/questions --run runs/scores
+    influence score runs/scores --model gpt2 --dataset corpus.jsonl --query runs/questions
 
-    The queries are indexes that build or reduce wrote; several are scored in one pass. Rows are not stored.
+    Queries are indexes written by build or reduce. Several are scored in one pass. The corpus's rows are not stored.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        query: runs of build or reduce, whose rows are the queries.
-        mode: individual keeps a score for each query row, nearest the best of each run's rows.
-        blocks: score by these blocks only (names or globs).
-        per_block: keep each block's part of every score too.
-        per_token: a score for every token instead: use (where parameters were used) or loss (whose loss it is).
-        top_k: keep the so many best and worst examples of each query only, not all scores.
-        force: score what the fingerprints refuse, with a warning.
-        loss: the loss.
-        transform: the corpus's side; with --hessian, the powers of both sides must sum to -1.
-        execution: the pass.
+        query: runs of build or reduce. Their rows are the queries.
+        mode: individual keeps a score per query row. nearest keeps the best score over each run's rows.
+        blocks: use only these blocks (names or globs).
+        per_block: also store each block's part of every score.
+        per_token: score every token: use, by where parameters were used, or loss, by whose loss it is. Default: score
+            every example.
+        top_k: keep only this many best and worst examples per query, instead of all scores.
+        force: score even if the fingerprints disagree, with a warning.
+        transform: what is scored of the corpus's gradients. With --hessian, the powers of both sides must sum to -1.
     """
 
     query: tuple[str, ...]

@@ -15,11 +15,12 @@ from influence.pipelines.chains.examples import Example, examples, words_of
 from influence.pipelines.chains.finished import Samples, sampled, tokenizer_of
 from influence.pipelines.chains.settings import SamplingConfig, sampling_of, with_keep
 from influence.pipelines.frame.configs import at_least
-from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
+from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet
 from influence.pipelines.frame.texts import short
 from influence.sgmcmc import susceptibility
 from influence.sgmcmc.estimators.susceptibility import Susceptibility
 from influence.store import output_file
+from influence.terminal import table
 
 WIDTH = 40
 """Characters of an example that are shown, where the loss is one per example."""
@@ -29,8 +30,8 @@ WIDTH = 40
 class SusceptibilitiesConfig(SamplingConfig):
     r"""Susceptibilities: the covariance of a component's excess loss on a task with each token's loss.
 
-    influence susceptibilities --model gpt2 --dataset corpus.jsonl --observables task=corpus.jsonl code=code.jsonl \
-        --restrictions l0h0 l0h1 l1h0 l1h1 --run runs/chi --plot chi.png
+    influence susceptibilities runs/chi --model gpt2 --dataset corpus.jsonl \
+        --observables task=corpus.jsonl code=code.jsonl --restrictions l0h0 l0h1 l1h0 l1h1 --plot chi.png
 
     For every restriction chains are run in which only it moves, and chains in which all weights do. Negative: the
     component expresses the token; positive: it suppresses it.

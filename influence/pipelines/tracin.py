@@ -24,22 +24,17 @@ from influence.pipelines.recipes.frame import planned, result, run_steps
 class TracinConfig(SumConfig):
     """Score a corpus as TracIn does: gradient products, summed over checkpoints, each times its learning rate.
 
-    influence tracin --model base --checkpoints out/checkpoint-* --dataset corpus.jsonl --query.dataset questions.jsonl
-    --run runs/tracin
+    influence tracin runs/tracin --model base --checkpoints out/checkpoint-* --dataset corpus.jsonl
+    --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: the rows of both sides at each checkpoint, which are indexes; scores. With
     --unit-norm the products are cosines.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint, and adapters go on it.
-        data: the corpus.
-        query: the queries.
         checkpoints: the folders that a Trainer saved, of whole models or of adapters.
         learning_rates: one for each checkpoint; default the mean of those that the Trainer logged since the one before.
-        loss: the loss.
         transform: what is compared of each gradient.
-        execution: every pass.
     """
 
 

@@ -16,24 +16,18 @@ from influence.pipelines.recipes.frame import RecipeConfig, fewer, planned, resu
 class TrackstarConfig(RecipeConfig):
     """Score a corpus against queries as TrackStar does: cosines in the metric of a mixed curvature.
 
-    influence trackstar --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trackstar
+    influence trackstar runs/trackstar --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: query_hessian, index_hessian, mixed, query, scores.
 
     Attributes:
-        run: the run directory to write.
-        model: the model.
-        data: the corpus.
-        query: the queries.
         components: how many directions that all queries share to play down; of all blocks together, so at most as many
             as queries times blocks.
         mix: mix the queries' curvature into the corpus's.
         stats_examples: fit each curvature on so many examples.
         mode: a score for each query, or the best over all of them.
         top_k: keep the so many best and worst examples of each query only.
-        loss: the loss.
         transform: the projection; curvature and unit norm are the recipe's.
-        execution: every pass.
     """
 
     components: int = 1000

@@ -26,20 +26,16 @@ from influence.types import Rows
 class TrakConfig(RecipeConfig):
     """Score a corpus as TRAK does: log-odds, one global projection, their Gram matrix, a mean over checkpoints.
 
-    influence trak --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl --run runs/trak
+    influence trak runs/trak --model gpt2 --dataset corpus.jsonl --query.dataset questions.jsonl
 
     Steps, each in a directory of the run's: each checkpoint's hessian, query and scores; scores, their mean.
 
     Attributes:
-        run: the run directory to write.
         model: the model; its tokenizer serves every checkpoint.
-        data: the corpus.
-        query: the queries.
         checkpoints: folders or Hub ids of the same architecture, or adapters on the model, to average over; default the
             model alone.
         loss: TRAK's output function.
         transform: the projection and the damping.
-        execution: every pass.
     """
 
     checkpoints: tuple[str, ...] = ()

@@ -76,13 +76,13 @@ def commands(root: Path) -> list[Case]:
 
     def of(data: str, shard: int, *more: str) -> list[str]:
         known = ["--model", model, "--token-budget", "256", "--dtype", "float64", "--progress", "False"]
-        return [*known, "--dataset", data, "--run", "run", "--shard-size", str(shard), *more]
+        return ["run", *known, "--dataset", data, "--shard-size", str(shard), *more]
 
     rows = ["--projection-dim", "4"]
     two = ["--targets", "*q_proj.weight", "*down_proj.weight"]
     fit = of(corpus, 13, *two)
     recipe = [*of(corpus, 13, *two), "--query.dataset", questions]
-    chains = ["--model", model, "--dataset", corpus, "--run", "run", "--no-progress", "--num-draws", "4"]
+    chains = ["run", "--model", model, "--dataset", corpus, "--no-progress", "--num-draws", "4"]
     chains += ["--num-burnin-steps", "2", "--batch-size", "4", "--num-chains", "2", "--localization", "1000"]
     chains += ["--checkpoint-every", "2"]
     head, heads = ["--restriction", "l0h0"], ["--restrictions", "l0h0"]
@@ -106,7 +106,7 @@ def commands(root: Path) -> list[Case]:
         Case("hessian autocorrelation", "factors", ["hessian", *fit, *rows, "--method", "autocorrelation"]),
         Case("hessian over", "factors", ["hessian", *fit, "--method", "kfac", "--overwrite"], {"run": "hessian ekfac"},
              over=False),
-        Case("mix", "factors", ["mix", "--run", "run", "--query", made["fitted"], "--index",
+        Case("mix", "factors", ["mix", "run", "--query", made["fitted"], "--index",
              made["hessian autocorrelation"], "--components", "2"], needs=("fitted", "hessian autocorrelation")),
         Case("ekfac", "recipe", ["ekfac", *recipe]),
         Case("ekfac over", "recipe", ["ekfac", *recipe, "--method", "kfac", "--overwrite"], {"run": "ekfac"},
@@ -125,16 +125,16 @@ def commands(root: Path) -> list[Case]:
         Case("bif", "chains", ["bif", *chains, *head, *watched, "--rows", "questions", "--columns", "data"]),
         Case("susceptibilities", "chains", ["susceptibilities", *chains, *heads, "full", *watched, "--sampling-task",
              "data", "--probes", "questions"]),
-        Case("bif to a file", "file", ["bif", "--run", made["sample"], *head, "--save", "b.npy"], needs=("sample",),
+        Case("bif to a file", "file", ["bif", made["sample"], *head, "--save", "b.npy"], needs=("sample",),
              writes="b.npy", directory=False),
         *(
-            Case(f"export {kind}", "file", ["export", "--run", made["build"], "--to", f"rows.{kind}"], needs=("build",),
+            Case(f"export {kind}", "file", ["export", made["build"], "--to", f"rows.{kind}"], needs=("build",),
                  writes=f"rows.{kind}", directory=False)
             for kind in ("npy", "parquet", "safetensors")
         ),
         Case("explore", "file", ["explore", made["build"], "--to", "page.html", "--progress", "False"],
              needs=("build",), writes="page.html", directory=False),
-        Case("query faiss", "faiss", ["query", "--index", "run", "--text", "the home of bacy is the attic",
+        Case("query faiss", "faiss", ["query", "run", "--text", "the home of bacy is the attic",
              "--faiss.index-factory", "Flat", "--faiss.num-shards", "2"], {"run": "build"}, over=False),
         Case("callback", "callback", callback, every=True, over=False, writes="rows"),
     ]  # fmt: skip
@@ -145,12 +145,11 @@ def inputs(root: Path) -> dict[str, Case]:
     model, questions = str(root / "model"), str(root / "questions.jsonl")
     fit = [
         "hessian",
+        "run",
         "--model",
         model,
         "--dataset",
         questions,
-        "--run",
-        "run",
         "--dtype",
         "float64",
         "--progress",

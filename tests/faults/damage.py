@@ -52,21 +52,21 @@ class Reader:
 def readers(world: World) -> dict[str, Reader]:
     """Return everything that reads a file, by name."""
     gold = str(world.root / "gold.jsonl")
-    ask = ["query", "--index", "run", "--text", "the home of bacy is the attic", "--k", "3", "--json"]
+    ask = ["query", "run", "--text", "the home of bacy is the attic", "--k", "3", "--json"]
     index, scores = ("index.h5", "shard-0000[01].h5", "run.json", "config.yaml"), {"run": "score"}
     chains = ("run.h5", "run.json", "config.yaml")
     built, fitted, sampled = ({"run": name} for name in ("build", "hessian ekfac", "sample"))
     score = [*_typed(world, "score")]
     score[score.index("--query") + 1] = "asked"
     score.append("--json")
-    judge = ["recall", "--scores", "run", "--gold", gold, "--json"]
+    judge = ["recall", "run", "--gold", gold, "--json"]
     return {
         reader.name: reader
         for reader in (
             Reader("open_index", "index", built, index, _opened, {"run": "build other"}),
             Reader("query", "index", built, index, ask, {"run": "build other"}),
-            Reader("inspect index", "index", built, index, ["inspect", "--run", "run", "--verify", "--json"]),
-            Reader("export", "index", built, index, ["export", "--run", "run", "--to", "rows.npy"]),
+            Reader("inspect index", "index", built, index, ["inspect", "run", "--verify", "--json"]),
+            Reader("export", "index", built, index, ["export", "run", "--to", "rows.npy"]),
             Reader("explore", "index", built, index, ["explore", "run", "--to", "page.html", "--progress", "False"]),
             Reader("score", "index", {"asked": "reduce"}, ("index.h5", "shard-00000.h5", "run.json", "config.yaml"),
                    score, {"asked": "reduce other"}),
@@ -75,11 +75,11 @@ def readers(world: World) -> dict[str, Reader]:
                    [*judge, "--k", "3"]),
             Reader("factors", "factors", fitted, ("factors.h5",), _loaded, {"run": "hessian ekfac other"}),
             Reader("inspect factors", "factors", fitted, ("factors.h5", "run.json", "config.yaml"),
-                   ["inspect", "--run", "run", "--json"]),
+                   ["inspect", "run", "--json"]),
             Reader("sgmcmc.load", "chains", sampled, ("run.h5",), _sampled, {"run": "sample other"}),
-            Reader("llc", "chains", sampled, chains, ["llc", "--run", "run", "--json"], {"run": "sample other"}),
-            Reader("bif", "chains", sampled, chains, ["bif", "--run", "run", "--restriction", "l0h0", "--json"]),
-            Reader("inspect chains", "chains", sampled, chains, ["inspect", "--run", "run", "--verify", "--json"]),
+            Reader("llc", "chains", sampled, chains, ["llc", "run", "--json"], {"run": "sample other"}),
+            Reader("bif", "chains", sampled, chains, ["bif", "run", "--restriction", "l0h0", "--json"]),
+            Reader("inspect chains", "chains", sampled, chains, ["inspect", "run", "--verify", "--json"]),
             Reader("query faiss", "faiss", {"run": "query faiss"}, ("faiss/*/*",),
                    [*_typed(world, "query faiss"), "--json"]),
             Reader("order", "callback", {"rows": "callback"},

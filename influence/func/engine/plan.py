@@ -28,6 +28,7 @@ from influence.func.engine.trace import (
 from influence.func.transform.chain import Transform
 from influence.func.transform.folding import Block, Folded, Part
 from influence.func.transform.layout import Layout, ParamLayout
+from influence.terminal import human
 from influence.types import Batch, LossFn, Params, Rows
 
 GUARD_TOLERANCE = {torch.float64: (1e-5, 1e-6), torch.float32: (1e-2, 1e-3)}
@@ -171,15 +172,6 @@ class Plan(NamedTuple):
             f"per example: {human(flops)} FLOPs on top of forward and input-backward, {human(size)} bytes of rows"
         )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-def human(number: int | float) -> str:
-    """Return a number with a decimal prefix."""
-    for prefix in ("", "k", "M", "G"):
-        if abs(number) < 1000:
-            return f"{number:.0f}{prefix}" if not prefix else f"{number:.3g}{prefix}"
-        number /= 1000
-    return f"{number:.3g}T"
 
 
 def make_plan(

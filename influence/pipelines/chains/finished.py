@@ -20,7 +20,6 @@ from influence.pipelines.frame.config_file import to_mapping, write_config
 from influence.pipelines.frame.directory import CONFIG, config_of
 from influence.pipelines.frame.loading import load_tokenizer
 from influence.pipelines.frame.outcome import Outcome, Say
-from influence.pipelines.frame.planning import duration, size
 from influence.pipelines.frame.ranks import Ranks, ranks
 from influence.sgmcmc import Run
 from influence.sgmcmc.estimators import llc
@@ -28,6 +27,7 @@ from influence.sgmcmc.runner import joining, observables, sampling, schedule, st
 from influence.sgmcmc.runner.schedule import Plan
 from influence.sgmcmc.runner.traces import RESULT
 from influence.store.folder import Manifest, clear, refuse_foreign, tidy
+from influence.terminal import duration, size
 
 SHARES = "chains-#-#/"
 """Folders of the chains that ranks run, while they do."""
@@ -151,7 +151,7 @@ def read_samples(directory: Path) -> Samples:
     """
     if not (directory / RESULT).is_file():
         raise FileNotFoundError(
-            f"{directory} has no finished chains ({RESULT}): pass --model and --dataset to sample, or --run of a "
+            f"{directory} has no finished chains ({RESULT}): pass --model and --dataset to sample, or name a "
             "finished run of influence sample"
         )
     found = sgmcmc.load(directory)
@@ -182,7 +182,7 @@ def _check_read(config: SamplingConfig) -> None:
     if flag is not None:
         raise ValueError(
             f"{flag} is of chains that are yet to run, and without --model the finished ones in {config.run} are "
-            f"read as they are: leave {flag} out, or pass --model, --dataset and another --run"
+            f"read as they are: leave {flag} out, or pass --model and --dataset, and name another run"
         )
 
 
@@ -276,7 +276,7 @@ def _directory(
         manifest = None
         if place.first:
             kept = replace(config, pace=replace(config.pace, overwrite=False))  # a replay deletes nothing
-            replay = ["influence", command, "--config", str(directory / CONFIG), "--run", "ANOTHER_RUN"]
+            replay = ["influence", command, "ANOTHER_RUN", "--config", str(directory / CONFIG)]
             claim = traces.claim(directory, plan.facts, overwrite, to_mapping(kept), replay, [CONFIG], [SHARES])
             with _readable():
                 manifest = stack.enter_context(claim)
@@ -325,7 +325,7 @@ def _readable() -> Iterator[None]:
     except sgmcmc.DivergedError:
         raise
     except (ValueError, FileExistsError) as error:
-        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or another --run")) from error
+        raise type(error)(str(error).replace(traces.ANEW, "Pass --overwrite, or name another run")) from error
 
 
 def _shown(what: Sampling, place: Ranks) -> bool:

@@ -1,24 +1,23 @@
-"""Configurations as JSON and YAML hold them: written, read and checked field by field."""
+"""Configurations in YAML and JSON: writing, reading, and a check of every field."""
 
 import contextlib
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import tyro
-
 from influence.data.parsing import shortly, text_of, yaml_of
 from influence.store import BadFileError, write_text
+from influence.terminal import did_you_mean
 from influence.visible import visible
 
 C = TypeVar("C")
 
 
 class FieldError(ValueError):
-    """A file of settings has what it cannot have; fields have the names that they have in files."""
+    """An error in a file of settings. It names fields as files do, not as flags."""
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -32,45 +31,63 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_mapping(kind: type[C], mapping: Any, where: str = "", partial: bool = False) -> C:
+def from_mapping(kind: type[C], mapping: Any, where: str = "") -> C:
     """Return a configuration from what JSON or YAML hold.
 
     Args:
         kind: a dataclass of this package.
         mapping: its fields; those left out have their defaults.
         where: the group, for messages.
-        partial: let fields without a default be missing, for the command line to fill in.
 
     Returns:
         The configuration.
 
     Raises:
-        ValueError: naming the unknown field, the missing one, or the one that holds something else.
+        FieldError: naming the unknown field, the missing one, or the one that holds something else.
+    """
+    values = {}
+    for name, hint, value in settings_of(kind, mapping, where):
+        values[name] = from_mapping(hint, value, f"{where}{name}.") if dataclasses.is_dataclass(hint) else value  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name in values or not required:
+            continue
+        if not dataclasses.is_dataclass(hints[field.name]):
+            raise FieldError(f"field {where}{field.name} is missing, and it has no default")
+        values[field.name] = from_mapping(hints[field.name], {}, f"{where}{field.name}.")
+    return kind(**values)
+
+
+def settings_of(kind: Any, mapping: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield each field that JSON or YAML hold, with its type and its value; a group's value is not looked into.
+
+    Args:
+        kind: a dataclass of this package.
+        mapping: its fields.
+        where: the group, for messages.
+
+    Yields:
+        Names, types and values.
+
+    Raises:
+        FieldError: naming the unknown field, or the one that holds something else.
     """
     if not isinstance(mapping, Mapping):
         raise FieldError(f"{where or kind.__name__} must be a mapping of its fields; got {shortly(mapping)}")
-    fields: dict[str, Any] = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(kind)]
     unknown = [name for name in mapping if name not in fields]
     if unknown:
         name = unknown[0] if isinstance(unknown[0], str) and len(unknown[0]) < 100 else shortly(unknown[0])
-        raise FieldError(f"unknown field {where}{name}; {kind.__name__} has {', '.join(fields)}: correct or remove it")
-    hints = get_type_hints(kind)
-    values = {}
-    for name, field in fields.items():
-        hint, inside = hints[name], f"{where}{name}."
-        if name not in mapping:
-            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-            if required and dataclasses.is_dataclass(hint):
-                values[name] = from_mapping(hint, {}, inside, partial)  # type: ignore[arg-type]
-            elif required and not partial:
-                raise FieldError(f"field {where}{name} is missing, and it has no default")
-            elif required:
-                values[name] = tyro.MISSING
-        elif dataclasses.is_dataclass(hint):
-            values[name] = from_mapping(hint, mapping[name], inside, partial)  # type: ignore[arg-type]
-        else:
-            values[name] = _checked(mapping[name], hint, f"{where}{name}")
-    return kind(**values)
+        near = did_you_mean(name, fields)
+        raise FieldError(
+            f"unknown field {where}{name}{near}; {kind.__name__} has {', '.join(fields)}: correct or remove it"
+        )
+    for name in fields:
+        if name in mapping:
+            group = dataclasses.is_dataclass(hints[name])
+            yield name, hints[name], mapping[name] if group else _checked(mapping[name], hints[name], f"{where}{name}")
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
@@ -81,7 +98,7 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     elif float in (hint, *get_args(hint)):
         value = _number(value)
     if not _is(value, hint):
-        raise FieldError(f"field {name} must be {_said(hint)}; got {shortly(value)}")
+        raise FieldError(f"field {name} must be {_in_words(hint)}; got {shortly(value)}")
     return value
 
 
@@ -106,14 +123,14 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _said(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     """Return a type as a user would say it."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_said(part) for part in get_args(hint))
+        return " or ".join(_in_words(part) for part in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_said(get_args(hint)[0])}"
+        return f"a list of {_in_words(get_args(hint)[0])}"
     if hint is type(None):
         return "null"
     return str(getattr(hint, "__name__", hint))
@@ -136,10 +153,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def write_config(path: str | Path, config: Any, command: str, run: str = "") -> None:
-    """Write a configuration as YAML, which replays the run: `influence COMMAND --config PATH --run ANOTHER`."""
+    """Write a configuration as YAML, which replays the run: `influence COMMAND ANOTHER_RUN --config PATH`."""
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     path = Path(path)
     place = visible(shlex.quote(str(path)), lines=False)  # a newline would end the comment
-    head = f"# influence {command} --config {place} --run ANOTHER_RUN\n"
+    head = f"# influence {command} ANOTHER_RUN --config {place}\n"
     write_text(path, head + yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True), run)

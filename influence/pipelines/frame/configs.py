@@ -1,6 +1,6 @@
-"""What a run is made of, as values: frozen dataclasses which are command line, YAML and JSON at once.
+"""The settings of runs, as frozen dataclasses for the command line, YAML and JSON.
 
-Every field is a flag of the command line under its own name, and a key of the YAML file under its group's.
+Each field is a flag of the command line, and a key of the YAML file under its group.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def at_least(config: Any, least: float | int, *names: str, most: float | int = m
     """
     for name in names:
         value = getattr(config, name)
-        if value is None or value is tyro.MISSING:
+        if value is None:
             continue
         for number in value if isinstance(value, tuple) else (value,):
             sized = abs(number) < 1 << 63 if isinstance(number, int) else math.isfinite(number)
@@ -47,16 +47,17 @@ def at_least(config: Any, least: float | int, *names: str, most: float | int = m
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model, and how it is loaded.
+    """The model and how to load it.
 
     Attributes:
-        model: a folder with a saved model, or a Hub id; a saved PEFT adapter names its base itself.
-        tokenizer: a folder or Hub id of another tokenizer than the model's own.
-        task: what the model is for; it decides where labels sit.
-        precision: of the weights and of the arithmetic; auto takes what was saved.
-        revision: branch, tag or commit on the Hub.
-        adapter: a saved PEFT adapter to put on the model; its matrices are then the default targets.
-        peft_init_kwargs: fresh LoRA instead, as JSON or YAML: '{r: 8, target_modules: [q_proj]}'.
+        model: a folder with a saved model, or a Hub id. For a saved PEFT adapter, its base model is loaded too.
+        tokenizer: a folder or Hub id of a tokenizer. Default: the model's own.
+        task: what the model predicts: the next token (causal) or masked tokens (masked).
+        precision: dtype of the weights and of the arithmetic. auto keeps the saved dtype.
+        revision: a branch, tag or commit on the Hub.
+        adapter: a saved PEFT adapter to load on the model. Its matrices become the default targets.
+        peft_init_kwargs: add a new LoRA adapter with these arguments, as JSON or YAML: '{r: 8, target_modules:
+            [q_proj]}'.
         model_kwargs: more arguments of from_pretrained, as JSON or YAML: '{attn_implementation: eager}'.
         trust_remote_code: run code that comes with the model.
     """
@@ -74,27 +75,28 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data, and how they become tokens.
+    """The dataset and how it becomes tokens.
 
     Attributes:
-        dataset: a file (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder save_to_disk wrote, or a Hub id.
-        split: a split, a slice or a sum of them: 'train[:10%]+test'. Default: the only one, or train.
-        subset: the configuration of a Hub dataset.
+        dataset: a file (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder written by save_to_disk, or a Hub id.
+        split: a split, a slice of it, or a sum: 'train[:10%]+test'. Default: the only split, or train.
+        subset: the configuration name of a Hub dataset.
         data_kwargs: more arguments of datasets.load_dataset, as JSON or YAML.
-        max_examples: use the first rows only.
-        prompt_column: the column with the text; default text (or input_ids where the data are tokenised).
-        completion_column: what answers the prompt: only it is labelled, the prompt is context.
-        conversation_column: a list of messages with role and content; only the assistant's turns are labelled.
-        template: a YAML file with doc_to_text and doc_to_target (Jinja), or multiple_choice.
-        end_of_turn: label the token which ends a labelled turn too.
-        max_length: the longest document allowed; default what the model and the tokenizer take.
-        truncation: cut longer documents instead of refusing them.
-        chunk_length: cut the documents, one after the other, into chunks of so many tokens instead.
-        max_tokens: keep the first documents, as many as have so many tokens together.
-        reward_column: weigh each example by its Dr. GRPO advantage over the other answers to its prompt.
-        advantage_column: weigh each example by this column.
-        skip_nan_rewards: rows with a NaN reward weigh 0 instead of being refused.
-        max_document_bytes: refuse larger documents, which may take more memory than there is.
+        max_examples: use only the first rows.
+        prompt_column: the text column. Default: text, or input_ids if the data are tokenised.
+        completion_column: the column with the answer to the prompt. Only the answer is labelled.
+        conversation_column: a column with a list of messages (role, content). Only the assistant's turns are labelled.
+        template: a YAML file with doc_to_text and doc_to_target in Jinja, or with multiple_choice.
+        end_of_turn: also label the token that ends a labelled turn.
+        max_length: the longest document allowed, in tokens. Default: the limit of model and tokenizer.
+        truncation: cut longer documents. Otherwise they are refused.
+        chunk_length: join all documents and cut them into chunks of this many tokens.
+        max_tokens: keep the first documents, up to this many tokens in total.
+        reward_column: a reward per example. Examples are weighted by their Dr. GRPO advantage over other answers to
+            the same prompt.
+        advantage_column: a column of weights, one per example.
+        skip_nan_rewards: give rows with a NaN reward the weight 0. Otherwise they are refused.
+        max_document_bytes: refuse documents larger than this, because tokenizing needs many times their memory.
     """
 
     dataset: str
@@ -123,14 +125,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What is measured of each example.
+    """The loss of each example.
 
     Attributes:
-        loss: cross_entropy, squared_error, kl, log_odds, or a function of your own, package.module:function, called as
-            function(model_output, batch) and returning one loss per example.
-        reduction: sum or mean over an example's own labelled positions.
-        label_smoothing: of the cross-entropy.
-        reference: for kl, a folder or Hub id of the other model; default the model without its adapters.
+        loss: cross_entropy, squared_error, kl, log_odds, or your own function as package.module:function. It is
+            called as function(model_output, batch) and returns one loss per example.
+        reduction: sum or mean over each example's labelled positions.
+        label_smoothing: label smoothing of the cross-entropy.
+        reference: for kl, a folder or Hub id of the reference model. Default: the model without its adapters.
     """
 
     loss: str = "cross_entropy"
@@ -145,29 +147,31 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What is wanted of each gradient, in this order: blocks, heads, optimizer, curvature, projection, unit norm.
+    """The steps from a gradient to a stored row, in order: blocks, heads, optimizer, curvature, projection, norm.
 
     Attributes:
-        targets: globs over parameter names to attribute to; default the matrices of the repeated layers.
-        exclude: globs to leave out.
-        bias: put each matrix's bias behind its last column.
-        heads: one block per attention head.
-        projection_dim: sketch each side of a block to so many numbers (a row has their square per block), or everything
-            to one vector of so many with --projection-target global; 0 keeps whole gradients.
-        projection_kind: of the random matrices; default rademacher per block, sparse globally.
-        projection_target: project block by block, or all blocks together.
-        projection_seed: another seed draws other matrices.
+        targets: globs of the parameter names to use. Default: the matrices of the repeated layers.
+        exclude: globs of parameter names to leave out.
+        bias: append each matrix's bias as a last column.
+        heads: use one block per attention head.
+        projection_dim: sketch each side of a block to this many numbers, so a row has its square per block. With
+            --projection-target global the whole row has this many numbers. 0 keeps whole gradients.
+        projection_kind: kind of random matrices. Default: rademacher per block, sparse for global.
+        projection_target: project each block on its own (per_block), or all blocks together (global).
+        projection_seed: seed of the random matrices.
         projection_signs: non-zeros per column of a sparse sketch.
-        optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
+        optimizer: divide gradients by an optimizer's second moments, as Adam or Adafactor do. Takes a checkpoint
+            folder or an optimizer file.
         steps: more steps behind the optimizer's, each as it is written in Python: 'scale_inputs(2.0)'.
-        optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
-        hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
-        power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
-        whiten: project what is whitened: eigen keeps the strongest eigenvectors, kfac sketches at random; power -0.5.
-        damping: what is added to the spectrum, relative to its mean.
-        inversion: how small eigenvalues are met.
-        missing: what to do with blocks that have no curvature: refuse, or let them through as they are.
-        unit_norm: divide each row by its norm over all blocks, last: scores become cosines.
+        optimizer_view: scale only divides. update is the full step that Adam would take on the example's gradient.
+        hessian: precondition with these factors: a run of influence hessian, or its factors.h5.
+        power: power of the curvature: -1 on one side of a score, or -0.5 on both.
+        whiten: how to project whitened gradients: eigen keeps the strongest eigenvectors, kfac sketches at random.
+            Needs --power -0.5.
+        damping: added to the spectrum, relative to its mean.
+        inversion: how small eigenvalues are inverted.
+        missing: blocks without curvature: refuse them (error), or leave them as they are (identity).
+        unit_norm: divide each row by its norm over all blocks, so that scores are cosines. This is the last step.
     """
 
     targets: tuple[str, ...] = ()
@@ -199,20 +203,20 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How the pass is run. Nothing here changes a number beyond rounding, but for dtype and nonfinite.
+    """How the pass runs. Only dtype and nonfinite change results beyond rounding.
 
     Attributes:
-        token_budget: most positions of a batch, padding included.
-        max_rows: most examples of a batch.
-        shard_size: examples of a shard, the unit of progress: what a crash loses, and what ranks deal out.
-        dtype: of stored rows; float16, bfloat16 and int8 keep a scale for each row.
-        engine: how gradients are computed; auto plans it.
-        compile: compile the step; trusted only where it agrees with the eager one.
-        device: where: cpu, cuda, cuda:1, mps. Ranks take their own GPU.
-        nonfinite: refuse rows that are not finite, or set them to zero and count them.
+        token_budget: most tokens per batch, padding included.
+        max_rows: most examples per batch.
+        shard_size: examples per shard. A crash loses at most the unfinished shard; processes share whole shards.
+        dtype: dtype of stored rows. float16, bfloat16 and int8 also store a scale per row.
+        engine: how gradients are computed. auto chooses.
+        compile: compile the step. Its result is used only where it agrees with the eager one.
+        device: cpu, cuda, cuda:1 or mps. With torchrun each process takes its own GPU.
+        nonfinite: rows that are not finite: refuse them (error), or set them to zero and count them (zero).
         overwrite: replace what is in the run directory.
-        resume: go on with an unfinished run of the same plan; otherwise it is refused.
-        progress: show a progress bar; default where there is a terminal.
+        resume: continue an unfinished run that has the same plan.
+        progress: show a progress bar. Default: only in a terminal.
         dry_run: print the plan and stop.
     """
 
@@ -236,16 +240,16 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class NeighbourConfig:
-    """FAISS, which is faster where a miss may be missed.
+    """Approximate search with FAISS: faster, may miss neighbours.
 
     Attributes:
-        index_factory: FAISS's own description: Flat is exact, IVF1024,Flat looks into nprobe of 1024 cells,
-            IVF1024,PQ64 stores 64 bytes per row; default no FAISS: all rows are scanned, which is exact.
-        mmap_index: leave the FAISS index on disk and map it, instead of holding it in memory.
-        max_train_examples: rows that cells and codes are learned from; default as many as FAISS looks at.
+        index_factory: a FAISS index description. Flat is exact; IVF1024,Flat searches nprobe of 1024 cells;
+            IVF1024,PQ64 stores 64 bytes per row. Default: no FAISS, an exact scan of all rows.
+        mmap_index: map the FAISS index from disk, instead of loading it into memory.
+        max_train_examples: rows used to learn cells and codes. Default: FAISS's own limit.
         batch_size: rows added at a time.
-        num_shards: cut it into so many files.
-        nprobe: cells that are looked into; more are more exact.
+        num_shards: number of files to split the FAISS index into.
+        nprobe: cells searched per query. More cells miss fewer neighbours.
     """
 
     index_factory: str | None = None
@@ -265,8 +269,8 @@ class NeighbourConfig:
         return None if self.index_factory is None else FaissConfig(**fields)
 
 
-Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]
-"""The run directory. Under torchrun write `-r`: Python 3.11 takes `--run` for an abbreviation of torchrun's options."""
+Run: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A run directory, which every command takes by its place: `influence build RUN`."""
 Model: TypeAlias = Annotated[ModelConfig, tyro.conf.OmitArgPrefixes]
 Data: TypeAlias = Annotated[DataConfig, tyro.conf.OmitArgPrefixes]
 Loss: TypeAlias = Annotated[LossConfig, tyro.conf.OmitArgPrefixes]
@@ -276,15 +280,15 @@ Execution: TypeAlias = Annotated[RunConfig, tyro.conf.OmitArgPrefixes]
 
 @dataclass(frozen=True)
 class PassConfig:
-    """What every command takes that passes over a dataset.
+    """Settings of every command that passes over a dataset.
 
     Attributes:
         run: the run directory to write.
         model: the model.
         data: the dataset.
         loss: the loss.
-        transform: what is wanted of each gradient.
-        execution: the pass.
+        transform: what is stored of each gradient.
+        execution: how the pass runs.
     """
 
     run: Run

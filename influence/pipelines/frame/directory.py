@@ -133,7 +133,7 @@ def run_directory(
                 directory,
                 kind,
                 to_mapping(kept),
-                ["influence", kind_command(kind), "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"],
+                ["influence", kind_command(kind), "ANOTHER_RUN", "--config", str(directory / "config.yaml")],
                 plan,
                 fingerprint_for(config, measured, tokens, step),
                 overwrite=execution.overwrite,
@@ -180,7 +180,7 @@ def refuse_finished(config: Any) -> None:
     appended = kind == "index" and hasattr(config, "append")
     raise FileExistsError(
         f"{what_is_there(directory) if kind == 'index' else there}: pass --overwrite to replace it, "
-        f"{'--append to add examples, ' if appended else ''}or another --run"
+        f"{'--append to add examples, ' if appended else ''}or name another run"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from influence import data
 from influence.pipelines.frame.configs import RunConfig
 from influence.pipelines.frame.prepare import peak_memory
+from influence.terminal import duration, size
 
 
 class Prediction(NamedTuple):
@@ -131,35 +132,6 @@ def predict(
         free,
         tuple(note for note in notes if note),
     )
-
-
-def size(count: int | float) -> str:
-    """Return a number of bytes as one reads it.
-
-    Example:
-        >>> size(3_500_000)
-        '3.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def duration(seconds: int | float) -> str:
-    """Return a time as one reads it.
-
-    Example:
-        >>> duration(0.31), duration(75), duration(7300)
-        ('0.3 s', '1 min 15 s', '2 h 1 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def first_batch(shards: Sequence[data.Tokenized], batches: Callable[[data.Tokenized], Any]) -> dict[str, Tensor]:

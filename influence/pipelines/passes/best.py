@@ -12,9 +12,10 @@ from influence.func.fold import Sink
 from influence.func.top import Top, merge, start
 from influence.index import Index, open_index
 from influence.pipelines.frame.directory import names_in
-from influence.pipelines.frame.outcome import Outcome, table
+from influence.pipelines.frame.outcome import Outcome
 from influence.pipelines.passes.queries import column
 from influence.store.folder import run_id
+from influence.terminal import table
 from influence.visible import visible
 
 

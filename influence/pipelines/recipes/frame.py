@@ -23,8 +23,8 @@ from influence.pipelines.frame.configs import (
 )
 from influence.pipelines.frame.directory import CONFIG, RESULTS, contents, tidy_finished
 from influence.pipelines.frame.outcome import Outcome, Say
-from influence.pipelines.frame.planning import duration, size
 from influence.pipelines.frame.ranks import Ranks, ranks
+from influence.terminal import duration, size
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ def _begin(kind: str, config: RecipeConfig, names: list[str], place: Ranks, stac
     if place.first:
         if not execution.overwrite and all(finished(directory / name) for name in names):
             raise FileExistsError(
-                f"{directory} holds a finished run of influence {kind}: pass --overwrite to replace it, or another "
-                "--run"
+                f"{directory} holds a finished run of influence {kind}: pass --overwrite to replace it, or name "
+                "another run"
             )
         kept = replace(config, execution=replace(execution, overwrite=False))
         settings = to_mapping(replace(kept, execution=replace(execution, **_indifferent())))
         settings.pop("run")
-        command = ["influence", kind, "--config", str(directory / "config.yaml"), "--run", "ANOTHER_RUN"]
+        command = ["influence", kind, "ANOTHER_RUN", "--config", str(directory / "config.yaml")]
         plan = {"shards": [], "steps": names, "settings": settings}
         plan |= {f"contents of {name}": found for name, found in contents(config).items()}
         how: dict[str, Any] = {"overwrite": execution.overwrite, "resume": execution.resume}
