@@ -30,7 +30,7 @@ from influence.func.loss.described import described
 from influence.func.loss.functionalize import make_skeleton
 from influence.func.loss.trial import KEPT, apart, tried
 from influence.index import Fingerprint, FingerprintError, fingerprint_of, open_index, provenance, start
-from influence.index.choosing import choose
+from influence.index.columns import choose
 from influence.index.matching import matched
 from influence.index.provenance import trials_apart
 from influence.store import BadFileError

@@ -17,7 +17,7 @@ from influence.func.transform.layout import Layout
 from influence.func.transform.precondition import BlockCurvature
 from influence.func.transform.scale import Moments
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
+from influence.index.columns import Chosen, choose
 from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours_of
 from influence.index.matching import matched, query_matrix
 from influence.index.provenance import Fingerprint, check, fingerprint_of

@@ -18,9 +18,9 @@ from influence.func.transform.chain import Transform
 from influence.index.columns import Columns, check_dtype
 from influence.index.provenance import fingerprint_of
 from influence.index.root import About, finish
-from influence.index.rows import Held, Index, open_index
+from influence.index.rows import Index, ShardInMemory, open_index
+from influence.index.run import start
 from influence.index.shards import Collected, memory_sink, shard_sink
-from influence.index.starting import start
 from influence.store.folder import refuse_foreign
 from influence.types import Batch, LossFn, Params
 
@@ -115,7 +115,7 @@ def build(
             state = sink.update(state, index, value)
         what = replace(fingerprint, live=None)  # which holds on to the model
         about = About("index", dtype, per_token is not None, columns, what, settings, list(command), {}, ())
-        return Index(about, [Held(sink.finalize(state))])
+        return Index(about, [ShardInMemory(sink.finalize(state))])
     planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
     with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:
         collected = _collected(_numbered(whole, _next_row(path) if append else 0), step, params, progress)

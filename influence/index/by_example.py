@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
-from influence.index.rows import Index, Piece
+from influence.index.columns import Chosen, Piece, choose
+from influence.index.rows import Index
 
 AT_ONCE = 1 << 24
 """Entries of token rows that are summed at a time."""

@@ -18,7 +18,7 @@ from influence.func import top
 from influence.func.top import Top
 from influence.index import scan
 from influence.index.by_example import Examples
-from influence.index.choosing import Chosen
+from influence.index.columns import Chosen
 
 ENTRIES = 1 << 25
 """Entries of rows that are looked at in one go where they are decoded."""

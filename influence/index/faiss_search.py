@@ -17,10 +17,10 @@ from influence.func import top
 from influence.func.engine.plan import human
 from influence.func.similarity import Nearest
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
+from influence.index.columns import Chosen, Piece, choose
 from influence.index.rows import Index
-from influence.index.run import NEIGHBOURS
-from influence.index.scan import Piece, all_decoded
+from influence.index.scan import all_decoded
+from influence.index.shards import NEIGHBOURS
 from influence.store import BadFileError, Lock, sync
 from influence.store.folder import (
     RUN,

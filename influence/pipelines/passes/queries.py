@@ -12,7 +12,7 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import vectors
 from influence.index import Fingerprint, narrowed, open_index
-from influence.index.choosing import choose
+from influence.index.columns import choose
 from influence.index.matching import matched
 from influence.pipelines.frame.prepare import check_gradients
 from influence.pipelines.passes.steps import Seen
