@@ -1,6 +1,7 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
-from influence.index.attributor import Attributor, Hits
+from influence.index.answer import Answer, Hits
+from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
 from influence.index.columns import Columns, Piece, columns_of
 from influence.index.faiss_search import FaissConfig
@@ -13,6 +14,7 @@ from influence.index.shards import Collected, done, memory_sink, shard_sink
 
 __all__ = [
     "About",
+    "Answer",
     "Attributor",
     "Collected",
     "Columns",

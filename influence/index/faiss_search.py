@@ -1,4 +1,4 @@
-"""A search by FAISS: its index of a run's rows, and the exact scan where it finds too few."""
+"""Approximate search with FAISS: its index of the rows, kept beside them, and the exact scan where it finds too few."""
 
 import hashlib
 import os
@@ -38,16 +38,16 @@ PER_LIST = 256
 
 @dataclass(frozen=True)
 class FaissConfig:
-    """How FAISS finds neighbours.
+    """Approximate search with FAISS: faster, may miss neighbours.
 
     Attributes:
-        index_factory: FAISS's own description: `"Flat"` is exact, `"IVF1024,Flat"` looks into `nprobe` of 1024 cells,
-            `"IVF1024,PQ64"` stores 64 bytes per row.
+        index_factory: FAISS's own description: Flat is exact, IVF1024,Flat looks into nprobe of 1024 cells,
+            IVF1024,PQ64 stores 64 bytes per row; None leaves FAISS out: all rows are scanned, which is exact.
         mmap_index: leave the FAISS index on disk and map it, instead of holding it in memory.
-        max_train_examples: rows that cells and codes are learned from, taken evenly over the index; `None` takes as
-            many as FAISS looks at.
+        max_train_examples: rows that cells and codes are learned from, taken evenly over the index; default as many as
+            FAISS looks at.
         batch_size: rows added at a time.
-        num_shards: cut it into so many files; with `mmap_index` only one of them is in memory while they are built.
+        num_shards: cut it into so many files; with mmap_index only one of them is in memory while they are built.
         nprobe: cells that are looked into; more are more exact, all are exact.
 
     Example:
@@ -55,7 +55,7 @@ class FaissConfig:
         1
     """
 
-    index_factory: str = "Flat"
+    index_factory: str | None = "Flat"
     mmap_index: bool = False
     max_train_examples: int | None = None
     batch_size: int = 1024
@@ -72,6 +72,12 @@ class FaissConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"FaissConfig({name}={value}): must be at least 1")
+
+    @property
+    def factory(self) -> str:
+        """The description that FAISS is given."""
+        assert self.index_factory is not None, "all rows are scanned"
+        return self.index_factory
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ def _trained(stored: Stored, config: FaissConfig) -> Any:
 
     dim = stored.chosen.dim
     try:
-        empty = faiss.index_factory(dim, config.index_factory, faiss.METRIC_INNER_PRODUCT)
+        empty = faiss.index_factory(dim, config.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
             f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {_said(error)}"
@@ -270,7 +276,7 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
         "rows": dict(stored.identity),
     }
     wanted = manifest_of(KIND, {}, [], key, {}, names)
-    name = f"{config.index_factory.replace(',', '_')}-{wanted.id[:16]}"
+    name = f"{config.factory.replace(',', '_')}-{wanted.id[:16]}"
     places = [folder / name for folder in (beside / NEIGHBOURS, cache())]
     directory = next((place for place in places if _is_kept(place, wanted)), None)
     if directory is None:
@@ -363,7 +369,7 @@ def _read(path: Path, config: FaissConfig, dim: int, number: int) -> Any:
     import faiss
 
     cells = faiss.IO_FLAG_MMAP  # maps the lists of an IVF index, and reads any other whole
-    mapped = cells if "IVF" in config.index_factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
+    mapped = cells if "IVF" in config.factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
     try:
         found = faiss.read_index(str(path), mapped if config.mmap_index else 0)
     except RuntimeError as error:

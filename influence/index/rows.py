@@ -25,7 +25,7 @@ from influence.index.run import made_by, way_on, what_is_there
 from influence.index.shards import ROOT
 from influence.store import BadFileError
 from influence.store.folder import RUN, run_id
-from influence.types import Rows
+from influence.types import LossFn, Params, Rows
 from influence.visible import visible
 
 
@@ -215,11 +215,19 @@ class Index:
     Attributes:
         about: kind, configuration, command, plan and shards.
         path: the run directory; `None` in memory.
+        function: the loss function and the parameters that the rows were collected with, where `build` returned the
+            index; `None` where it was opened.
     """
 
-    def __init__(self, about: About, parts: Sequence[ShardRows], path: Path | None = None) -> None:
+    def __init__(
+        self,
+        about: About,
+        parts: Sequence[ShardRows],
+        path: Path | None = None,
+        function: tuple[LossFn, Params] | None = None,
+    ) -> None:
         """Present shards as one index."""
-        self.about, self.parts, self.path = about, tuple(parts), path
+        self.about, self.parts, self.path, self.function = about, tuple(parts), path, function
         self._begins = [0]
         for part in self.parts:
             self._begins.append(self._begins[-1] + part.rows)
@@ -303,6 +311,12 @@ class Index:
         if len(self) and all(part.get("document") is not None for part in self.parts if part.rows):
             return self._whole("document")
         return self.index.repeat_interleave(self.offsets.diff())
+
+    @cached_property
+    def documents(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " r"]]:
+        """The documents that rows are from, and the place of each row's among them."""
+        documents, groups = torch.unique(self.document, return_inverse=True)
+        return documents, groups
 
     def place(self, row: Int[Tensor, " *q"]) -> TokenPlace:
         """Return where token rows are from.

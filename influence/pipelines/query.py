@@ -15,10 +15,9 @@ from influence import data
 from influence.data.parsing import text_of
 from influence.func.engine.per_example import per_example_grads_fn
 from influence.func.fingerprint import weights_hash
-from influence.index import Fingerprint, Index, fingerprint_of, open_index
-from influence.index.attributor import Attributor
+from influence.index import Attributor, FaissConfig, Fingerprint, Index, fingerprint_of, open_index
 from influence.pipelines.frame import recorded
-from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, RunConfig, at_least
+from influence.pipelines.frame.configs import DataConfig, Inversion, RunConfig, at_least
 from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet, table
 from influence.pipelines.frame.prepare import Measured, check_gradients, measure, predicted
 from influence.pipelines.frame.texts import by_part, highlighted, short, texts_of
@@ -42,7 +41,7 @@ class Hit(NamedTuple):
     text: str
 
 
-class Answer(NamedTuple):
+class TextAnswer(NamedTuple):
     """What was found for a text."""
 
     query: str
@@ -51,7 +50,7 @@ class Answer(NamedTuple):
     worst: list[Hit]
 
 
-def shown(answers: Sequence[Answer], width: int) -> str:
+def shown(answers: Sequence[TextAnswer], width: int) -> str:
     """Return answers for a terminal."""
     lines = []
     for answer in answers:
@@ -70,13 +69,13 @@ def _at(hit: Hit) -> list[int]:
     return [] if hit.position is None else [hit.position]
 
 
-def as_facts(answer: Answer) -> dict[str, Any]:
+def as_facts(answer: TextAnswer) -> dict[str, Any]:
     """Return an answer as JSON can write it."""
     ends = {name: [hit._asdict() for hit in getattr(answer, name)] for name in ("best", "worst")}
     return {"query": answer.query, "loss": answer.loss, **ends}
 
 
-def record(path: str | Path, answers: Sequence[Answer]) -> None:
+def record(path: str | Path, answers: Sequence[TextAnswer]) -> None:
     """Append answers to a CSV file, with a head if it is new; texts as `as_cell` writes them.
 
     All in one write, so that a kill leaves all of its lines or none.
@@ -149,7 +148,7 @@ class QueryConfig:
     file: str | None = None
     k: int = 5
     blocks: tuple[str, ...] = ()
-    faiss: NeighbourConfig = field(default_factory=NeighbourConfig)
+    faiss: FaissConfig = field(default_factory=lambda: FaissConfig(index_factory=None))
     record: str | None = None
     model: str | None = None
     model_kwargs: str | None = None
@@ -225,7 +224,7 @@ def open_session(config: QueryConfig) -> Session:
     if not {"model", "data", "loss", "transform"} <= set(stored):
         raise ValueError(
             f"{config.index} was built from Python, so it does not say by which model: ask it from Python, with "
-            "Attributor(…).trace(…)"
+            "Attributor(…).ask(…)"
         )
     if not 1 <= config.k <= len(index):
         raise ValueError(f"k must be between 1 and the number of rows, {len(index):,}; got {config.k}")
@@ -255,7 +254,7 @@ def open_session(config: QueryConfig) -> Session:
     known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer), "loss": loss.loss}
     if (reference := measured.loss_fn.reference) is not None:
         known["reference"] = reference
-    asked = Attributor(config.index, faiss=config.faiss.made())
+    asked = Attributor(config.index, faiss=config.faiss)
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
@@ -266,7 +265,7 @@ def datasets_of(index: Index, own: DataConfig) -> tuple[list[int], list[DataConf
     return begins, [own, *(recorded.data_of(change["config"]["data"], index.path) for change in appended)]
 
 
-def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
+def ask(session: Session, texts: Sequence[str]) -> list[TextAnswer]:
     """Find the examples at both ends for each text.
 
     Args:
@@ -281,13 +280,13 @@ def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
     """
     config = session.config
     rows, losses, fingerprint = query_rows(session, texts)
-    how: dict[str, Any] = {"k": config.k, "blocks": list(config.blocks) or None}
-    how |= {"fingerprint": fingerprint, "force": config.force}
-    ends = [session.attributor.search(rows, reverse=reverse, **how) for reverse in (False, True)]
+    blocks = list(config.blocks) or None
+    found = session.attributor.ask(rows, blocks=blocks, fingerprint=fingerprint, force=config.force)
+    ends = [found.top(config.k), found.bottom(config.k)]
     answers = []
     for number, text in enumerate(texts):
         best, worst = ([*_hits(session, hits, number)] for hits in ends)
-        answers.append(Answer(text, float(losses[number]), best, worst))
+        answers.append(TextAnswer(text, float(losses[number]), best, worst))
     return answers
 
 

@@ -3,7 +3,6 @@
 Every field is a flag of the command line under its own name, and a key of the YAML file under its group's.
 """
 
-import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
@@ -11,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tyro
 
 from influence.data.parsing import LARGEST_ROW
-from influence.index.faiss_search import FaissConfig
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp64", "int8", "int4"]
 Stored: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "int8"]
@@ -230,37 +228,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
         at_least(self, 1, "token_budget", "max_rows", "shard_size")
-
-
-@dataclass(frozen=True)
-class NeighbourConfig:
-    """FAISS, which is faster where a miss may be missed.
-
-    Attributes:
-        index_factory: FAISS's own description: Flat is exact, IVF1024,Flat looks into nprobe of 1024 cells,
-            IVF1024,PQ64 stores 64 bytes per row; default no FAISS: all rows are scanned, which is exact.
-        mmap_index: leave the FAISS index on disk and map it, instead of holding it in memory.
-        max_train_examples: rows that cells and codes are learned from; default as many as FAISS looks at.
-        batch_size: rows added at a time.
-        num_shards: cut it into so many files.
-        nprobe: cells that are looked into; more are more exact.
-    """
-
-    index_factory: str | None = None
-    mmap_index: bool = False
-    max_train_examples: int | None = None
-    batch_size: int = 1024
-    num_shards: int = 1
-    nprobe: int = 10
-
-    def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
-        at_least(self, 1, "max_train_examples", "batch_size", "num_shards", "nprobe")
-
-    def made(self) -> FaissConfig | None:
-        """Return what a search takes; `None` scans."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return None if self.index_factory is None else FaissConfig(**fields)
 
 
 Run: TypeAlias = Annotated[str, tyro.conf.arg(aliases=("-r",))]
