@@ -173,6 +173,8 @@ def test_an_index_that_build_returned_knows_its_own_function(tmp_path: Path) -> 
     assert "text" in repr(answer.top(2)).splitlines()[0]
     assert repr(answer).startswith(f"{Q} queries over {N} rows; the best of each:")
     assert answer.ids.equal(index.document)
+    rows = per_example_grads(ell, PARAMS, QUERIES, transform=as_blocks())
+    assert Attributor(tmp_path / "run").ask(rows, (ell, PARAMS)).all().equal(answer.all())
     with pytest.raises(ValueError, match="opened from its files, which hold no model: pass model="):
         Attributor(tmp_path / "run").ask(QUERIES)
 

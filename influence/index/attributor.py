@@ -20,9 +20,9 @@ from influence.func.transform.scale import Moments
 from influence.index import scan
 from influence.index.answer import Answer, inverse_norms
 from influence.index.columns import Chosen, Piece, choose
-from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours_of
+from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours
 from influence.index.matching import matched, query_matrix
-from influence.index.provenance import Fingerprint, check, fingerprint_of
+from influence.index.provenance import Fingerprint, check, fingerprint_of, provenance
 from influence.index.recipe import loss_of, rebuild
 from influence.index.rows import Index, open_index
 from influence.types import Batch, LossFn, Params, Rows
@@ -85,15 +85,15 @@ class Attributor:
         Args:
             query: a batch, as the loss function takes it; or texts, one or several; or rows: collected as the index's
                 were, or by the query's side of `one_sided`, at a smaller or larger projection dim if it nests.
-            model: for a batch or texts, the model, under the index's loss; or `(loss_fn, params)` under another. May
-                be left out of an index that `build` returned, which knows its own.
+            model: the model, under the index's loss; or `(loss_fn, params)` under another. May be left out with rows,
+                and of an index that `build` returned, which knows its own.
             blocks: names or globs: score these blocks alone.
             cosine: divide by the norms of both rows over these blocks; a row of zeros has the cosine 0.
             transform: for a batch or texts, what their gradients go through: the query's side of `one_sided`, another
                 dim. By default what the stored rows went through.
             tokenizer: for texts, the model's tokenizer, as `transformers` loads it; all of their tokens are labelled.
-            fingerprint: what query rows are: `provenance(loss_fn, params, rows)`. Rows that come straight from
-                `per_example_grads` know their transform, but not the model's weights.
+            fingerprint: what query rows are: `provenance(loss_fn, params, rows)`, where the model is not given. Rows
+                that come straight from `per_example_grads` know their transform, but not the model's weights.
             unchecked: take the weights on trust, and rows that do not even know their transform as they are.
             force: warn where fingerprints do not fit, instead of refusing.
 
@@ -105,8 +105,10 @@ class Attributor:
             ValueError: if a query is empty or not finite, blocks are unknown, the loss or the transform cannot be made
                 from what is stored, or cosines are asked for that FAISS or a curvature on one side cannot give.
         """
-        if model is None and self._holds_rows(query):
+        if isinstance(query, CollectedRows) or (model is None and self._holds_rows(query)):
             rows = query
+            if model is not None:
+                fingerprint = provenance(*self._function(model), rows)
         else:
             loss_fn, params = self._function(model)
             if isinstance(query, str) or (isinstance(query, list | tuple) and all(isinstance(x, str) for x in query)):
@@ -206,7 +208,7 @@ class Attributor:
     @cached_property
     def _neighbours(self) -> Neighbours:
         assert self.faiss is not None
-        return neighbours_of(self.index, self.faiss)
+        return neighbours(self.index, self.faiss)
 
     @cached_property
     def _norms(self) -> dict[tuple[str, ...], Tensor]:
@@ -219,9 +221,7 @@ class Attributor:
         return self._norms[chosen.names]
 
     def _holds_rows(self, query: Any) -> bool:
-        """Whether a query without a model is rows: any that know their transform, or that name a block of the index."""
-        if isinstance(query, CollectedRows):
-            return True
+        """Whether a query without a model is rows: a mapping that names a block, or any mapping for an opened index."""
         named = isinstance(query, Mapping) and any(name in self.index.blocks for name in query)
         return named or (isinstance(query, Mapping) and self.index.function is None)
 

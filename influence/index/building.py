@@ -1,4 +1,4 @@
-"""Any data and any loss to an index, in memory or on disk."""
+"""Builds an index from any loss function and any batches, in memory or on disk."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace

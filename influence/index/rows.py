@@ -1,4 +1,4 @@
-"""Reading an index: memory-mapped shards, or the same in memory, as one.
+"""The `Index` value: stored rows read as one, from memory-mapped shards or from memory; also at a smaller dim.
 
 Nothing is loaded until it is asked for, and a dataset's checksum is verified when it is first read.
 """

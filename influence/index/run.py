@@ -1,4 +1,4 @@
-"""A run directory: begun, resumed after anything, grown by appending, never overwritten unless told."""
+"""A run directory and its writer: begins, resumes after anything, appends, and overwrites only when told."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Shards: a sink that writes the rows of a contiguous slice of a dataset to one file, in the dataset's order.
+"""Shards: their names, which of a run are whole, and the sink that writes a slice of a dataset's rows to one file.
 
 Rows may come in any order, as packing has it, and in any batches: `index` says which is which. So the file is the same
 for every batch size, world size and resume.
