@@ -130,8 +130,8 @@ def build(
                 state = sink.update(state, index, value)
             sink.finalize(state)
         finish(run.directory)
-    index = open_index(path)
-    return Index(index.about, index.parts, index.path, (loss_fn, params))
+    there = open_index(path)
+    return Index(there.about, there.parts, there.path, (loss_fn, params))
 
 
 def step_of(
