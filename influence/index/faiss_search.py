@@ -15,6 +15,7 @@ from torch import Tensor
 
 from influence.func import top
 from influence.func.engine.plan import human
+from influence.func.numbers import check_number
 from influence.func.similarity import Nearest
 from influence.index import scan
 from influence.index.columns import Chosen, choose
@@ -70,8 +71,8 @@ class FaissConfig:
         """
         for name in ("max_train_examples", "batch_size", "num_shards", "nprobe"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"FaissConfig({name}={value}): must be at least 1")
+            if value is not None:
+                check_number(name, value, 1)
 
     @property
     def factory(self) -> str:
