@@ -117,7 +117,7 @@ def searches(scratch: Path, queries: int) -> dict[str, Callable[[], object]]:
     peer = bergson.Attributor(scratch / "theirs", device="cpu")
     theirs = {name: rows[:queries].clone() for name, rows in peer.grads.items()}
     steps: dict[str, Callable[[], object]] = {
-        "influence search": lambda: mine.search(ours, K, unchecked=True),
+        "influence search": lambda: mine.ask(ours, unchecked=True).top(K),
         "bergson search": lambda: peer.search(theirs, K),
     }
     for step in steps.values():

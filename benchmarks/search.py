@@ -8,7 +8,7 @@ time, all else by wall time.
 |---|---|
 | bare product | the shards' rows as raw memory maps: `buffer.copy_(block); queries @ buffer.T`, nothing kept |
 | scan | `Attributor.search`, `k = 10`: the same rows through the index, top k and all |
-| FAISS Flat, IVF1024 | `Attributor.search` with a `FaissConfig`; float32 rows in memory; the IVF looks into 10 cells |
+| FAISS Flat, IVF1024 | `Attributor.ask` with a `FaissConfig`; float32 rows in memory; the IVF looks into 10 cells |
 | store write | `store.write` of each shard's tensors: checksums, fsync, rename |
 | raw write | the same bytes into a `numpy.memmap`, flushed and synced |
 | store read | the sum of every stored word, by `Index.pieces` |
@@ -143,22 +143,22 @@ def search(path: Path, dim: int, rows: int, rounds: int, threads: int, faiss: bo
         queries = near + 0.5 * torch.randn(near.shape, generator=torch.Generator().manual_seed(9)) / dim**0.5
         steps: dict[str, measure.Step] = {
             f"bare product, {q}": blocked_product(raw_maps(index), queries, rows_at_once(dim, q)),
-            f"scan, {q}": lambda q=queries: scan.search({"w": q}, K, unchecked=True),
+            f"scan, {q}": lambda q=queries: scan.ask({"w": q}, unchecked=True).top(K),
         }
         for step in steps.values():
             step()
         found += lines_of(measure.interleave(steps, rounds), f"bare product, {q}", clock)
-        exact = scan.search({"w": queries}, K, unchecked=True)
+        exact = scan.ask({"w": queries}, unchecked=True).top(K)
         for factory in ("Flat", "IVF1024,Flat" if rows >= 100_000 else "IVF16,Flat") if faiss else ():
             made = time.perf_counter()
             approximate = Attributor(index, faiss=FaissConfig(factory, max_train_examples=65_536, batch_size=8192))
-            hits = approximate.search({"w": queries}, K, unchecked=True)
+            hits = approximate.ask({"w": queries}, unchecked=True).top(K)
             made = time.perf_counter() - made
             pairs = zip(hits.indices.tolist(), exact.indices.tolist(), strict=True)
             recall = sum(len({*a} & {*b}) for a, b in pairs) / (K * q)
             print(f"  FAISS {factory}: ready in {made:.1f} s, recall@{K} {recall:.3f}")
             name = f"FAISS {factory}, {q}"
-            step = lambda queries=queries, attr=approximate: attr.search({"w": queries}, K, unchecked=True)  # noqa: E731
+            step = lambda queries=queries, attr=approximate: attr.ask({"w": queries}, unchecked=True).top(K)  # noqa: E731
             found += lines_of(measure.interleave({name: step}, rounds), None, clock)
             del approximate, step, hits
     return found

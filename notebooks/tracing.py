@@ -206,10 +206,10 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
 
     index, plain, query = ask("gradients", as_blocks())
     say(f"  {index!r}")
-    done("gradient dot", lambda: plain.scores(**query))
-    done("gradient cosine", lambda: cosines(traced["gradient dot"].scores, plain, query["query"]))
+    done("gradient dot", lambda: plain.ask(**query).all())
+    done("gradient cosine", lambda: plain.ask(cosine=True, **query).all())
     first = [name for name in index.blocks if "layers" in name]
-    done("cosine, no embedding", lambda: cosines(plain.scores(**query, blocks=first), plain, query["query"], first))
+    done("cosine, no embedding", lambda: plain.ask(blocks=first, cosine=True, **query).all())
 
     def trackstar() -> Tensor:
         sketch = chain(as_blocks(), project(SKETCH, seed=0))
@@ -217,7 +217,7 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
         queries = hessians.autocorrelation.fit(loss_fn, params, [questions], transform=sketch, progress=False)
         mixed = hessians.mix(queries, corpus, components=round(SHARED * len(gold)))
         _, attributor, query = ask("trackstar", two_sided(mixed).query)
-        return attributor.scores(**query)
+        return attributor.ask(**query).all()
 
     done("TrackStar", trackstar)
     kfac = hessians.kfac.fit(loss_fn, params, batches, transform=as_blocks(), labels="data", progress=False)
@@ -225,7 +225,7 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
     def whitened(name: str, factors: hessians.Factors, inversion: str) -> Tensor:
         both = two_sided(factors, damping=DAMPING, inversion=inversion)
         _, attributor, query = ask(name, both.query)
-        return attributor.scores(**query)
+        return attributor.ask(**query).all()
 
     done("K-FAC, whitened", lambda: whitened("kfac", kfac, "factored"))
     done(
@@ -233,14 +233,6 @@ def trace(lesson: Lesson, folder: str | Path, say: Callable[[str], None] = print
         lambda: whitened("ekfac", hessians.ekfac.correct(kfac, loss_fn, params, batches, progress=False), "damped"),
     )
     return traced
-
-
-def cosines(
-    dots: Tensor, documents: Attributor, questions: dict[str, Tensor], blocks: list[str] | None = None
-) -> Tensor:
-    """Return inner products over the norms of both sides, `[questions, documents]`."""
-    rows = [rows.flatten(1) for name, rows in questions.items() if blocks is None or name in blocks]
-    return dots / documents.self_influence(blocks=blocks).sqrt() / torch.cat(rows, 1).norm(dim=1)[:, None]
 
 
 def averaged(world: World, each: Sequence[dict[str, Traced]]) -> dict[str, Traced]:

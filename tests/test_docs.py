@@ -48,7 +48,7 @@ def run(page: str) -> dict[str, Any]:
 
 
 # What these pages' examples must come to stands in test_readme.py, which runs them.
-ELSEWHERE = [f"docs/{name}.md" for name in ("curvature", "training", "index-format", "search", "sampling")]
+ELSEWHERE = [f"docs/{name}.md" for name in ("curvature", "training", "formats", "search", "sampling")]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and examples(page)])

@@ -30,7 +30,7 @@ from influence.func.loss.described import described
 from influence.func.loss.functionalize import make_skeleton
 from influence.func.loss.trial import KEPT, apart, tried
 from influence.index import Fingerprint, FingerprintError, fingerprint_of, open_index, provenance, start
-from influence.index.choosing import choose
+from influence.index.columns import choose
 from influence.index.matching import matched
 from influence.index.provenance import trials_apart
 from influence.store import BadFileError
@@ -479,7 +479,7 @@ def print_of(side: Side) -> Any:
 
 def ask(stored: Path, side: Side, **options: Any) -> Any:
     asked = (side.loss_fn, side.params)
-    return Attributor(stored).trace(asked, side.batch, 1, **options)
+    return Attributor(stored).ask(side.batch, asked, **options).top(1)
 
 
 def stored_by(side: Side, place: Path) -> Path:
@@ -505,8 +505,8 @@ def test_the_other_door_refuses_too_and_both_are_forced(name: str, tmp_path: Pat
     rows = per_example_grads(after.loss_fn, after.params, after.batch, **how(after))
     known = provenance(after.loss_fn, after.params, rows)
     with pytest.raises(FingerprintError, match=rf"the query's {field} is .*\(field '{field}'\)"):
-        Attributor(stored).search(rows, 1, fingerprint=known)
-    for forced in (ask, lambda at, _, force: Attributor(at).search(rows, 1, fingerprint=known, force=force)):
+        Attributor(stored).ask(rows, fingerprint=known).top(1)
+    for forced in (ask, lambda at, _, force: Attributor(at).ask(rows, fingerprint=known, force=force).top(1)):
         with pytest.warns(UserWarning, match=rf"forced past 1 differences: '{field}': the query's"):
             forced(stored, after, force=True)
 

@@ -234,7 +234,7 @@ def by_search(at: Sides, place: Path, force: bool) -> Tensor:
     made, batch = measured_by(at.side), batch_of(questions(), at.side)
     rows = per_example_grads(made.loss_fn, made.params, batch, transform=made.transform)
     known = provenance(made.loss_fn, made.params, rows)
-    hits = Attributor(at.train).search(rows, None, fingerprint=known, force=force)
+    hits = Attributor(at.train).ask(rows, fingerprint=known, force=force).top(None)
     return in_order(hits, batch["index"])
 
 

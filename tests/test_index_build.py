@@ -267,11 +267,16 @@ def test_a_build_that_fails_leaves_a_run_that_says_so(tmp_path: Path) -> None:
     build(loss_fn, params, [batch], tmp_path / "run", overwrite=True).verify()
 
 
-def test_progress_is_told() -> None:
+def test_a_bar_is_shown_unless_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """`progress=True` was called as a function: `'bool' object is not callable`."""
     loss_fn, params, batch, _ = setup("gpt2")
-    seen: list[tuple[int, int]] = []
-    build(loss_fn, params, split(batch, [1, 3]), progress=lambda *counts: seen.append(counts))
-    assert seen == [(1, 6), (4, 24)]
+    build(loss_fn, params, [*split(batch, [1, 3])], progress=True)
+    shown = capsys.readouterr().err
+    assert "build: 100%" in shown
+    assert "2/2" in shown
+    assert "tokens=24" in shown
+    build(loss_fn, params, [*split(batch, [1, 3])], progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_surface_is_to_be_had_from_the_package() -> None:

@@ -8,7 +8,7 @@ from influence.index.columns import DTYPES, Columns, Encoded, Unstorable, decode
 
 COLUMNS = Columns({"a": (8, 16), "b": (32,), "c": ()})
 
-# worst of 64 × 16 scores, |Δ⟨g, q⟩| / (‖g‖ ‖q‖), over rows of D = 4096 entries: docs/index-format.md states these
+# worst of 64 × 16 scores, |Δ⟨g, q⟩| / (‖g‖ ‖q‖), over rows of D = 4096 entries: docs/formats.md states these
 SCORE_ERROR = {"float64": 0.0, "float32": 5e-9, "float16": 3e-5, "bfloat16": 3e-4, "int8": 5e-3}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from influence.func import top
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
+from influence.index.columns import Chosen, choose
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2), "d": (6,)}
 D = 27

@@ -168,7 +168,7 @@ def test_datasets_are_aligned_and_contiguous(tmp_path: Path) -> None:
             assert file[key].id.get_offset() % 64 == 0
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "index-format.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
 (ALONE,) = re.findall(r"```python\n(import json\n.*?)\n\nfound = .*?```", PAGE, flags=re.DOTALL)
 PRINTED = """
 import sys
@@ -184,7 +184,7 @@ with h5py.File(sys.argv[1] + "/index.h5") as root:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_h5py_alone_computes_a_score(tmp_path: Path, dtype: str, per_token: bool) -> None:
-    """The code of docs/index-format.md, without anything of ours; the root's paths hold wherever it is moved."""
+    """The code of docs/formats.md, without anything of ours; the root's paths hold wherever it is moved."""
     write(tmp_path / "made", dtype, per_token)
     shutil.move(tmp_path / "made", tmp_path / "moved")
     nodes = [node for node in ast.walk(ast.parse(ALONE + PRINTED)) if isinstance(node, ast.Import | ast.ImportFrom)]

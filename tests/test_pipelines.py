@@ -310,7 +310,7 @@ def test_query_trace_search_and_score_agree(tmp_path: Path, asked: Path) -> None
     config = build_config(tmp_path)
     measured = measure(config.model, config.loss, WHOLE)
     batch = next(data.batches(read_data(questions(), measured), 4096))
-    hits = attributor.trace((measured.loss_fn, measured.params), batch, k=None)
+    hits = attributor.ask(batch, (measured.loss_fn, measured.params)).top(None)
     traced = torch.zeros_like(expected).scatter_(1, hits.indices, hits.values.double())
     close(traced[batch["index"].argsort()], expected)
 

@@ -76,7 +76,7 @@ def test_training_examples_run_and_say_who_was_seen_when():
 
 
 def test_index_examples_run_and_h5py_alone_finds_the_same_scores():
-    names = run("docs/index-format.md")
+    names = run("docs/formats.md")
     assert names["rows"]["0"].shape == (10, 8, 8)
     expected = names["index"].matrix(blocks=["0"]).double().sum(1)
     torch.testing.assert_close(torch.from_numpy(names["found"]), expected, rtol=1e-6, atol=1e-6)

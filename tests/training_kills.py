@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from influence.index import open_index
-from influence.index.run import ROOT
+from influence.index.shards import ROOT
 from influence.store import any_head
 from influence.store.lock import LOCK
 from influence.train import read_order, sum_epochs

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from influence.index import Index, Piece, scan
-from influence.index.choosing import Chosen, choose
+from influence.index import scan
+from influence.index.columns import Chosen, Piece, choose
+from influence.index.rows import Index
 
 SUMMED_AT_ONCE = 1 << 24
 """Entries of token rows that are summed at a time."""

@@ -25,7 +25,7 @@ from influence.explorer.statistics import (
 )
 from influence.func import top
 from influence.index import Index
-from influence.index.narrowing import rows_for
+from influence.index.attributor import rows_for
 
 QUERIES_AT_ONCE = 1 << 26
 """Entries of query rows that are scored in one pass over the index."""

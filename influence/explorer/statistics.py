@@ -19,7 +19,7 @@ from influence.explorer.by_example import Examples
 from influence.func import top
 from influence.func.top import Top
 from influence.index import scan
-from influence.index.choosing import Chosen
+from influence.index.columns import Chosen
 
 DECODED_AT_ONCE = 1 << 25
 """Entries of rows that are decoded at a time."""

@@ -1,20 +1,20 @@
 """The gradient index: rows on disk with everything needed to use them, and to refuse a wrong use."""
 
-from influence.index.attributor import Attributor, Hits
+from influence.index.answer import Answer, Hits
+from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
-from influence.index.columns import Columns, columns_of
+from influence.index.columns import Columns, Piece, columns_of
 from influence.index.faiss_search import FaissConfig
-from influence.index.narrowing import narrowed
 from influence.index.provenance import Fingerprint, FingerprintError, check, fingerprint_of, provenance
 from influence.index.recipe import rebuild, recipe
 from influence.index.root import About, finish
-from influence.index.rows import Index, Piece, Place, open_index
-from influence.index.run import Run, done
-from influence.index.shards import Collected, memory_sink, shard_sink
-from influence.index.starting import start
+from influence.index.rows import Index, TokenPlace, narrowed, open_index
+from influence.index.run import Run, start
+from influence.index.shards import Collected, done, memory_sink, shard_sink
 
 __all__ = [
     "About",
+    "Answer",
     "Attributor",
     "Collected",
     "Columns",
@@ -24,8 +24,8 @@ __all__ = [
     "Hits",
     "Index",
     "Piece",
-    "Place",
     "Run",
+    "TokenPlace",
     "build",
     "check",
     "columns_of",

@@ -1,123 +1,33 @@
 """Asking an index which training examples made a model behave as it did."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from influence.func.engine.per_example import per_example_grads
 from influence.func.loss.losses import IGNORED
+from influence.func.similarity import Nearest
 from influence.func.transform.chain import CollectedRows, Transform
 from influence.func.transform.layout import Layout
 from influence.func.transform.precondition import BlockCurvature
 from influence.func.transform.scale import Moments
 from influence.func.transform.steps import STEPS
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
-from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours_of
+from influence.index.answer import Answer, inverse_norms
+from influence.index.columns import Chosen, Piece, choose
+from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours
 from influence.index.matching import matched, query_matrix
-from influence.index.provenance import Fingerprint, check, fingerprint_of
+from influence.index.provenance import Fingerprint, check, fingerprint_of, provenance
 from influence.index.recipe import loss_of, rebuild
-from influence.index.rows import Index, Piece, open_index
+from influence.index.rows import Index, narrowed, open_index
 from influence.types import Batch, LossFn, Params, Rows
-
-SHOWN = 10
-"""Queries, and hits of a query, that `repr` shows."""
-
-
-@dataclass(frozen=True, repr=False)
-class Hits:
-    """The rows that were found for each query, best first (with `reverse`, worst first); equal scores by row.
-
-    Attributes:
-        values: the scores; positive where the row helps the query.
-        indices: numbers of rows in the index; summed by document, the documents.
-        documents: the row of the dataset that each is from: for a chunk its first document, for a token its own.
-        positions: of tokens, the position in the example's `input_ids`.
-
-    Example:
-        >>> import torch
-        >>> Hits(torch.tensor([[0.5, -1.0]]), torch.tensor([[7, 2]]), torch.tensor([[70, 20]]))
-        query  rank    score  row  document
-            0     0      0.5    7        70
-            0     1       -1    2        20
-    """
-
-    values: Float[Tensor, "q k"]
-    indices: Int[Tensor, "q k"]
-    documents: Int[Tensor, "q k"]
-    positions: Int[Tensor, "q k"] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of queries."""
-        return self.values.shape[0]
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Return columns, one entry per query and hit: `pandas.DataFrame(hits.to_dict())`."""
-        q, k = self.values.shape
-        columns: dict[str, list[Any]] = {
-            "query": [query for query in range(q) for _ in range(k)],
-            "rank": [*range(k)] * q,
-            "score": self.values.flatten().tolist(),
-            "row": self.indices.flatten().tolist(),
-            "document": self.documents.flatten().tolist(),
-        }
-        return columns if self.positions is None else columns | {"position": self.positions.flatten().tolist()}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one dictionary per query and hit."""
-        columns = self.to_dict()
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    def __repr__(self) -> str:
-        """Return the first hits as a table."""
-        q, k = self.values.shape
-        if not q or not k:
-            return f"no hits ({q} queries, k = {k})"
-        shown = [row for row in self.rows() if row["query"] < SHOWN and row["rank"] < SHOWN]
-        header = list(shown[0])
-        cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in shown]
-        widths = [max(len(line[c]) for line in [header, *cells]) for c in range(len(header))]
-        widths[2] = max(widths[2], 7)
-        lines = ["  ".join(map(str.rjust, line, widths)) for line in [header, *cells]]
-        more = "" if q <= SHOWN and k <= SHOWN else f"\n… of {q} queries with {k} hits each"
-        return "\n".join(lines) + more
-
-
-def as_batch(texts: Sequence[str], tokenizer: Any) -> Batch:
-    """Return texts as one batch, padded on the right, every token labelled.
-
-    Args:
-        texts: the texts.
-        tokenizer: as `transformers` loads it.
-
-    Returns:
-        `{"input_ids", "attention_mask", "labels"}`.
-
-    Raises:
-        ValueError: if there is no tokenizer, no text, or one of fewer than two tokens.
-    """
-    if tokenizer is None:
-        raise ValueError("texts need tokenizer=, or tokenize=: a function from texts to a batch")
-    if not texts:
-        raise ValueError("the query is empty: it has no text")
-    ids = [tokenizer(text)["input_ids"] for text in texts]
-    short = [i for i, tokens in enumerate(ids) if len(tokens) < 2]
-    if short:
-        raise ValueError(
-            f"text {short[0]}, {texts[short[0]]!r}, has {len(ids[short[0]])} tokens: a language model's loss needs two"
-        )
-    fill = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
-    lengths = torch.tensor([len(tokens) for tokens in ids])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]
-    padded = torch.full(real.shape, fill)
-    padded[real] = torch.tensor([number for tokens in ids for number in tokens])
-    return {"input_ids": padded, "attention_mask": real.long(), "labels": padded.where(real, IGNORED)}
 
 
 @dataclass(frozen=True)
@@ -127,18 +37,20 @@ class Attributor:
     Attributes:
         source: a run directory, or an index.
         device: where products are computed; rows go there piece by piece.
-        faiss: answer searches by FAISS, whose index is built at the first one and kept beside the run; `None` scans all
-            rows, which is exact.
+        faiss: answer `top` and `bottom` by FAISS, whose index is built at the first search and kept beside the run;
+            `None` scans all rows, which is exact.
         transform: what the rows went through, where their recipe cannot be followed without it; checked.
         factors: curvature that the recipe needs.
         moments: an optimizer's moments that the recipe needs.
+        texts: what the examples say, by their row in the dataset, to be shown with the hits.
 
     Example:
         >>> import torch
         >>> from influence import Attributor, as_blocks, build, per_example_grads
         >>> ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}
-        >>> index = build(ell, w, [torch.eye(2), 3 * torch.eye(2)], transform=as_blocks())
-        >>> Attributor(index).trace((ell, w), torch.tensor([[2.0, 0.0]]), k=2)
+        >>> data = [torch.eye(2), 3 * torch.eye(2)]
+        >>> index = build(ell, w, data, transform=as_blocks(), progress=False)
+        >>> Attributor(index).ask(torch.tensor([[2.0, 0.0]])).top(2)
         query  rank    score  row  document
             0     0        6    2         2
             0     1        2    0         0
@@ -150,118 +62,74 @@ class Attributor:
     transform: Transform | None = None
     factors: Sequence[BlockCurvature] = ()
     moments: Moments | None = None
+    texts: Sequence[str] | None = None
 
     @cached_property
     def index(self) -> Index:
         """The index, opened when it is first asked for."""
         return self.source if isinstance(self.source, Index) else open_index(self.source)
 
-    def search(
+    def ask(
         self,
-        query: Rows,
-        k: int | None = 5,
+        query: Batch | Rows,
+        model: nn.Module | tuple[LossFn, Params] | None = None,
+        *,
         blocks: str | Sequence[str] | None = None,
-        reverse: bool = False,
+        cosine: bool = False,
+        transform: Transform | None = None,
+        tokenizer: Any = None,
         fingerprint: Fingerprint | None = None,
         unchecked: bool = False,
-        *,
         force: bool = False,
-        by_document: bool = False,
-    ) -> Hits:
-        r"""Return the rows with the largest scores `⟨query, row⟩`.
+    ) -> Answer:
+        r"""Ask which rows helped a model with a query, and which hurt it: `⟨g_query, g_row⟩`, positive helps.
 
         Args:
-            query: rows collected as the index's were, or by the query's side of `one_sided`; at a smaller or larger
-                projection dim if it nests.
-            k: how many; `None` for all.
+            query: a batch, as the loss function takes it; or texts, one or several; or rows: collected as the index's
+                were, or by the query's side of `one_sided`, at a smaller or larger projection dim if it nests.
+            model: the model, under the index's loss; or `(loss_fn, params)` under another. May be left out with rows,
+                and of an index that `build` returned, which knows its own.
             blocks: names or globs: score these blocks alone.
-            reverse: the smallest scores, smallest first.
-            fingerprint: what the query rows are: `provenance(loss_fn, params, rows)`. Rows that come straight from
-                `per_example_grads` know their transform, but not the model's weights.
+            cosine: divide by the norms of both rows over these blocks; a row of zeros has the cosine 0.
+            transform: for a batch or texts, what their gradients go through: the query's side of `one_sided`, another
+                dim. By default what the stored rows went through.
+            tokenizer: for texts, the model's tokenizer, as `transformers` loads it; all of their tokens are labelled.
+            fingerprint: what query rows are: `provenance(loss_fn, params, rows)`, where the model is not given. Rows
+                that come straight from `per_example_grads` know their transform, but not the model's weights.
             unchecked: take the weights on trust, and rows that do not even know their transform as they are.
             force: warn where fingerprints do not fit, instead of refusing.
-            by_document: sum the scores of a document's rows: tokens, or chunks by their first document.
 
         Returns:
-            The hits.
+            The answer: `.top(k)`, `.bottom(k)`, `.all()`, `.by_block()`, `.by_document()`.
 
         Raises:
             FingerprintError: if the query is not of this index, naming the field and both values.
-            ValueError: if a query is empty or not finite, blocks are unknown, or k is out of range.
+            ValueError: if a query is empty or not finite, blocks are unknown, the loss or the transform cannot be made
+                from what is stored, or cosines are asked for that FAISS or a curvature on one side cannot give.
         """
-        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        documents, groups = self._documents if by_document else (None, None)
-        count = len(self.index) if documents is None else len(documents)
-        if k is not None and not 1 <= k <= count:
-            what = "rows" if documents is None else "documents"
-            raise ValueError(f"k must be from 1 to the number of {what}, {count:,}; got {k}. k=None returns all")
-        if documents is not None and groups is not None:
-            sums = scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, count)
-            found = scan.ranked(sums, k, reverse)
-            named = documents[found.indices]
-            return Hits(found.values, named, named)
-        if k is None:
-            found = scan.ranked(scan.scores(self._pieces(len(matrix)), matrix, chosen), None, reverse)
-        elif self.faiss is not None:
-            found = approximate(self.index, self._neighbours, matrix, chosen, k, reverse, self.faiss.nprobe)
+        if isinstance(query, CollectedRows) or (model is None and self._holds_rows(query)):
+            rows = query
+            if model is not None:
+                fingerprint = provenance(*self._function(model), rows)
         else:
-            found = scan.scan(self._pieces(len(matrix)), matrix, chosen, k, reverse)
-        indices = found.indices.cpu()
-        positions = self.index.position[indices] if self.index.per_token else None
-        return Hits(found.values.cpu(), indices, self.index.document[indices], positions)
-
-    def scores(
-        self,
-        query: Rows,
-        blocks: str | Sequence[str] | None = None,
-        fingerprint: Fingerprint | None = None,
-        unchecked: bool = False,
-        *,
-        force: bool = False,
-    ) -> Float[Tensor, "q n"]:
-        """Return the score of every row; arguments as in `search`.
-
-        Returns:
-            `⟨query, row⟩`, in the order of the index.
-        """
-        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        return scan.scores(self._pieces(len(matrix)), matrix, chosen).cpu()
-
-    def block_scores(
-        self,
-        query: Rows,
-        blocks: str | Sequence[str] | None = None,
-        fingerprint: Fingerprint | None = None,
-        unchecked: bool = False,
-        *,
-        force: bool = False,
-    ) -> dict[str, Float[Tensor, "q n"]]:
-        """Return each block's part of the score of every row; arguments as in `search`.
-
-        Returns:
-            `{block: [q, n]}`, which sum to `scores`.
-        """
-        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        parts = scan.block_scores(self._pieces(len(matrix)), matrix, chosen)
-        return {name: part.cpu() for name, part in parts.items()}
-
-    def document_scores(
-        self,
-        query: Rows,
-        blocks: str | Sequence[str] | None = None,
-        fingerprint: Fingerprint | None = None,
-        unchecked: bool = False,
-        *,
-        force: bool = False,
-    ) -> tuple[Int[Tensor, " m"], Float[Tensor, "q m"]]:
-        """Return scores summed by document: tokens, or chunks by their first; arguments as in `search`.
-
-        Returns:
-            The documents, by their row in the dataset, and the sums.
-        """
-        chosen, matrix = self._asked(query, blocks, fingerprint, unchecked, force)
-        documents, groups = self._documents
-        return documents, scan.summed(self._pieces(len(matrix)), matrix, chosen, groups, len(documents)).cpu()
+            loss_fn, params = self._function(model)
+            if isinstance(query, str) or (isinstance(query, list | tuple) and all(isinstance(x, str) for x in query)):
+                query = _as_batch([query] if isinstance(query, str) else query, tokenizer)
+            rows = per_example_grads(loss_fn, params, query, transform=transform or self.made_by)
+            shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
+            fingerprint = fingerprint_of(loss_fn, params, transform or self.made_by, shapes)
+        chosen = choose(self.index.blocks, blocks)
+        fitting = matched(rows, self.index.fingerprint, chosen, fingerprint, unchecked, force)
+        matrix = query_matrix(fitting, chosen)
+        weights = None
+        if cosine:
+            self._check_cosine(rows)
+            norms = matrix.double().norm(dim=1, keepdim=True)
+            matrix = (matrix / norms.where(norms > 0, 1)).to(matrix.dtype)
+            weights = self._inverse_norms(chosen)
+        matrix = matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
+        search = self._approximate if self._uses_faiss else None
+        return Answer(self.index, matrix, chosen, weights, search=search, examples=self.texts)
 
     def self_influence(
         self, inverse: Transform | None = None, blocks: str | Sequence[str] | None = None
@@ -283,7 +151,7 @@ class Attributor:
             >>> from influence import Attributor, as_blocks, build, hessians, precondition
             >>> ell, w, x = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}, torch.tensor([[2.0, 0], [0, 4]])
             >>> factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks())
-            >>> attr = Attributor(build(ell, w, [x], transform=as_blocks()))
+            >>> attr = Attributor(build(ell, w, [x], transform=as_blocks(), progress=False))
             >>> attr.self_influence(), attr.self_influence(precondition(factors, damping=0.0))
             (tensor([ 4., 16.]), tensor([2., 2.]))
         """
@@ -297,85 +165,6 @@ class Attributor:
             other = inverse.apply(plain if made is None else CollectedRows(plain, made, Layout()), Layout())
             found.append((chosen.matrix(plain) * chosen.matrix(other)).sum(1))
         return torch.cat(found)
-
-    def trace(
-        self,
-        model: nn.Module | tuple[LossFn, Params],
-        batch: Batch,
-        k: int | None = 5,
-        blocks: str | Sequence[str] | None = None,
-        reverse: bool = False,
-        *,
-        transform: Transform | None = None,
-        force: bool = False,
-        by_document: bool = False,
-    ) -> Hits:
-        """Return the rows that made a model behave as it does on a batch.
-
-        The batch's gradients are taken of the stored loss under the stored transform. The model is not touched.
-
-        Args:
-            model: the model that the index is of, or a loss function and its parameters, which may measure another
-                loss.
-            batch: what the model sees.
-            k: as in `search`.
-            blocks: as in `search`.
-            reverse: as in `search`.
-            transform: another side's, as the query's of `one_sided`.
-            force: as in `search`.
-            by_document: as in `search`.
-
-        Returns:
-            The hits, one line of them per example of the batch.
-
-        Raises:
-            FingerprintError: if it is another model.
-            ValueError: if the loss or the transform cannot be made from what is stored.
-        """
-        loss_fn, params = model if isinstance(model, tuple) else self.loss_of(model)
-        rows = per_example_grads(loss_fn, params, batch, transform=transform or self.made_by)
-        shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
-        mine = fingerprint_of(loss_fn, params, transform or self.made_by, shapes)
-        return self.search(rows, k, blocks, reverse, mine, force=force, by_document=by_document)
-
-    def query(
-        self,
-        texts: str | Sequence[str],
-        model: nn.Module | tuple[LossFn, Params],
-        tokenizer: Any = None,
-        k: int | None = 5,
-        blocks: str | Sequence[str] | None = None,
-        reverse: bool = False,
-        *,
-        tokenize: Callable[[Sequence[str]], Batch] | None = None,
-        transform: Transform | None = None,
-        force: bool = False,
-        by_document: bool = False,
-    ) -> Hits:
-        """Return the rows that made a model say what it says about texts.
-
-        Args:
-            texts: one text or several.
-            model: as in `trace`.
-            tokenizer: the model's tokenizer, as `transformers` loads it; each text is tokenised as it does by default,
-                all of its tokens labelled.
-            k: as in `search`.
-            blocks: as in `search`.
-            reverse: as in `search`.
-            tokenize: how texts become a batch, instead: chats, prompts and completions.
-            transform: as in `trace`.
-            force: as in `search`.
-            by_document: as in `search`.
-
-        Returns:
-            The hits, one line of them per text.
-
-        Raises:
-            ValueError: if a text has fewer than two tokens, and so no loss.
-        """
-        said = [texts] if isinstance(texts, str) else list(texts)
-        batch = as_batch(said, tokenizer) if tokenize is None else tokenize(said)
-        return self.trace(model, batch, k, blocks, reverse, transform=transform, force=force, by_document=by_document)
 
     @cached_property
     def made_by(self) -> Transform:
@@ -413,30 +202,113 @@ class Attributor:
         except ValueError:
             return None
 
-    @cached_property
-    def _documents(self) -> tuple[Tensor, Tensor]:
-        """The documents, and the place of each row's among them."""
-        documents, groups = torch.unique(self.index.document, return_inverse=True)
-        return documents, groups
-
-    def _pieces(self, queries: int = 1) -> Iterable[Piece]:
-        return self.index.pieces(scan.rows_a_piece(queries))
-
-    def _asked(
-        self,
-        query: Rows,
-        blocks: str | Sequence[str] | None,
-        fingerprint: Fingerprint | None,
-        unchecked: bool,
-        force: bool,
-    ) -> tuple[Chosen, Float[Tensor, "q d"]]:
-        """Return the chosen blocks and the query's columns of them, having checked that they belong here."""
-        chosen = choose(self.index.blocks, blocks)
-        rows = matched(query, self.index.fingerprint, chosen, fingerprint, unchecked, force)
-        matrix = query_matrix(rows, chosen)
-        return chosen, matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
+    @property
+    def _uses_faiss(self) -> bool:
+        return self.faiss is not None and self.faiss.index_factory is not None
 
     @cached_property
     def _neighbours(self) -> Neighbours:
         assert self.faiss is not None
-        return neighbours_of(self.index, self.faiss)
+        return neighbours(self.index, self.faiss)
+
+    @cached_property
+    def _norms(self) -> dict[tuple[str, ...], Tensor]:
+        """Inverse norms of the rows over the blocks that were asked for so far."""
+        return {}
+
+    def _inverse_norms(self, chosen: Chosen) -> Float[Tensor, " n"]:
+        if chosen.names not in self._norms:
+            self._norms[chosen.names] = inverse_norms(self.index, chosen)
+        return self._norms[chosen.names]
+
+    def _holds_rows(self, query: Any) -> bool:
+        """Whether a query without a model is rows: a mapping that names a block, or any mapping for an opened index."""
+        named = isinstance(query, Mapping) and any(name in self.index.blocks for name in query)
+        return named or (isinstance(query, Mapping) and self.index.function is None)
+
+    def _function(self, model: nn.Module | tuple[LossFn, Params] | None) -> tuple[LossFn, Params]:
+        if isinstance(model, tuple):
+            return model
+        if model is not None:
+            return self.loss_of(model)
+        if self.index.function is None:
+            raise ValueError(
+                f"{self.index!r} was opened from its files, which hold no model: pass model=, or (loss_fn, params), "
+                "with a batch or texts"
+            )
+        return self.index.function
+
+    def _check_cosine(self, rows: Any) -> None:
+        """Refuse cosines that would not be what they are called.
+
+        Raises:
+            ValueError: saying what to do.
+        """
+        if self._uses_faiss:
+            raise ValueError(
+                "FAISS searches inner products of the rows as they are stored, not cosines: build the index under "
+                "unit_norm(), or ask without faiss="
+            )
+        if isinstance(rows, CollectedRows) and self._known is not None:
+            mine, theirs = (_powers(transform) for transform in (rows.transform, self._known))
+            if mine != theirs:
+                raise ValueError(
+                    f"the query's curvature has the powers {mine or 'none'}, and the stored rows' {theirs or 'none'}: "
+                    "a cosine wants the same on both sides. Build and ask with power=-0.5, as two_sided does"
+                )
+
+    def _approximate(self, queries: Tensor, columns: Chosen, k: int, smallest: bool) -> Nearest:
+        assert self.faiss is not None
+        return approximate(self.index, self._neighbours, queries, columns, k, smallest, self.faiss.nprobe)
+
+    def _pieces(self) -> Iterable[Piece]:
+        return self.index.pieces(scan.rows_a_piece())
+
+
+def _powers(transform: Transform) -> list[float]:
+    return [step.settings["power"] for step in transform.steps if "power" in step.settings]
+
+
+def _as_batch(texts: Sequence[str], tokenizer: Any) -> Batch:
+    """Return texts as one batch, padded on the right, every token labelled.
+
+    Raises:
+        ValueError: if there is no tokenizer, no text, or one of fewer than two tokens.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "texts need tokenizer=: the model's, as transformers loads it; or pass the batch that they make"
+        )
+    if not texts:
+        raise ValueError("the query is empty: it has no text")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    short = [i for i, tokens in enumerate(ids) if len(tokens) < 2]
+    if short:
+        raise ValueError(
+            f"text {short[0]}, {texts[short[0]]!r}, has {len(ids[short[0]])} tokens: a language model's loss needs two"
+        )
+    fill = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    padded = torch.full(real.shape, fill)
+    padded[real] = torch.tensor([number for tokens in ids for number in tokens])
+    return {"input_ids": padded, "attention_mask": real.long(), "labels": padded.where(real, IGNORED)}
+
+
+def rows_for(queries: Index, stored: Fingerprint, chosen: Chosen, force: bool = False) -> Rows:
+    """Return the rows of a query index as stored rows want them: checked, and of the smaller dim if both nest.
+
+    Raises:
+        FingerprintError: if they do not belong together, naming the field and both values.
+        ValueError: if there is no row, or blocks are missing.
+    """
+    if not len(queries):
+        raise ValueError(f"the query {queries.path or 'index'} holds no row")
+    mine = queries.fingerprint.dim
+    if mine is not None and stored.dim is not None and mine > stored.dim:
+        with suppress(ValueError):  # where it does not nest, what follows says so
+            queries = narrowed(queries, stored.dim)
+    common = [name for name in chosen.names if name in queries.blocks]
+    rows = matched(queries.rows(common or None), stored, chosen, queries.fingerprint, force=force)
+    chosen.matrix(rows)  # says what does not fit where a difference was forced
+    return rows

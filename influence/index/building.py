@@ -1,13 +1,15 @@
-"""Any data and any loss to an index, in memory or on disk."""
+"""Builds an index from any loss function and any batches, in memory or on disk."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.per_example import per_example_grads_fn
@@ -18,9 +20,9 @@ from influence.func.transform.chain import Transform
 from influence.index.columns import Columns, check_dtype
 from influence.index.provenance import fingerprint_of
 from influence.index.root import About, finish
-from influence.index.rows import Held, Index, open_index
+from influence.index.rows import Index, ShardInMemory, open_index
+from influence.index.run import start
 from influence.index.shards import Collected, memory_sink, shard_sink
-from influence.index.starting import start
 from influence.store.folder import refuse_foreign
 from influence.types import Batch, LossFn, Params
 
@@ -46,7 +48,7 @@ def build(
     weights: str | None = None,
     overwrite: bool = False,
     append: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool = True,
 ) -> Index:
     """Collect the rows of a dataset into an index.
 
@@ -70,10 +72,10 @@ def build(
         weights: the hash of the weights, if it is known.
         overwrite: delete the run that is there: the files that its manifest names, no others.
         append: add to a finished index; examples without `index` are counted on.
-        progress: called with the examples and tokens so far after every batch.
+        progress: show a bar, of batches and tokens, in a terminal and in a notebook.
 
     Returns:
-        The index, open.
+        The index, open; it keeps the function and the parameters, so that it can be asked with a batch alone.
 
     Raises:
         ValueError: if there is no batch, or an option does not fit.
@@ -83,7 +85,8 @@ def build(
         >>> import torch
         >>> from influence.index import build
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> index = build(lambda params, x: (x @ params["w"]).square() / 2, {"w": torch.tensor([1.0, 0.0])}, [x])
+        >>> w = {"w": torch.tensor([1.0, 0.0])}
+        >>> index = build(lambda params, x: (x @ params["w"]).square() / 2, w, [x], progress=False)
         >>> index
         <index of 2 rows × 2 in float32, in memory>
         >>> index.rows()["w"], index.loss
@@ -106,19 +109,20 @@ def build(
     columns = Columns(plan.folded.row_shapes)
     shapes = columns.shapes
     fingerprint = fingerprint_of(loss_fn, params, plan.transform, shapes, weights, recorded, plan.layout, first)
-    whole = _chained(first, source)
+    size = len(batches) if isinstance(batches, Sized) else None
+    whole = tqdm(chain([first], source), desc="build", total=size, unit="batch", disable=not progress)
     settings = {"dtype": dtype, "engine": engine, "per_token": per_token, **(config or {})}
     if path is None:
         sink = memory_sink(columns, dtype, per_token is not None)
         state = sink.init()
-        for index, value in _collected(_numbered(whole, 0), step, params, progress):
+        for index, value in _collected(_numbered(whole, 0), step, params, whole):
             state = sink.update(state, index, value)
         what = replace(fingerprint, live=None)  # which holds on to the model
         about = About("index", dtype, per_token is not None, columns, what, settings, list(command), {}, ())
-        return Index(about, [Held(sink.finalize(state))])
+        return Index(about, [ShardInMemory(sink.finalize(state))], None, (loss_fn, params))
     planned = {"shard_size": shard_size, "dtype": dtype, "per_token": per_token is not None}
     with start(path, "index", settings, command, planned, fingerprint, overwrite, False, append) as run:
-        collected = _collected(_numbered(whole, _next_row(path) if append else 0), step, params, progress)
+        collected = _collected(_numbered(whole, _next_row(path) if append else 0), step, params, whole)
         for number, some in enumerate(_shards(collected, shard_size), run.first):
             sink = shard_sink(run.directory, number, None, columns, dtype, per_token is not None)
             state = sink.init()
@@ -126,7 +130,8 @@ def build(
                 state = sink.update(state, index, value)
             sink.finalize(state)
         finish(run.directory)
-    return open_index(path)
+    there = open_index(path)
+    return Index(there.about, there.parts, there.path, (loss_fn, params))
 
 
 def step_of(
@@ -178,12 +183,7 @@ def lengths_of(batch: Batch) -> Int[Tensor, " n"]:
     return torch.ones(batch_size(batch), dtype=torch.int64)
 
 
-def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
-
-
-def _numbered(batches: Iterator[Batch], first: int) -> Iterator[tuple[Tensor, Batch]]:
+def _numbered(batches: Iterable[Batch], first: int) -> Iterator[tuple[Tensor, Batch]]:
     """Yield each batch with the rows of the dataset that it holds."""
     begin = first
     for batch in batches:
@@ -199,16 +199,15 @@ def _numbered(batches: Iterator[Batch], first: int) -> Iterator[tuple[Tensor, Ba
 
 
 def _collected(
-    numbered: Iterator[tuple[Tensor, Batch]], step: Step, params: Params, progress: Callable[[int, int], None] | None
+    numbered: Iterator[tuple[Tensor, Batch]], step: Step, params: Params, bar: tqdm
 ) -> Iterator[tuple[Tensor, Collected]]:
-    examples = tokens = 0
+    tokens = 0
     for index, batch in numbered:
         value = step(params, batch)
         yield index, value
-        examples += len(index)
-        tokens += 0 if value.length is None else int(value.length.sum())
-        if progress is not None:
-            progress(examples, tokens)
+        if not bar.disable and value.length is not None:
+            tokens += int(value.length.sum())
+            bar.set_postfix(tokens=f"{tokens:,}", refresh=False)
 
 
 def _shards(collected: Iterator[tuple[Tensor, Collected]], size: int) -> Iterator[Iterator[tuple[Tensor, Collected]]]:

@@ -1,4 +1,4 @@
-r"""How numbers are stored: wide as they are, half precision with a power of two per row, int8 with a step per block.
+r"""Columns of a row: where each block lies, which of them are looked at, and how numbers are stored.
 
 A stored row is read as `stored · scale`. float16 scales each row so that its largest entry is in `[2^14, 2^15)`, near
 the top of its range: a row of magnitude 1e-12 is as exact as one of magnitude 1, and entries down to 2^-28 of the
@@ -6,8 +6,10 @@ largest keep 11 bits. bfloat16 has float32's range, so its scale is 1 and its bi
 largest entry is outside 2^±64. int8 has a step of `max|block| / 127` per row and block.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from influence.func.transform.folding import flat
+from influence.func.transform.folding import flat, vectors
 from influence.store import BadFileError
 from influence.store.schema import conform
 from influence.types import Rows
@@ -133,6 +135,107 @@ def from_json(blocks: Any, where: str) -> Columns:
     return columns
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Some blocks of stored rows.
+
+    Attributes:
+        shapes: the chosen blocks, in the order in which they are stored.
+        numbers: the place of each among all blocks.
+        inside: the columns of each among the chosen columns.
+        spans: the chosen columns among all columns, as few slices as there can be.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    numbers: tuple[int, ...]
+    inside: Mapping[str, slice]
+    spans: tuple[slice, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen blocks."""
+        return tuple(self.shapes)
+
+    @property
+    def dim(self) -> int:
+        """How many columns are chosen."""
+        return sum(span.stop - span.start for span in self.spans)
+
+    def matrix(self, rows: Rows) -> Float[Tensor, "n d"]:
+        """Return the chosen columns of rows, in at least float32.
+
+        Raises:
+            ValueError: if a block is missing or has another shape.
+        """
+        missing = [name for name in self.names if name not in rows]
+        if missing:
+            raise ValueError(
+                f"the rows lack {len(missing)} of the {len(self.names)} blocks that are looked at "
+                f"({', '.join(missing[:5])}); they have {', '.join(list(rows)[:5])}. Search some blocks by blocks=[…]"
+            )
+        for name, shape in self.shapes.items():
+            if tuple(rows[name].shape[1:]) != shape:
+                raise ValueError(
+                    f"rows of block {name!r} have shape {list(rows[name].shape[1:])}; the index has {list(shape)}: "
+                    "collect them under the index's transform"
+                )
+        out = torch.cat([vectors(rows[name]) for name in self.names], dim=1)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def rows(self, matrix: Float[Tensor, "n d"]) -> Rows:
+        """Return rows of which `matrix` is the chosen columns: views."""
+        return {name: matrix[:, where].reshape(-1, *self.shapes[name]) for name, where in self.inside.items()}
+
+
+def choose(shapes: Mapping[str, tuple[int, ...]], blocks: str | Sequence[str] | None = None) -> Chosen:
+    """Choose blocks of an index.
+
+    Args:
+        shapes: the shape of every block, in the order of the columns.
+        blocks: names or globs of blocks; `None` chooses all.
+
+    Returns:
+        The chosen columns.
+
+    Raises:
+        ValueError: if a name or glob matches nothing.
+
+    Example:
+        >>> choose({"a": (2, 2), "b": (3,), "c": (2,)}, ["c", "b"]).spans
+        (slice(4, 9, None),)
+    """
+    wanted = set(shapes) if blocks is None else _matching(list(shapes), [blocks] if isinstance(blocks, str) else blocks)
+    begin, at = 0, 0
+    chosen: dict[str, tuple[int, ...]] = {}
+    inside: dict[str, slice] = {}
+    numbers, spans = [], list[slice]()
+    for number, (name, shape) in enumerate(shapes.items()):
+        size = prod(shape)
+        if name in wanted:
+            chosen[name], inside[name] = tuple(shape), slice(at, at + size)
+            numbers.append(number)
+            joins = bool(spans) and spans[-1].stop == begin
+            spans[-1:] = [slice(spans[-1].start, begin + size)] if joins else [*spans[-1:], slice(begin, begin + size)]
+            at += size
+        begin += size
+    return Chosen(chosen, tuple(numbers), inside, tuple(spans))
+
+
+def _matching(names: list[str], blocks: Sequence[str]) -> set[str]:
+    found: set[str] = set()
+    for glob in blocks:
+        hits = {name for name in names if name == glob or fnmatchcase(name, glob)}
+        if not hits:
+            near = get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.2) or names[:3]
+            raise ValueError(
+                f"blocks: {glob!r} matches none of the index's {len(names)} blocks; near misses: {', '.join(near)}"
+            )
+        found |= hits
+    if not found:
+        raise ValueError("blocks=[] looks at nothing: leave it out to search all blocks")
+    return found
+
+
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8")
 TOP = 15
 """Exponent that the largest entry of a float16 row is below."""
@@ -148,6 +251,20 @@ class Encoded(NamedTuple):
         scale: what to multiply them with: one per row (half precision), one per row and block (int8), or nothing.
     """
 
+    values: Shaped[Tensor, "r d"]
+    scale: Float[Tensor, "r b"] | None
+
+
+class Piece(NamedTuple):
+    """Some rows as they are stored: views of the memory map.
+
+    Attributes:
+        begin: number of the first row.
+        values: in the stored type.
+        scale: what to multiply them with, one per row or one per row and block; `None` is one.
+    """
+
+    begin: int
     values: Shaped[Tensor, "r d"]
     scale: Float[Tensor, "r b"] | None
 

@@ -1,10 +1,10 @@
-"""A search by FAISS: its index of a run's rows, and the exact scan where it finds too few."""
+"""Approximate search with FAISS: its index of the rows, kept beside them, and the exact scan where it finds too few."""
 
 import hashlib
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func import top
+from influence.func.numbers import check_number
 from influence.func.similarity import Nearest
 from influence.index import scan
-from influence.index.choosing import Chosen, choose
+from influence.index.columns import Chosen, choose
 from influence.index.rows import Index
-from influence.index.run import NEIGHBOURS
-from influence.index.scan import Piece, all_decoded
+from influence.index.scan import all_decoded
+from influence.index.shards import NEIGHBOURS
 from influence.store import BadFileError, Lock, sync
 from influence.store.folder import (
     RUN,
@@ -38,16 +39,16 @@ PER_LIST = 256
 
 @dataclass(frozen=True)
 class FaissConfig:
-    """How FAISS finds neighbours.
+    """Approximate search with FAISS: faster, may miss neighbours.
 
     Attributes:
-        index_factory: FAISS's own description: `"Flat"` is exact, `"IVF1024,Flat"` looks into `nprobe` of 1024 cells,
-            `"IVF1024,PQ64"` stores 64 bytes per row.
+        index_factory: FAISS's own description: Flat is exact, IVF1024,Flat looks into nprobe of 1024 cells,
+            IVF1024,PQ64 stores 64 bytes per row; None leaves FAISS out: all rows are scanned, which is exact.
         mmap_index: leave the FAISS index on disk and map it, instead of holding it in memory.
-        max_train_examples: rows that cells and codes are learned from, taken evenly over the index; `None` takes as
-            many as FAISS looks at.
+        max_train_examples: rows that cells and codes are learned from, taken evenly over the index; default as many as
+            FAISS looks at.
         batch_size: rows added at a time.
-        num_shards: cut it into so many files; with `mmap_index` only one of them is in memory while they are built.
+        num_shards: cut it into so many files; with mmap_index only one of them is in memory while they are built.
         nprobe: cells that are looked into; more are more exact, all are exact.
 
     Example:
@@ -55,7 +56,7 @@ class FaissConfig:
         1
     """
 
-    index_factory: str = "Flat"
+    index_factory: str | None = "Flat"
     mmap_index: bool = False
     max_train_examples: int | None = None
     batch_size: int = 1024
@@ -70,25 +71,14 @@ class FaissConfig:
         """
         for name in ("max_train_examples", "batch_size", "num_shards", "nprobe"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"FaissConfig({name}={value}): must be at least 1")
+            if value is not None:
+                check_number(name, value, 1)
 
-
-@dataclass(frozen=True)
-class Stored:
-    """Rows that a FAISS index can be made of.
-
-    Attributes:
-        pieces: from rows at once to all rows, in order.
-        number: how many there are.
-        chosen: their columns: all of them.
-        identity: what changes when anything about them does.
-    """
-
-    pieces: Callable[[int], Iterable[Piece]]
-    number: int
-    chosen: Chosen
-    identity: Mapping[str, Any]
+    @property
+    def factory(self) -> str:
+        """The description that FAISS is given."""
+        assert self.index_factory is not None, "all rows are scanned"
+        return self.index_factory
 
 
 @dataclass(frozen=True)
@@ -138,14 +128,14 @@ def begins_of(number: int, shards: int) -> tuple[int, ...]:
     return tuple(number * shard // shards for shard in range(shards))
 
 
-def shards_of(stored: Stored, config: FaissConfig) -> Iterator[tuple[int, Any]]:
+def shards_of(index: Index, config: FaissConfig) -> Iterator[tuple[int, Any]]:
     """Yield the number and the FAISS index of each shard; whoever takes them decides what stays in memory."""
     import faiss
 
-    empty = _trained(stored, config)
-    begins = (*begins_of(stored.number, config.num_shards), stored.number)
-    rows = _matrices(stored, config.batch_size)
-    left = torch.empty(0, stored.chosen.dim)
+    empty = _trained(index, config)
+    begins = (*begins_of(len(index), config.num_shards), len(index))
+    rows = _matrices(index, config.batch_size)
+    left = torch.empty(0, index.dim)
     for number in range(config.num_shards):
         shard, size = faiss.clone_index(empty), begins[number + 1] - begins[number]
         while shard.ntotal < size:
@@ -157,30 +147,30 @@ def shards_of(stored: Stored, config: FaissConfig) -> Iterator[tuple[int, Any]]:
         del shard
 
 
-def _matrices(stored: Stored, at_once: int) -> Iterator[Float[Tensor, "r d"]]:
+def _matrices(index: Index, at_once: int) -> Iterator[Float[Tensor, "r d"]]:
     """Yield all rows in float32."""
-    for rows, scale in all_decoded(stored.pieces(at_once), stored.chosen, torch.float32, torch.device("cpu")):
+    for rows, scale in all_decoded(index.pieces(at_once), choose(index.blocks), torch.float32, torch.device("cpu")):
         yield (rows if scale is None else rows * scale).contiguous()
 
 
-def _trained(stored: Stored, config: FaissConfig) -> Any:
+def _trained(index: Index, config: FaissConfig) -> Any:
     """Return an empty FAISS index that has learned its cells and codes."""
     import faiss
 
-    dim = stored.chosen.dim
+    dim = index.dim
     try:
-        empty = faiss.index_factory(dim, config.index_factory, faiss.METRIC_INNER_PRODUCT)
+        empty = faiss.index_factory(dim, config.factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
             f"FAISS does not understand index_factory={config.index_factory!r} for rows of {dim}: {_said(error)}"
         ) from error
     cells = faiss.try_extract_index_ivf(empty)
     learned = max(PER_LIST * (1 if cells is None else cells.nlist), PER_LIST * PER_LIST)
-    count = 0 if empty.is_trained else min(stored.number, config.max_train_examples or learned)
-    _check_memory(empty, stored.number, dim, count, config)
+    count = 0 if empty.is_trained else min(len(index), config.max_train_examples or learned)
+    _check_memory(empty, len(index), dim, count, config)
     if not empty.is_trained:
         try:
-            empty.train(_sample(stored, count, config.batch_size).numpy())
+            empty.train(_sample(index, count, config.batch_size).numpy())
         except RuntimeError as error:
             raise ValueError(
                 f"FAISS cannot learn {config.index_factory!r} from {count} rows ({_said(error)}): choose fewer cells "
@@ -194,11 +184,11 @@ def _said(error: RuntimeError) -> str:
     return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: (?:Error: '.*?' failed: )?", "", str(error))
 
 
-def _sample(stored: Stored, count: int, at_once: int) -> Float[Tensor, "r d"]:
+def _sample(index: Index, count: int, at_once: int) -> Float[Tensor, "r d"]:
     """Return rows taken evenly over the index."""
-    wanted = torch.arange(count) * stored.number // count
+    wanted = torch.arange(count) * len(index) // count
     parts, begin = [], 0
-    for rows in _matrices(stored, at_once):
+    for rows in _matrices(index, at_once):
         inside = wanted[(wanted >= begin) & (wanted < begin + len(rows))]
         parts.append(rows[inside - begin])
         begin += len(rows)
@@ -238,15 +228,14 @@ def available_memory() -> int | None:
 KIND = "faiss"
 
 
-def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neighbours:
+def neighbours(index: Index, config: FaissConfig) -> Neighbours:
     """Return the FAISS index of some rows: the one that is kept, or a new one, which is then kept.
 
     It is kept beside the rows; where that disk cannot be written, in the user's cache.
 
     Args:
-        stored: the rows.
+        index: the rows; of an index in memory it stays there.
         config: how.
-        beside: the directory of the run; `None` keeps it in memory alone.
 
     Returns:
         The FAISS index.
@@ -258,28 +247,37 @@ def neighbours(stored: Stored, config: FaissConfig, beside: Path | None) -> Neig
     """
     import faiss
 
-    begins = begins_of(stored.number, config.num_shards)
+    begins, beside = begins_of(len(index), config.num_shards), index.path
     if beside is None:
-        return Neighbours(tuple(shard for _, shard in shards_of(stored, config)), begins)
+        return Neighbours(tuple(shard for _, shard in shards_of(index, config)), begins)
     names = [f"{number}.faiss" for number in range(config.num_shards)]
     key = {
         "faiss": faiss.__version__,
         "index_factory": config.index_factory,
         "max_train_examples": config.max_train_examples,
         "num_shards": config.num_shards,
-        "rows": dict(stored.identity),
+        "rows": _identity(index),
     }
     wanted = manifest_of(KIND, {}, [], key, {}, names)
-    name = f"{config.index_factory.replace(',', '_')}-{wanted.id[:16]}"
+    name = f"{config.factory.replace(',', '_')}-{wanted.id[:16]}"
     places = [folder / name for folder in (beside / NEIGHBOURS, cache())]
     directory = next((place for place in places if _is_kept(place, wanted)), None)
     if directory is None:
         directory = places[0 if os.access(beside, os.W_OK) else 1]
-        _keep(directory, wanted, stored, config)
-    ends = [*begins[1:], stored.number]
+        _keep(directory, wanted, index, config)
+    ends = [*begins[1:], len(index)]
     sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
-    read = (_read(directory / each, config, stored.chosen.dim, n) for each, n in zip(names, sizes, strict=True))
+    read = (_read(directory / each, config, index.dim, n) for each, n in zip(names, sizes, strict=True))
     return Neighbours(tuple(read), begins)
+
+
+def _identity(index: Index) -> dict[str, Any]:
+    """Return what changes when anything about an index's rows does: its fingerprint, and every shard's checksums."""
+    checksums = [
+        [shard.places[name].sha256 for name in ("rows", "scale") if name in shard.places]
+        for shard in index.about.shards
+    ]
+    return {"fingerprint": index.fingerprint.json(), "shards": checksums}
 
 
 def cache() -> Path:
@@ -287,7 +285,7 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "influence" / NEIGHBOURS
 
 
-def _keep(directory: Path, wanted: Manifest, stored: Stored, config: FaissConfig) -> None:
+def _keep(directory: Path, wanted: Manifest, index: Index, config: FaissConfig) -> None:
     """Write all shards and their checksums to a temporary directory, then rename it."""
     import faiss
 
@@ -304,7 +302,7 @@ def _keep(directory: Path, wanted: Manifest, stored: Stored, config: FaissConfig
         temporary = folder / f".{directory.name}.{wanted.id[:16]}.{secrets.token_hex(8)}.partial"
         temporary.mkdir()
         sums = {}
-        for number, shard in shards_of(stored, config):
+        for number, shard in shards_of(index, config):
             path = temporary / wanted.files[number]
             faiss.write_index(shard, str(path))
             sync(path)
@@ -363,7 +361,7 @@ def _read(path: Path, config: FaissConfig, dim: int, number: int) -> Any:
     import faiss
 
     cells = faiss.IO_FLAG_MMAP  # maps the lists of an IVF index, and reads any other whole
-    mapped = cells if "IVF" in config.index_factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
+    mapped = cells if "IVF" in config.factory else getattr(faiss, "IO_FLAG_MMAP_IFC", cells)
     try:
         found = faiss.read_index(str(path), mapped if config.mmap_index else 0)
     except RuntimeError as error:
@@ -373,24 +371,6 @@ def _read(path: Path, config: FaissConfig, dim: int, number: int) -> Any:
             f"{path} has {found.ntotal} rows of {found.d}, and the shards have {number} of {dim}: delete {path.parent}"
         )
     return found
-
-
-def neighbours_of(index: Index, config: FaissConfig) -> Neighbours:
-    """Return the FAISS index of all rows, kept under everything that they are: fingerprint, shards and checksums.
-
-    Args:
-        index: the rows.
-        config: how.
-
-    Returns:
-        The FAISS index.
-    """
-    checksums = [
-        [shard.places[name].sha256 for name in ("rows", "scale") if name in shard.places]
-        for shard in index.about.shards
-    ]
-    identity = {"fingerprint": index.fingerprint.json(), "shards": checksums}
-    return neighbours(Stored(index.pieces, len(index), choose(index.blocks), identity), config, index.path)
 
 
 def approximate(

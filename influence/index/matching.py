@@ -9,7 +9,7 @@ from torch import Tensor
 from influence.func.transform.chain import CollectedRows
 from influence.func.transform.nested import at_dim, down_project, projection, raise_project, unprojected
 from influence.func.transform.project import project
-from influence.index.choosing import Chosen
+from influence.index.columns import Chosen
 from influence.index.provenance import Fingerprint, check, fingerprint_of
 from influence.types import Rows
 

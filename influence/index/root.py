@@ -15,8 +15,7 @@ from torch import Tensor
 from influence import store
 from influence.index.columns import Columns, from_json
 from influence.index.provenance import Fingerprint
-from influence.index.run import ROOT, owner, planned_shards, shard_paths
-from influence.index.shards import KIND, ShardFacts, check_index, shard_name
+from influence.index.shards import KIND, ROOT, ShardFacts, check_index, owner, planned_shards, shard_name, shard_paths
 from influence.index.shards import SCHEMA as SHARD_SCHEMA
 from influence.store import BadFileError, Place
 from influence.store.folder import RUN, Manifest, read_manifest, write_manifest

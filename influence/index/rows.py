@@ -1,32 +1,36 @@
-"""Reading an index: memory-mapped shards, or the same in memory, as one.
+"""The `Index` value: stored rows read as one, from memory-mapped shards or from memory; also at a smaller dim.
 
 Nothing is loaded until it is asked for, and a dataset's checksum is verified when it is first read.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from influence import store
-from influence.index.columns import Columns, Encoded, decode
+from influence.func.transform.nested import corner, nests
+from influence.func.transform.project import NESTING
+from influence.index.columns import Columns, Encoded, Piece, decode
 from influence.index.provenance import Fingerprint
 from influence.index.root import HEADER, About, Shard, header_of, read_root
-from influence.index.run import ROOT, made_by, way_on, what_is_there
+from influence.index.run import made_by, way_on, what_is_there
+from influence.index.shards import ROOT
 from influence.store import BadFileError
 from influence.store.folder import RUN, run_id
 from influence.terminal import human, table
-from influence.types import Rows
+from influence.types import LossFn, Params, Rows
 from influence.visible import visible
 
 
 @runtime_checkable
-class Part(Protocol):
+class ShardRows(Protocol):
     """A shard, on disk or in memory."""
 
     @property
@@ -39,7 +43,7 @@ class Part(Protocol):
         ...
 
 
-class Held(NamedTuple):
+class ShardInMemory(NamedTuple):
     """A shard in memory."""
 
     tensors: dict[str, Tensor]
@@ -54,7 +58,7 @@ class Held(NamedTuple):
         return self.tensors.get(name)
 
 
-class Mapped:
+class ShardOnDisk:
     """A shard on disk: mapped when it is first read; each dataset verified when it is."""
 
     def __init__(self, path: Path, shard: Shard, verify: bool) -> None:
@@ -187,27 +191,11 @@ def to_dataset(index: "Index") -> Any:
     return datasets.Dataset(pyarrow.table({**arrays, "gradients": pyarrow.chunked_array(pieces, kind)}))
 
 
-__all__ = ["Held", "Index", "Mapped", "Part", "Piece", "Place", "open_index"]
-
 AT_ONCE = 1 << 26
 """Entries that are decoded at once where a caller does not say."""
 
 
-class Piece(NamedTuple):
-    """Some rows as they are stored: views of the memory map.
-
-    Attributes:
-        begin: number of the first row.
-        values: in the stored type.
-        scale: what to multiply them with, one per row or one per row and block; `None` is one.
-    """
-
-    begin: int
-    values: Shaped[Tensor, "r d"]
-    scale: Float[Tensor, "r b"] | None
-
-
-class Place(NamedTuple):
+class TokenPlace(NamedTuple):
     """Where token rows are from.
 
     Attributes:
@@ -225,11 +213,19 @@ class Index:
     Attributes:
         about: kind, configuration, command, plan and shards.
         path: the run directory; `None` in memory.
+        function: the loss function and the parameters that the rows were collected with, where `build` returned the
+            index; `None` where it was opened.
     """
 
-    def __init__(self, about: About, parts: Sequence[Part], path: Path | None = None) -> None:
+    def __init__(
+        self,
+        about: About,
+        parts: Sequence[ShardRows],
+        path: Path | None = None,
+        function: tuple[LossFn, Params] | None = None,
+    ) -> None:
         """Present shards as one index."""
-        self.about, self.parts, self.path = about, tuple(parts), path
+        self.about, self.parts, self.path, self.function = about, tuple(parts), path, function
         self._begins = [0]
         for part in self.parts:
             self._begins.append(self._begins[-1] + part.rows)
@@ -314,7 +310,13 @@ class Index:
             return self._whole("document")
         return self.index.repeat_interleave(self.offsets.diff())
 
-    def place(self, row: Int[Tensor, " *q"]) -> Place:
+    @cached_property
+    def documents(self) -> tuple[Int[Tensor, " m"], Int[Tensor, " r"]]:
+        """The documents that rows are from, and the place of each row's among them."""
+        documents, groups = torch.unique(self.document, return_inverse=True)
+        return documents, groups
+
+    def place(self, row: Int[Tensor, " *q"]) -> TokenPlace:
         """Return where token rows are from.
 
         Args:
@@ -324,7 +326,7 @@ class Index:
             The row of the dataset (or the chunk's number) and the position in its `input_ids`.
         """
         example = torch.searchsorted(self.offsets, row, right=True) - 1
-        return Place(self.index[example], self.position[row])
+        return TokenPlace(self.index[example], self.position[row])
 
     def pieces(self, rows_at_once: int | None = None) -> Iterator[Piece]:
         """Yield the rows as they are stored, some at a time and in order: views, no copies.
@@ -431,7 +433,7 @@ class Index:
             ValueError: naming the shard and the dataset that is not as it was written.
         """
         for part in self.parts:
-            if isinstance(part, Mapped):
+            if isinstance(part, ShardOnDisk):
                 check_size(part.path, part.shard)
                 for name in part.shard.places:
                     part.check(name)
@@ -479,4 +481,77 @@ def open_index(path: str | Path, verify: bool = True) -> Index:
     about = read_root(directory, run_id(directory))
     for shard in about.shards:
         check_size(directory / shard.file, shard)
-    return Index(about, [Mapped(directory / shard.file, shard, verify) for shard in about.shards], directory)
+    return Index(about, [ShardOnDisk(directory / shard.file, shard, verify) for shard in about.shards], directory)
+
+
+NARROWED_AT_ONCE = 1 << 24
+"""Stored entries that are narrowed at once."""
+
+
+def narrowed(index: Index, dim: int) -> Index:
+    """Return an index whose rows are those of `project(dim)` with the stored seed and kind.
+
+    A shard's rows are narrowed when they are read, in float32 (float64 if they are stored so).
+
+    Args:
+        index: an index of rows projected per block, to a larger dim, and nothing after that.
+        dim: the smaller dim.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: if its projection does not nest, or `dim` is not smaller.
+    """
+    stored = index.fingerprint
+    sketch, shapes = stored.sketch, stored.recorded.get("unprojected")
+    if sketch is None or not nests(sketch.settings):
+        raise ValueError(
+            f"this index cannot be read at dim {dim}: only {' and '.join(NESTING)} projections per block nest, and its "
+            f"rows were collected under {stored.recorded.get('transform')}"
+        )
+    if shapes is None:
+        raise ValueError("this index does not say what its blocks were before they were projected: build it again")
+    p, kind, seed = (sketch.settings[key] for key in ("dim", "kind", "seed"))
+    if not 1 <= dim < p:
+        raise ValueError(f"this index is stored at dim {p}, and is read at a smaller one from 1 on; got {dim}")
+    if stored.steps[-1] is not sketch:
+        raise ValueError(
+            f"something followed the projection of {stored.recorded.get('transform')}: it cannot be undone"
+        )
+    columns = Columns({name: tuple(min(size, dim) for size in shape) for name, shape in index.blocks.items()})
+    corners = tuple((name, tuple(shapes[name]), p, dim, seed, kind) for name in index.blocks)
+    parts = [NarrowedShard(part, index.columns, corners) for part in index.parts]
+    fingerprint = stored.at_dim(dim, columns.shapes)
+    dtype = "float64" if index.dtype == "float64" else "float32"
+    return Index(index.about._replace(columns=columns, fingerprint=fingerprint, dtype=dtype), parts, index.path)
+
+
+@dataclass(frozen=True)
+class NarrowedShard:
+    """A shard at a smaller dim."""
+
+    part: ShardRows
+    columns: Columns
+    corners: tuple[tuple[str, tuple[int, ...], int, int, int, str], ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return self.part.rows
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a dataset, if it has it; the rows narrowed."""
+        if name != "rows":
+            return None if name == "scale" else self.part.get(name)
+        values, scale = self.part.get("rows"), self.part.get("scale")
+        assert values is not None
+        size = max(1, NARROWED_AT_ONCE // max(self.columns.dim, 1))
+        found = []
+        for begin in range(0, max(self.rows, 1), size):
+            chosen = slice(begin, begin + size)
+            wide = decode(Encoded(values[chosen], None if scale is None else scale[chosen]), self.columns)
+            rows = self.columns.split(wide)
+            narrow = [corner(rows[each[0]], *each).flatten(1) for each in self.corners]
+            found.append(torch.cat(narrow, 1))
+        return torch.cat(found)

@@ -1,23 +1,22 @@
-"""A run directory: what is in it, and who writes it."""
+"""A run directory and its writer: begins, resumes after anything, appends, and overwrites only when told."""
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from influence import store
-from influence.store import BadFileError, Lock
-from influence.store.folder import RUN, Manifest, read_manifest
-from influence.store.schema import conform
+from influence.func.fingerprint import differences
+from influence.func.fingerprint import fingerprint as hash_of
+from influence.index.provenance import Fingerprint, all_differences, shown
+from influence.index.root import finish, read_root
+from influence.index.shards import FILES, PARTIALS, ROOT, SHARDS, done, number_of, planned_shards, shard_paths
+from influence.store import Lock
+from influence.store.folder import RUN, Manifest, manifest_of, owned, read_manifest, take, tidy, write_manifest
 from influence.visible import visible
-
-ROOT = "index.h5"
-SHARDS, PARTIALS = "shard-#.h5", "partial-#.h5"
-NEIGHBOURS = "faiss"
-"""Directory of the FAISS indexes that were made of a run; they are made again when they are gone."""
-FILES = (ROOT, f"{NEIGHBOURS}/", SHARDS)
-"""What a run of rows may hold; the root, by which it is finished, first."""
 
 
 @dataclass(frozen=True)
@@ -63,74 +62,8 @@ class Run:
         self.close()
 
 
-def done(directory: str | Path, first: int = 0, every_byte: bool = True) -> set[int]:
-    """Return the numbers of the shards of a run that are there and whole.
-
-    Args:
-        directory: the run.
-        first: the first that is looked at: those before it are an index's, to which others are appended.
-        every_byte: read every byte of them; otherwise what they say of themselves, which shows what was cut off.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        BadFileError: if a shard is another run's.
-    """
-    from influence.index.shards import KIND, SCHEMA
-
-    manifest = read_manifest(directory) if (Path(directory) / RUN).exists() else None
-    finished = set()
-    for path in [path for path in shard_paths(directory) if number_of(path) >= first]:
-        number = number_of(path)
-        try:
-            store.any_head(path)
-        except BadFileError:
-            continue  # cut off or damaged: it is made again
-        run = "" if manifest is None else owner(manifest, number)
-        head = store.read_head(path, kind=KIND, schema=SCHEMA, run=run)
-        try:
-            if every_byte:
-                store.check_whole(path, kind=KIND, schema=SCHEMA, run=run)
-        except BadFileError:
-            continue
-        if head.about["number"] == number:
-            finished.add(number)
-    return finished
-
-
-def shard_paths(directory: str | Path) -> list[Path]:
-    """Return the files of a directory that are named as shards are."""
-    return sorted(path for path in Path(directory).glob("shard-*.h5") if path.stem.partition("-")[2].isdecimal())
-
-
-def number_of(path: Path) -> int:
-    """Return a shard's number, as its name says it."""
-    return int(path.stem.partition("-")[2])
-
-
-def owner(manifest: Manifest, number: int) -> str:
-    """Return the id that a shard carries: the run's, or that of the append which it came with."""
-    ids = [str(change["id"]) for change in manifest.appended if int(change["first"]) <= number]
-    return ids[-1] if ids else manifest.id
-
-
-def stamp(directory: str | Path, number: int) -> str:
-    """Return the id that a shard of a directory carries; nothing where no run was started."""
-    return owner(read_manifest(directory), number) if (Path(directory) / RUN).exists() else ""
-
-
-def planned_shards(manifest: Manifest) -> list[list[int]] | None:
-    """Return begin and end of every planned shard; `None` where they come as they come."""
-    shards = manifest.plan.get("shards")
-    where = f"{RUN}: the plan's shards"
-    return None if shards is None else [[*ends] for ends in conform(shards, list[tuple[int, int]], where)]
-
-
 def rooted(directory: Path, manifest: Manifest) -> int | None:
     """Return how many shards the root presents; `None` where there is no root, so the run was never finished."""
-    from influence.index.root import read_root
-
     return len(read_root(directory, manifest.id).shards) if (directory / ROOT).exists() else None
 
 
@@ -161,3 +94,180 @@ def what_is_there(directory: str | Path) -> str:
 def made_by(command: Sequence[str]) -> str:
     """Return a command as one may type it again."""
     return visible(shlex.join(command), lines=False) or "a call from Python"
+
+
+def start(
+    directory: str | Path,
+    kind: str,
+    config: Mapping[str, Any],
+    command: Sequence[str],
+    plan: Mapping[str, Any],
+    fingerprint: Fingerprint,
+    overwrite: bool = False,
+    resume: bool = True,
+    append: bool = False,
+    results: Sequence[str] = (),
+    scratch: Sequence[str] = (),
+) -> Run:
+    """Take the lock on a run directory, and begin, resume or append.
+
+    Args:
+        directory: the run; made if it is not there.
+        kind: what it will hold: `"index"`, `"scores"`, ….
+        config: the configuration, as JSON has it.
+        command: what to type to run it again.
+        plan: `{"shards": [[begin, end], …], "dtype": …, …}`; without `"shards"` they come as they come, and cannot be
+            resumed. When appending, the new ones alone.
+        fingerprint: what the rows will be.
+        overwrite: delete the run that is there first: the files that its manifest names, no others.
+        resume: go on with an unfinished run of the same plan and fingerprint.
+        append: add shards to a finished index.
+        results: names of what else the run may hold, as `Manifest.files` has them; those by which it is finished first.
+        scratch: names of what else it holds until it is finished.
+
+    Returns:
+        The run.
+
+    Raises:
+        FileExistsError: if something is there; saying what, and what to do.
+        NotADirectoryError: if a file is there.
+        FileNotFoundError: if there is nothing to append to.
+        ValueError: if it has another kind, plan or fingerprint; naming the field and both values.
+        BlockingIOError: if another writer is at it.
+    """
+    directory = Path(directory)
+    if append and overwrite:
+        raise ValueError("append=True adds to what is there, and overwrite=True deletes it: choose one")
+    if append and not (directory / RUN).exists():
+        raise FileNotFoundError(f"there is no index in {directory} to append to: leave append out")
+    files, left = dict.fromkeys((*results, *FILES)), dict.fromkeys((PARTIALS, *scratch))
+    wanted = manifest_of(kind, config, command, plan, fingerprint.json(), [*files], [*left])
+    lock, there = take(directory, wanted, overwrite)
+    try:
+        if there is None:
+            return Run(directory, wanted, 0, _count(wanted), lock)
+        _check_same(directory, there, wanted, fingerprint, append)
+        present = rooted(directory, there)
+        if append:
+            return _append(directory, there, wanted, present, lock)
+        if present is not None:
+            tidy(directory, there)
+            raise FileExistsError(
+                f"{what_is_there(directory)}. It is finished: pass overwrite=True to replace it, "
+                "append=True to add examples, or write to another directory"
+            )
+        if not resume and "shards" in there.plan:
+            raise FileExistsError(
+                f"{what_is_there(directory)}. Pass resume=True to go on with it, overwrite=True to "
+                "replace it, or write to another directory"
+            )
+        last = _check_plan(directory, there, wanted)
+        return Run(directory, there, 0, last, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _append(directory: Path, there: Manifest, wanted: Manifest, present: int | None, lock: Lock) -> Run:
+    """Grow a finished run's plan, or go on with an append that was cut off."""
+    old, new = planned_shards(there) or [], planned_shards(wanted)
+    for change, (first, last) in zip(there.appended, _segments(there)[1:], strict=True):
+        if old[first:last] == new and (present is None or present < last):
+            mine, theirs = (each["recorded"].get("data") for each in (wanted.fingerprint, change))
+            if mine != theirs:
+                raise ValueError(
+                    f"{directory}: an append was cut off whose data is {_short(theirs)}; append the same again to go "
+                    f"on, got {_short(mine)}"
+                )
+            return Run(directory, there, first, last, lock)
+    if present is None:
+        raise FileExistsError(
+            f"{what_is_there(directory)}. It is not finished, so there is nothing to append to yet: resume it first"
+        )
+    if len(old) > present and done(directory) >= set(range(len(old))):
+        finish(directory)  # all that was missing of the last append was the root
+        present = len(old)
+    if len(old) > present:
+        raise ValueError(
+            f"{directory}: an append of shards {_short(old[present:])} was cut off; append the same again to go on, "
+            f"got {_short(new)}"
+        )
+    for key in ("dtype", "per_token"):
+        mine, theirs = wanted.plan.get(key), there.plan.get(key)
+        if mine != theirs:
+            raise ValueError(
+                f"{directory} has {key} = {_short(theirs)}; appended rows must have it too, got {_short(mine)}"
+            )
+    for path in owned(directory, there, [SHARDS]):
+        if number_of(path) >= present:
+            path.unlink()
+    if new is not None:
+        last = max((end for _, end in old), default=0)
+        if any(begin < last for begin, _ in new):
+            raise ValueError(
+                f"{directory} holds rows of the dataset up to {last - 1}: appended shards begin at {last} or later, "
+                f"got {_short(new)}"
+            )
+    plan = {**there.plan, "shards": old + new} if new is not None else {**there.plan, "open": True}
+    change = {
+        "command": wanted.command,
+        "config": wanted.config,
+        "recorded": wanted.fingerprint["recorded"],
+        "first": present,
+    }
+    change["id"] = hash_of([there.ids[-1], wanted.id, present])[:32]
+    grown = there._replace(plan=plan, appended=[*there.appended, change])
+    write_manifest(directory, grown)
+    return Run(directory, grown, present, None if new is None else len(old) + len(new), lock)
+
+
+def _count(manifest: Manifest) -> int | None:
+    shards = planned_shards(manifest)
+    return None if shards is None else len(shards)
+
+
+def _segments(manifest: Manifest) -> list[tuple[int, int]]:
+    """Return the first shard, and the one behind the last, of a run and of every append to it."""
+    firsts = [0, *(int(change["first"]) for change in manifest.appended)]
+    return list(pairwise([*firsts, _count(manifest) or 0]))
+
+
+def _check_same(directory: Path, there: Manifest, wanted: Manifest, fingerprint: Fingerprint, append: bool) -> None:
+    """Refuse a run of another kind or fingerprint; data that are appended may be others."""
+    if there.kind != wanted.kind:
+        raise FileExistsError(
+            f"{what_is_there(directory)}. This run is of kind {wanted.kind!r}: pass overwrite=True to replace it, or "
+            "write to another directory"
+        )
+    free = ("data",) if append else ()
+    now = Fingerprint.from_json(wanted.fingerprint, fingerprint.live)
+    for name, mine, theirs in all_differences(now, Fingerprint.from_json(there.fingerprint), free):
+        verb = "appended rows must be of its kind" if append else "this run cannot go on with it"
+        raise ValueError(
+            f"{what_is_there(directory)}. Its {name} is {_short(theirs, mine)}, and this run's is "
+            f"{_short(mine, theirs)}: {verb}; pass overwrite=True to replace it, or write to another directory"
+        )
+
+
+def _check_plan(directory: Path, there: Manifest, wanted: Manifest) -> int:
+    """Refuse another plan; return how many shards it has, those of appends apart."""
+    if "shards" not in wanted.plan:
+        raise FileExistsError(
+            f"{what_is_there(directory)}; its shards came as their batches came, so it cannot be resumed: pass "
+            "overwrite=True to begin again, or write to another directory"
+        )
+    last = _segments(there)[0][1]
+    planned = {**there.plan, "shards": (planned_shards(there) or [])[:last]}
+    for name, mine, theirs in differences(wanted.plan, planned):
+        raise ValueError(
+            f"{what_is_there(directory)}. Its plan has {name} = {_short(theirs)}, and this run's has "
+            f"{_short(mine)}: resume with the same plan, pass overwrite=True, or write to another directory"
+        )
+    return last
+
+
+def _short(value: Any, other: Any = None) -> str:
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return shown(value, other)
+    text = json.dumps(value)
+    return text if len(text) < 200 else f"{text[:120]} … {text[-60:]}"

@@ -7,7 +7,7 @@ through one small buffer that stays in the processor's cache, and are multiplied
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from influence.func import top
 from influence.func.similarity import Nearest
-from influence.index.choosing import Chosen
+from influence.index.columns import Chosen, Piece
 
 WIDE = (torch.float32, torch.float64)
 BUFFER = 1 << 20
@@ -26,26 +26,6 @@ MANY = 16
 """Queries from which on a product is faster with their scores side by side in memory."""
 GATHERED, WIDEST = 1 << 21, 1 << 18
 """Scores looked at at a time, in all and of one query."""
-
-
-@runtime_checkable
-class Piece(Protocol):
-    """Consecutive rows as they are stored."""
-
-    @property
-    def begin(self) -> int:
-        """The first row."""
-        ...
-
-    @property
-    def values(self) -> Tensor:
-        """What is stored, `[r, D]`."""
-        ...
-
-    @property
-    def scale(self) -> Tensor | None:
-        """What it is multiplied with: `[r, 1]`, `[r, blocks]`, or nothing."""
-        ...
 
 
 class Scored(NamedTuple):
@@ -87,9 +67,8 @@ def scan(
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
-        >>> from influence.index.choosing import choose
-        >>> stored = SimpleNamespace(begin=0, values=torch.tensor([[1, 2], [3, 4]]).half(), scale=torch.ones(2, 1))
+        >>> from influence.index.columns import Piece, choose
+        >>> stored = Piece(0, torch.tensor([[1, 2], [3, 4]]).half(), torch.ones(2, 1))
         >>> scan([stored], torch.tensor([[1.0, 0.0]]), choose({"w": (2,)}), k=1)
         Nearest(values=tensor([[3.]]), indices=tensor([[1]]))
     """

@@ -1,4 +1,4 @@
-"""Shards: a sink that writes the rows of a contiguous slice of a dataset to one file, in the dataset's order.
+"""Shards: their names, which of a run are whole, and the sink that writes a slice of a dataset's rows to one file.
 
 Rows may come in any order, as packing has it, and in any batches: `index` says which is which. So the file is the same
 for every batch size, world size and resume.
@@ -16,9 +16,17 @@ from influence import store
 from influence.func.fold import Sink
 from influence.func.loss.losses import widen
 from influence.index.columns import Columns, Encoded, Unstorable, check_dtype, encode
-from influence.index.run import stamp
+from influence.store import BadFileError
+from influence.store.folder import RUN, Manifest, read_manifest
+from influence.store.schema import conform
 from influence.types import Rows
 
+ROOT = "index.h5"
+SHARDS, PARTIALS = "shard-#.h5", "partial-#.h5"
+NEIGHBOURS = "faiss"
+"""Directory of the FAISS indexes that were made of a run; they are made again when they are gone."""
+FILES = (ROOT, f"{NEIGHBOURS}/", SHARDS)
+"""What a run of rows may hold; the root, by which it is finished, first."""
 SCHEMA = 1
 KIND = "shard"
 
@@ -57,7 +65,7 @@ class ShardFacts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredBatch:
     """A batch as it will be stored."""
 
     index: Int[Tensor, " n"]
@@ -67,15 +75,77 @@ class Part:
     per_row: dict[str, Tensor]
 
 
-class Parts(NamedTuple):
+class StoredBatches(NamedTuple):
     """What a shard has seen so far."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[StoredBatch, ...]
 
 
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:05d}.h5"
+
+
+def shard_paths(directory: str | Path) -> list[Path]:
+    """Return the files of a directory that are named as shards are."""
+    return sorted(path for path in Path(directory).glob("shard-*.h5") if path.stem.partition("-")[2].isdecimal())
+
+
+def number_of(path: Path) -> int:
+    """Return a shard's number, as its name says it."""
+    return int(path.stem.partition("-")[2])
+
+
+def planned_shards(manifest: Manifest) -> list[list[int]] | None:
+    """Return begin and end of every planned shard; `None` where they come as they come."""
+    shards = manifest.plan.get("shards")
+    where = f"{RUN}: the plan's shards"
+    return None if shards is None else [[*ends] for ends in conform(shards, list[tuple[int, int]], where)]
+
+
+def owner(manifest: Manifest, number: int) -> str:
+    """Return the id that a shard carries: the run's, or that of the append which it came with."""
+    ids = [str(change["id"]) for change in manifest.appended if int(change["first"]) <= number]
+    return ids[-1] if ids else manifest.id
+
+
+def stamp(directory: str | Path, number: int) -> str:
+    """Return the id that a shard of a directory carries; nothing where no run was started."""
+    return owner(read_manifest(directory), number) if (Path(directory) / RUN).exists() else ""
+
+
+def done(directory: str | Path, first: int = 0, every_byte: bool = True) -> set[int]:
+    """Return the numbers of the shards of a run that are there and whole.
+
+    Args:
+        directory: the run.
+        first: the first that is looked at: those before it are an index's, to which others are appended.
+        every_byte: read every byte of them; otherwise what they say of themselves, which shows what was cut off.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        BadFileError: if a shard is another run's.
+    """
+    manifest = read_manifest(directory) if (Path(directory) / RUN).exists() else None
+    finished = set()
+    for path in [path for path in shard_paths(directory) if number_of(path) >= first]:
+        number = number_of(path)
+        try:
+            store.any_head(path)
+        except BadFileError:
+            continue  # cut off or damaged: it is made again
+        run = "" if manifest is None else owner(manifest, number)
+        head = store.read_head(path, kind=KIND, schema=SCHEMA, run=run)
+        try:
+            if every_byte:
+                store.check_whole(path, kind=KIND, schema=SCHEMA, run=run)
+        except BadFileError:
+            continue
+        if head.about["number"] == number:
+            finished.add(number)
+    return finished
 
 
 def shard_sink(
@@ -106,7 +176,7 @@ def shard_sink(
     check_dtype(dtype)
     path = Path(directory) / shard_name(number)
 
-    def finalize(state: Parts) -> Path:
+    def finalize(state: StoredBatches) -> Path:
         tensors = gather(state, expected, columns, dtype, per_token, str(path))
         (index,) = tensors["index"]
         ends = expected or ((int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0))
@@ -130,7 +200,7 @@ def memory_sink(columns: Columns, dtype: str = "float32", per_token: bool = Fals
     """Return the same sink for rows that stay in memory: its result are the tensors that a file would hold."""
     check_dtype(dtype)
 
-    def finalize(state: Parts) -> dict[str, Tensor]:
+    def finalize(state: StoredBatches) -> dict[str, Tensor]:
         found = gather(state, None, columns, dtype, per_token, "the rows in memory")
         return {key: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for key, pieces in found.items()}
 
@@ -138,13 +208,15 @@ def memory_sink(columns: Columns, dtype: str = "float32", per_token: bool = Fals
 
 
 def _sink(columns: Columns, dtype: str, per_token: bool, finalize: Any) -> Sink:
-    def update(state: Parts, index: Int[Tensor, " n"], value: Collected) -> Parts:
-        return Parts((*state.parts, part_of(index.cpu(), value, columns, dtype, per_token)))
+    def update(state: StoredBatches, index: Int[Tensor, " n"], value: Collected) -> StoredBatches:
+        return StoredBatches((*state.parts, stored_batch(index.cpu(), value, columns, dtype, per_token)))
 
-    return Sink(lambda: Parts(()), update, lambda a, b: Parts(a.parts + b.parts), finalize)
+    return Sink(lambda: StoredBatches(()), update, lambda a, b: StoredBatches(a.parts + b.parts), finalize)
 
 
-def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype: str, per_token: bool) -> Part:
+def stored_batch(
+    index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype: str, per_token: bool
+) -> StoredBatch:
     """Return a batch as it will be stored.
 
     Raises:
@@ -173,7 +245,7 @@ def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype:
     if value.document is not None:
         per_row["document"] = value.document.long().cpu()
     per_example = {"loss": widen(value.loss.detach()).cpu(), "length": length.long()}
-    return Part(
+    return StoredBatch(
         index.long(),
         counts,
         Encoded(stored.values.cpu(), None if stored.scale is None else stored.scale.cpu()),
@@ -183,7 +255,7 @@ def part_of(index: Int[Tensor, " n"], value: Collected, columns: Columns, dtype:
 
 
 def gather(
-    state: Parts, expected: tuple[int, int] | None, columns: Columns, dtype: str, per_token: bool, name: str
+    state: StoredBatches, expected: tuple[int, int] | None, columns: Columns, dtype: str, per_token: bool, name: str
 ) -> dict[str, list[Tensor]]:
     """Return the tensors of a shard in the dataset's order, each in pieces.
 
@@ -245,7 +317,7 @@ def check_index(index: Int[Tensor, " n"], expected: tuple[int, int] | None, name
 
 
 def _placed(
-    tensors: list[Tensor], parts: tuple[Part, ...], places: tuple[Tensor, ...], offsets: Int[Tensor, " n_and_1"]
+    tensors: list[Tensor], parts: tuple[StoredBatch, ...], places: tuple[Tensor, ...], offsets: Int[Tensor, " n_and_1"]
 ) -> Tensor:
     """Put what came in parts where its examples belong."""
     out = tensors[0].new_empty((int(offsets[-1]), *tensors[0].shape[1:]))
@@ -255,7 +327,7 @@ def _placed(
     return out
 
 
-def _nothing(columns: Columns, dtype: str, per_token: bool) -> Part:
+def _nothing(columns: Columns, dtype: str, per_token: bool) -> StoredBatch:
     none = torch.zeros(0, dtype=torch.int64)
     value = Collected(
         {name: torch.zeros(0, *shape) for name, shape in columns.shapes.items()},
@@ -263,4 +335,4 @@ def _nothing(columns: Columns, dtype: str, per_token: bool) -> Part:
         offsets=torch.zeros(1, dtype=torch.int64) if per_token else None,
         positions=none if per_token else None,
     )
-    return part_of(none, value, columns, dtype, per_token)
+    return stored_batch(none, value, columns, dtype, per_token)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from influence.index import Index, open_index
-from influence.index.choosing import choose
+from influence.index.columns import choose
 from influence.pipelines.frame.configs import Run
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.store import output_file

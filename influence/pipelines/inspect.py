@@ -8,8 +8,8 @@ from typing import Any
 
 from influence import hessians, store
 from influence.index import done, open_index
-from influence.index.run import made_by, planned_shards
-from influence.index.shards import KIND, SCHEMA, shard_name
+from influence.index.run import made_by
+from influence.index.shards import KIND, SCHEMA, planned_shards, shard_name
 from influence.pipelines import hessian, sample
 from influence.pipelines.chains.finished import read_samples, shares_in
 from influence.pipelines.frame.configs import Run

@@ -15,10 +15,9 @@ from influence import data
 from influence.data.parsing import text_of
 from influence.func.engine.per_example import per_example_grads_fn
 from influence.func.fingerprint import weights_hash
-from influence.index import Fingerprint, fingerprint_of, open_index
-from influence.index.attributor import Attributor
+from influence.index import Attributor, FaissConfig, Fingerprint, fingerprint_of, open_index
 from influence.pipelines.frame import recorded
-from influence.pipelines.frame.configs import DataConfig, Inversion, NeighbourConfig, Run, RunConfig, at_least
+from influence.pipelines.frame.configs import DataConfig, Inversion, Run, RunConfig, at_least
 from influence.pipelines.frame.outcome import Outcome, Say, as_row, quiet
 from influence.pipelines.frame.prepare import Measured, check_gradients, measure, predicted
 from influence.pipelines.frame.texts import by_part, datasets_of, highlighted, short, texts_of
@@ -46,7 +45,7 @@ class Hit(NamedTuple):
     text: str
 
 
-class Answer(NamedTuple):
+class TextAnswer(NamedTuple):
     """What was found for a text."""
 
     query: str
@@ -55,7 +54,7 @@ class Answer(NamedTuple):
     worst: list[Hit]
 
 
-def shown(answers: Sequence[Answer], width: int) -> str:
+def shown(answers: Sequence[TextAnswer], width: int) -> str:
     """Return answers for a terminal."""
     lines = []
     for answer in answers:
@@ -74,13 +73,13 @@ def _at(hit: Hit) -> list[int]:
     return [] if hit.position is None else [hit.position]
 
 
-def as_facts(answer: Answer) -> dict[str, Any]:
+def as_facts(answer: TextAnswer) -> dict[str, Any]:
     """Return an answer as JSON can write it."""
     ends = {name: [hit._asdict() for hit in getattr(answer, name)] for name in ("best", "worst")}
     return {"query": answer.query, "loss": answer.loss, **ends}
 
 
-def record(path: str | Path, answers: Sequence[Answer]) -> None:
+def record(path: str | Path, answers: Sequence[TextAnswer]) -> None:
     """Append answers to a CSV file, with a head if it is new; texts as `as_cell` writes them.
 
     All in one write, so that a kill leaves all of its lines or none.
@@ -157,7 +156,7 @@ class QueryConfig:
     file: str | None = None
     k: int = 5
     blocks: tuple[str, ...] = ()
-    faiss: NeighbourConfig = field(default_factory=NeighbourConfig)
+    faiss: FaissConfig = field(default_factory=lambda: FaissConfig(index_factory=None))
     record: str | None = None
     model: str | None = None
     model_kwargs: str | None = None
@@ -233,7 +232,7 @@ def open_session(config: QueryConfig) -> Session:
     if not {"model", "data", "loss", "transform"} <= set(stored):
         raise ValueError(
             f"{config.run} was built from Python, so it does not say by which model: ask it from Python, with "
-            "Attributor(…).trace(…)"
+            "Attributor(…).ask(…)"
         )
     if not 1 <= config.k <= len(index):
         raise ValueError(f"k must be between 1 and the number of rows, {len(index):,}; got {config.k}")
@@ -263,11 +262,11 @@ def open_session(config: QueryConfig) -> Session:
     known: dict[str, Any] = {"vocabulary": vocabulary_hash(measured.tokenizer), "loss": loss.loss}
     if (reference := measured.loss_fn.reference) is not None:
         known["reference"] = reference
-    asked = Attributor(config.run, faiss=config.faiss.made())
+    asked = Attributor(config.run, faiss=config.faiss)
     return Session(config, asked, measured, own, model.task, weights, known, texts, marked, greeting)
 
 
-def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
+def ask(session: Session, texts: Sequence[str]) -> list[TextAnswer]:
     """Find the examples at both ends for each text.
 
     Args:
@@ -282,13 +281,13 @@ def ask(session: Session, texts: Sequence[str]) -> list[Answer]:
     """
     config = session.config
     rows, losses, fingerprint = query_rows(session, texts)
-    how: dict[str, Any] = {"k": config.k, "blocks": list(config.blocks) or None}
-    how |= {"fingerprint": fingerprint, "force": config.force}
-    ends = [session.attributor.search(rows, reverse=reverse, **how) for reverse in (False, True)]
+    blocks = list(config.blocks) or None
+    found = session.attributor.ask(rows, blocks=blocks, fingerprint=fingerprint, force=config.force)
+    ends = [found.top(config.k), found.bottom(config.k)]
     answers = []
     for number, text in enumerate(texts):
         best, worst = ([*_hits(session, hits, number)] for hits in ends)
-        answers.append(Answer(text, float(losses[number]), best, worst))
+        answers.append(TextAnswer(text, float(losses[number]), best, worst))
     return answers
 
 

@@ -238,7 +238,8 @@ def of_index(config: RecallConfig, gold: Gold) -> Ranked:
         rows = per_example_grads_fn(loss_fn, params, batch, transform=transform)(params, batch)
         shapes = {name: tuple(row.shape[1:]) for name, row in rows.items()}
         made = fingerprint_of(loss_fn, params, transform, shapes, session.weights, session.recorded)
-        documents, scores = session.attributor.document_scores(rows, fingerprint=made, force=config.force)
+        answer = session.attributor.ask(rows, fingerprint=made, force=config.force).by_document()
+        documents, scores = answer.ids, answer.all()
         for query, row in zip(batch["index"].tolist(), scores, strict=True):
             if query in asked:
                 ranks[query] = int(first_gold(row[None], _columns([asked[query]], documents, config.run))[0])

@@ -18,7 +18,7 @@ from influence.store.growing import beginning
 from influence.store.hdf5 import any_head, parsed
 from influence.store.lock import LOCK, Lock, is_lock
 from influence.store.replacing import TEMPORARY, sync, temporaries, write_text
-from influence.store.schema import BadFileError, conform
+from influence.store.schema import BadFileError, conform, refuse_version
 
 RUN = "run.json"
 FORMAT: Literal["influence run"] = "influence run"
@@ -97,10 +97,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise BadFileError(f"{path} is damaged: its end is cut off or changed")
     if not isinstance(held, dict) or held.get("format") != FORMAT:
         raise BadFileError(f"{path} is no manifest of a run of influence")
-    if held.get("schema") != SCHEMA:
-        raise BadFileError(
-            f"{path} has schema {held.get('schema')}, this version reads {SCHEMA}: use the version that wrote it"
-        )
+    refuse_version(path, held.get("schema"), SCHEMA)
     said = held.pop(SUM, None)
     manifest = conform(held, Manifest, str(path))
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from influence.store.replacing import replacing
-from influence.store.schema import BadFileError, conform
+from influence.store.schema import BadFileError, conform, refuse_version
 
 CHUNK = 1 << 22
 """Bytes that are hashed apart."""
@@ -281,10 +281,7 @@ def read_head(path: str | Path, *, kind: str, schema: int, run: str | None = Non
     head = any_head(path)
     if head.kind != kind:
         raise BadFileError(f"{path} holds {head.kind!r}; expected {kind!r}")
-    if head.schema != schema:
-        raise BadFileError(
-            f"{path} has schema {head.schema}, this version reads {schema}: use the version that wrote it"
-        )
+    refuse_version(path, head.schema, schema)
     if run is not None and head.run != run:
         raise BadFileError(
             f"{path} belongs to another run (its id is {head.run[:16] or 'none'}, this run's is {run[:16]}): it was "
@@ -354,6 +351,13 @@ def any_head(path: str | Path) -> Head:
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(FIRST)
+        name, _, version = MAGIC.strip().rpartition(b" ")
+        there = first.partition(b"\n")[0].removeprefix(name + b" ")
+        if there.isdigit() and there != version:
+            raise BadFileError(
+                f"{path} is a file of influence of format {int(there)}, and this version reads {int(version)} (or its "
+                "beginning is damaged): use the version that wrote it, or make it again by the command that made it"
+            )
         if not first.startswith(MAGIC):
             raise BadFileError(f"{path} is no file of influence, or its beginning is damaged")
         digest, _, length = first[len(MAGIC) :].decode(errors="replace").partition(" ")

@@ -10,6 +10,22 @@ class BadFileError(ValueError):
     """A file is damaged, holds something else, or belongs to another run; the message names it and says what to do."""
 
 
+def refuse_version(path: object, found: object, reads: int) -> None:
+    """Refuse a file of another version of its format.
+
+    Raises:
+        BadFileError: naming the file and both versions, with what to do.
+    """
+    if found == reads:
+        return
+    older = isinstance(found, int) and found < reads
+    way = "make it again by the command that made it" if older else "use the version that wrote it"
+    raise BadFileError(
+        f"{path} is of {'an older' if older else 'another'} version of influence: it has schema {found}, this version "
+        f"reads {reads}: {way}"
+    )
+
+
 def conform(value: Any, kind: Any, where: str) -> Any:
     """Return a value that JSON holds as the type that it should be.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from influence.index import Collected, Index, open_index
-from influence.index.shards import Part, part_of
+from influence.index.shards import StoredBatch, stored_batch
 from influence.train.epochs import epoch_path, epochs_of, write_index
 from influence.train.facts import SUM, Training, read_training
 from influence.train.order import Visits, in_order, joined, visits_of
@@ -62,7 +62,7 @@ def sum_epochs(path: str | Path, partial: bool = False) -> Index:
     more = {"training": training.id, "epochs": numbers, "order": epochs[-1].about.plan["order"]}
     said = {"epoch": None, "epochs": len(epochs)}
 
-    def part(at: slice) -> Part:
+    def part(at: slice) -> StoredBatch:
         return _summed(training, epochs, examples[at])
 
     write_index(training, training.path / SUM, examples, more, said, part)
@@ -114,7 +114,7 @@ def _numbers(training: Training, partial: bool) -> list[int]:
     return [number for number in epochs_of(checked_logs(training)) if is_indexed(training, number)]
 
 
-def _summed(training: Training, epochs: list[Index], some: Tensor) -> Part:
+def _summed(training: Training, epochs: list[Index], some: Tensor) -> StoredBatch:
     """Return the sums of some examples' rows, which stand side by side in every index."""
     dim, columns = training.stored.columns.dim, training.stored.columns
     total = torch.zeros(len(some), dim, dtype=torch.float64)
@@ -127,4 +127,4 @@ def _summed(training: Training, epochs: list[Index], some: Tensor) -> Part:
             total[to] += epoch.matrix(between.start, between.stop)[at - at[0]]
             loss[to], length[to] = epoch.loss[at].double(), epoch.length[at]
     wide = total if training.plan.dtype == "float64" else total.float()
-    return part_of(some, Collected(columns.split(wide), loss, length), columns, training.plan.dtype, False)
+    return stored_batch(some, Collected(columns.split(wide), loss, length), columns, training.plan.dtype, False)

@@ -11,8 +11,7 @@ from torch import Tensor
 from influence.func.loss.losses import widen
 from influence.index import Fingerprint, Index, finish, open_index, shard_sink, start
 from influence.index.columns import Encoded
-from influence.index.run import ROOT
-from influence.index.shards import Part, Parts
+from influence.index.shards import ROOT, StoredBatch, StoredBatches
 from influence.store import BadFileError, sync
 from influence.store.folder import RUN, Manifest, clear, read_manifest, refuse_foreign
 from influence.train.facts import Training
@@ -119,7 +118,7 @@ def write_index(
     with start(directory, "index", config, (), plan, fingerprint, overwrite=True) as run:
         for number, at in enumerate(slices):
             sink = shard_sink(run.directory, number, None, training.stored.columns, training.plan.dtype)
-            sink.finalize(Parts((part(at),)))
+            sink.finalize(StoredBatches((part(at),)))
         finish(run.directory)
 
 
@@ -154,7 +153,7 @@ def let_go(place: Path) -> None:
     clear(place, read_manifest(place))
 
 
-def _part(training: Training, files: dict[int, Scratch], some: Laid) -> Part:
+def _part(training: Training, files: dict[int, Scratch], some: Laid) -> StoredBatch:
     """Return visits' rows and what is known of them as a shard takes them."""
     stored = training.stored
     data = torch.zeros(len(some.crc), stored.bytes, dtype=torch.uint8).numpy()
@@ -165,7 +164,7 @@ def _part(training: Training, files: dict[int, Scratch], some: Laid) -> Part:
         except BadFileError as error:
             raise BadFileError(f"{error} (epoch {int(some.visits.epoch[0])})") from error
     per_example = {"loss": widen(some.visits.loss), "length": some.visits.length}
-    return Part(some.visits.example, torch.ones_like(some.number), stored.encoded(data), per_example, {})
+    return StoredBatch(some.visits.example, torch.ones_like(some.number), stored.encoded(data), per_example, {})
 
 
 def _rows_again(training: Training, index: Index, rows: Laid, first: Tensor) -> Iterator[Any]:

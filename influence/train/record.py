@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from influence.index.run import ROOT
+from influence.index.shards import ROOT
 from influence.store import BadFileError, Lock
 from influence.store.folder import RUN, Manifest, read_manifest, refuse_foreign, take
 from influence.store.growing import Growing, make

@@ -3,7 +3,6 @@
 Each field is a flag of the command line, and a key of the YAML file under its group.
 """
 
-import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
@@ -11,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tyro
 
 from influence.data.parsing import LARGEST_ROW
-from influence.index.faiss_search import FaissConfig
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "fp64", "int8", "int4"]
 Stored: TypeAlias = Literal["float64", "float32", "float16", "bfloat16", "int8"]
@@ -236,37 +234,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
         at_least(self, 1, "token_budget", "max_rows", "shard_size")
-
-
-@dataclass(frozen=True)
-class NeighbourConfig:
-    """Approximate search with FAISS: faster, may miss neighbours.
-
-    Attributes:
-        index_factory: a FAISS index description. Flat is exact; IVF1024,Flat searches nprobe of 1024 cells;
-            IVF1024,PQ64 stores 64 bytes per row. Default: no FAISS, an exact scan of all rows.
-        mmap_index: map the FAISS index from disk, instead of loading it into memory.
-        max_train_examples: rows used to learn cells and codes. Default: FAISS's own limit.
-        batch_size: rows added at a time.
-        num_shards: number of files to split the FAISS index into.
-        nprobe: cells searched per query. More cells miss fewer neighbours.
-    """
-
-    index_factory: str | None = None
-    mmap_index: bool = False
-    max_train_examples: int | None = None
-    batch_size: int = 1024
-    num_shards: int = 1
-    nprobe: int = 10
-
-    def __post_init__(self) -> None:
-        """Refuse numbers below 1."""
-        at_least(self, 1, "max_train_examples", "batch_size", "num_shards", "nprobe")
-
-    def made(self) -> FaissConfig | None:
-        """Return what a search takes; `None` scans."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return None if self.index_factory is None else FaissConfig(**fields)
 
 
 Run: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

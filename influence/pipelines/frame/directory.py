@@ -14,7 +14,8 @@ from influence.data import Tokenized, collate
 from influence.func.loss.trial import EXAMPLES
 from influence.hessians.fitting import FitStep
 from influence.index import Fingerprint, fingerprint_of, start
-from influence.index.run import ROOT, what_is_there
+from influence.index.run import what_is_there
+from influence.index.shards import ROOT
 from influence.pipelines.frame.config_file import to_mapping, write_config
 from influence.pipelines.frame.planning import shard_ranges
 from influence.pipelines.frame.prepare import Measured

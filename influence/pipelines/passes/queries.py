@@ -11,8 +11,8 @@ from influence.func.fingerprint import fingerprint as hash_of
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import vectors
 from influence.index import Fingerprint, open_index
-from influence.index.choosing import choose
-from influence.index.narrowing import rows_for
+from influence.index.attributor import rows_for
+from influence.index.columns import choose
 from influence.pipelines.frame.prepare import check_gradients
 from influence.pipelines.passes.steps import Seen
 from influence.types import Rows

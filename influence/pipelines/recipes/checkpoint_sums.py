@@ -20,6 +20,7 @@ from influence.pipelines.passes.best import outcome_of
 from influence.pipelines.passes.queries import column, load_queries
 from influence.pipelines.recipes.frame import RecipeConfig
 from influence.store import BadFileError
+from influence.store.folder import read_manifest
 from influence.types import Rows
 
 STATE = "trainer_state.json"
@@ -237,8 +238,10 @@ def write_scores(
 ) -> None:
     """Write scores that are made of other runs, shard by shard; shards that are there already stay.
 
+    Their configuration and command are the recipe's: those of the runs would describe other runs.
+
     Args:
-        to: the run to write.
+        to: the run to write, a step of a recipe.
         like: an index or scores of the same examples, whose numbers, losses and shards these are.
         part: from begin and end of a shard to its scores.
         plan: what else decides them.
@@ -247,7 +250,10 @@ def write_scores(
     sample = part(0, 1)
     about, columns = like.about, Columns({name: tuple(rows.shape[1:]) for name, rows in sample.items()})
     dtype = str(next(iter(sample.values())).dtype).removeprefix("torch.")
-    with start(to, "scores", about.config, about.command, {**about.plan, **plan, "dtype": dtype}, fingerprint):
+    recipe = read_manifest(Path(to).parent)
+    asked = {name: about.config[name] for name in ("query", "mode") if name in about.config}  # of scores: their runs
+    config = {**recipe.config, "query": [], "query_data": recipe.config.get("query"), **asked}
+    with start(to, "scores", config, recipe.command, {**about.plan, **plan, "dtype": dtype}, fingerprint):
         ready = done(to)
         for number, (begin, end) in enumerate(about.plan["shards"]):
             if number not in ready:
