@@ -28,6 +28,7 @@ __all__ = [
     "Sink",
     "Transform",
     "as_blocks",
+    "attribute",
     "build",
     "chain",
     "down_project",
@@ -58,7 +59,7 @@ __all__ = [
     "viz",
 ]
 
-ROOMS = ("hessians", "index", "sgmcmc", "train", "viz")
+ROOMS = ("attribute", "hessians", "index", "sgmcmc", "train", "viz")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

@@ -21,7 +21,19 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-ROOMS = ("data", "hessians", "index", "models", "sgmcmc", "store", "train", "viz", "func.similarity", "func.sinks")
+ROOMS = (
+    "attribute",
+    "data",
+    "hessians",
+    "index",
+    "models",
+    "sgmcmc",
+    "store",
+    "train",
+    "viz",
+    "func.similarity",
+    "func.sinks",
+)
 
 
 def examples(page: str) -> list[tuple[str, str, int]]:
