@@ -29,6 +29,7 @@ __all__ = [
     "Sink",
     "Transform",
     "as_blocks",
+    "attribute",
     "build",
     "chain",
     "data",
@@ -63,7 +64,7 @@ __all__ = [
     "viz",
 ]
 
-ROOMS = ("data", "explorer", "hessians", "index", "models", "sgmcmc", "store", "train", "viz")
+ROOMS = ("attribute", "data", "explorer", "hessians", "index", "models", "sgmcmc", "store", "train", "viz")
 """Rooms that are imported when they are first asked for."""
 
 LENT = dict.fromkeys(("Attributor", "FaissConfig", "build", "open_index"), "index")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md"))
 FENCE = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-FOLDERS = ("data", "explorer", "hessians", "index", "models", "sgmcmc", "store", "train", "viz")
+FOLDERS = ("attribute", "data", "explorer", "hessians", "index", "models", "sgmcmc", "store", "train", "viz")
 ROOMS = (*FOLDERS, "func.similarity", "func.sinks")
 
 
