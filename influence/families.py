@@ -111,7 +111,11 @@ LLAMA = Attention(("self_attn.q_proj",), ("self_attn.k_proj",), ("self_attn.v_pr
 BERT = Attention(
     ("attention.self.query",), ("attention.self.key",), ("attention.self.value",), ("attention.output.dense",)
 )
-T5 = ("SelfAttention", "EncDecAttention")
+
+
+def _t5(which: str) -> tuple[str, ...]:
+    return (f"SelfAttention.{which}", f"EncDecAttention.{which}")
+
 
 ATTENTION: Mapping[str, Attention] = {
     "gpt2": Attention(outputs=("attn.c_proj",), fused=("attn.c_attn", "concatenated")),
@@ -124,7 +128,7 @@ ATTENTION: Mapping[str, Attention] = {
     "bert": BERT,
     "roberta": BERT,
     "vit": Attention(("attention.q_proj",), ("attention.k_proj",), ("attention.v_proj",), ("attention.o_proj",)),
-    "t5": Attention(*(tuple(f"{kind}.{which}" for kind in T5) for which in "qkvo")),
+    "t5": Attention(_t5("q"), _t5("k"), _t5("v"), _t5("o")),
     **dict.fromkeys(
         (
             *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2"),

@@ -12,13 +12,7 @@ from influence.types import Batch, LossFn, Params
 
 
 def batch_size(batch: Batch) -> int:
-    """Return the number of examples of a batch.
-
-    Args:
-        batch: a pytree of tensors with the example axis first.
-
-    Returns:
-        The common length of that axis.
+    """Return how many examples a batch holds: the common length of its tensors' first axis.
 
     Raises:
         ValueError: if there is no tensor, no example, or the tensors disagree.

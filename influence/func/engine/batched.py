@@ -301,10 +301,6 @@ class BatchedPlan(NamedTuple):
     alone: frozenset[UseKey]
     feeds: dict[str, list[Feed]]
 
-    def rows(self, loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
-        """Return the linear part of the rows, and the losses."""
-        return batched_rows(self, loss_fn, params, batch)
-
 
 class Tap(torch.autograd.Function):
     """An identity whose backward gives each zero its contribution."""
@@ -358,17 +354,9 @@ def same_left(block: Block) -> bool:
 def batched_rows(
     plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch, keep: int | None = None
 ) -> tuple[Rows, Float[Tensor, " n"]]:
-    """Return the linear part of the rows by one backward over taps.
+    """Return the linear part of the rows by one backward over taps, and the losses.
 
-    Args:
-        plan: what to execute.
-        loss_fn: the loss function.
-        params: plain parameters.
-        batch: the batch.
-        keep: number of token positions to keep apart, or `None`.
-
-    Returns:
-        Rows `{name: [n, *shape]}` (`[n, keep, *shape]` where positions are kept), and the losses.
+    Rows are `{name: [n, *shape]}`, or `[n, keep, *shape]` where `keep` token positions stay apart.
     """
     with torch.enable_grad():
         losses, run = tapped_losses(plan, loss_fn, params, batch, keep=keep)
@@ -381,35 +369,23 @@ def tapped_losses(
     loss_fn: Callable[[Params, Batch], Any],
     params: Params,
     batch: Batch,
-    watcher: "Callable[[BatchedPlan, Scene, Rows], Runner] | None" = None,
     keep: int | None = None,
 ) -> "tuple[Any, Runner]":
-    """Run a loss function with every parameter tapped.
-
-    Returns:
-        What it returns, and the run, which holds the zeros.
-    """
-    probes, run = tap(plan, params, batch_size(batch), watcher, keep)
-    return loss_fn(probes, batch), run
+    """Run a loss function with every parameter tapped; return what it returns, and the run, which holds the zeros."""
+    tapped, run = tap(plan, params, batch_size(batch), keep)
+    return loss_fn(tapped, batch), run
 
 
 def tap(
     plan: BatchedPlan,
     params: Params,
     n: int,
-    watcher: "Callable[[BatchedPlan, Scene, Rows], Runner] | None" = None,
     keep: int | None = None,
     live: bool = False,
 ) -> "tuple[Params, Runner]":
     """Return parameters that tap each of their uses, to be called with, and the run, which holds the zeros.
 
-    Args:
-        plan: what to execute.
-        params: the parameters.
-        n: how many examples will come.
-        watcher: the run's kind.
-        keep: number of token positions to keep apart, or `None`.
-        live: whether gradients flow on to the parameters themselves, as in training.
+    With `live`, gradients flow on to the parameters themselves, as in training.
     """
     lead = (n,) if keep is None else (n, keep)
     values = {name: p.detach() for name, p in params.items()}
@@ -421,7 +397,7 @@ def tap(
             shared = block.into != block.name
             dtype = torch.promote_types(like.dtype, torch.float32) if shared else like.dtype
             zeros[block.into] = like.new_zeros((), dtype=dtype).expand(*lead, *block.shape).requires_grad_()
-    run = (watcher or Runner)(plan, scene, zeros)
+    run = Runner(plan, scene, zeros)
     used = params if live else values
     return probes(used, run), run
 

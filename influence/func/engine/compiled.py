@@ -80,15 +80,7 @@ class Compiled:
 
 
 def record(function: Callable[[list[Tensor]], list[Tensor]], tensors: list[Tensor]) -> torch.fx.GraphModule:
-    """Record a function, backward passes included, as one graph of tensor operations.
-
-    Args:
-        function: a pure function of a list of tensors.
-        tensors: its inputs; the graph holds for their shapes.
-
-    Returns:
-        The graph.
-    """
+    """Record a function of tensors, backward passes included, as one graph of tensor operations for their shapes."""
 
     def settled(tensors: list[Tensor]) -> list[Tensor]:
         with SettleConstants():

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.engine.batch import batch_size, check_independence, chunks
+from influence.func.engine.batched import batched_rows
 from influence.func.engine.compiled import Compiled
 from influence.func.engine.plan import EngineError, Made, Plan, Planned, make_plan
 from influence.func.engine.reference import explain_torch, loop_both, vmap_both
@@ -217,7 +218,7 @@ def shown_step(loss_fn: LossFn, plan: Plan) -> Callable[[Params, Batch], tuple[R
         return None
 
     def shown(params: Params, batch: Batch) -> tuple[Rows, Rows]:
-        rows, losses = batched.rows(loss_fn, params, batch)
+        rows, losses = batched_rows(batched, loss_fn, params, batch)
         return {**plan.folded.finish_rows(rows), LOSSES: losses}, rows
 
     return shown

@@ -49,18 +49,11 @@ def guard_limit(params: Params) -> float:
 def guard(
     plan: BatchedPlan, loss_fn: LossFn, params: Params, batch: Batch, rows: Rows | None = None, seed: int = 0
 ) -> tuple[float | None, str]:
-    r"""Check `Σ_n c_n row_n = ∇ Σ_n c_n ℓ_n` over a few examples `n`, with random weights `c`, by a plain backward.
+    """Check `Σ_n c_n row_n = ∇ Σ_n c_n ℓ_n` over a few examples `n`, with random weights `c`, by a plain backward.
 
     The rows are those of the whole batch, the backward is of the few alone. So it catches a misplaced example axis,
-    which an unweighted sum over all of them cannot see, and rows which hold anything of another example.
-
-    Args:
-        plan: what was executed.
-        loss_fn: the loss function.
-        params: plain parameters.
-        batch: the batch.
-        rows: the linear part of its rows `{name: [n, …]}`, if they are at hand.
-        seed: which examples are taken, and their weights.
+    which an unweighted sum over all of them cannot see, and rows which hold anything of another example. `rows` is the
+    linear part of the rows, where it is at hand; `seed` chooses examples and weights.
 
     Returns:
         The largest relative error and the block where it is; `None` and the reason where the examples show nothing.
@@ -177,17 +170,7 @@ class Plan(NamedTuple):
 def make_plan(
     loss_fn: LossFn, params: Params, batch: Batch, transform: Transform | None = None, engine: str = "auto"
 ) -> Plan:
-    """Decide how per-example gradients of a function are computed, and check it on a batch.
-
-    Args:
-        loss_fn: `(params, batch) -> losses[n]`.
-        params: the parameters to differentiate.
-        batch: a first batch, of the kind that will come.
-        transform: what is wanted of the gradients.
-        engine: `auto`, `batched`, `vmap` or `loop`.
-
-    Returns:
-        The plan.
+    """Decide how per-example gradients of a function are computed, and check it on a first batch.
 
     Raises:
         EngineError: if the engine that was asked for cannot serve.

@@ -20,16 +20,7 @@ def loop_rows(loss_fn: LossFn, params: Params, batch: Batch) -> Rows:
 
 
 def vmap_both(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
-    r"""Per-example gradients by definition: `vmap(grad(ℓ))`, each example a batch of one.
-
-    Args:
-        loss_fn: `(params, batch) -> losses[n]`.
-        params: the parameters.
-        batch: the batch.
-
-    Returns:
-        `{name: [n, *shape]}`, and the losses.
-    """
+    """Return per-example gradients by definition, `vmap(grad(ℓ))`, each example a batch of one; and the losses."""
     leaves, rebuild = split_leaves(batch)
 
     def one(p: Params, example: list[Tensor]) -> Tensor:
@@ -41,16 +32,7 @@ def vmap_both(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Floa
 
 
 def loop_both(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Rows, Float[Tensor, " n"]]:
-    """Per-example gradients by plain autograd, one example at a time.
-
-    Args:
-        loss_fn: `(params, batch) -> losses[n]`.
-        params: the parameters.
-        batch: the batch.
-
-    Returns:
-        `{name: [n, *shape]}`, and the losses.
-    """
+    """Return per-example gradients by plain autograd, one example at a time; and the losses."""
     losses: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in params}
     for i in range(batch_size(batch)):

@@ -61,7 +61,7 @@ Head: TypeAlias = Callable[[Params, Batch], tuple[Tensor, Any]]
 
 
 class Anchored(Runner):
-    """The watcher of a run whose taps sum what they see; some blocks have rows all the same.
+    """Watches a run whose taps sum what they see; some blocks have rows all the same.
 
     Attributes:
         anchor: a zero that every tap depends on: its gradient is asked for so that every backward runs.
@@ -93,14 +93,7 @@ Run = TypeVar("Run", bound=Anchored)
 def watched(
     plan: BatchedPlan, make: Callable[[Scene], Run], head: Head, params: Params, batch: Batch
 ) -> tuple[Tensor, Any, Run]:
-    """Run a function of parameters with every use watched.
-
-    Args:
-        plan: what the batched engine executes.
-        make: makes the watcher.
-        head: the function.
-        params: the parameters.
-        batch: the batch.
+    """Run a function of parameters with every use watched by what `make` makes.
 
     Returns:
         The output, what the head says of it, and the watcher, whose backward takes cotangents.
@@ -116,7 +109,7 @@ Reduction: TypeAlias = Callable[[Tensor | None, Tensor], Tensor]
 
 
 class Reduce(Anchored):
-    """The watcher of one run.
+    """Watches one run and sums a function of every example's rows.
 
     Attributes:
         sums: what was summed, by block.
@@ -269,7 +262,7 @@ def _unfactored(block: Block, keys: Sequence[UseKey], routes: Mapping[UseKey, Ro
 
 
 class Gather(Anchored):
-    """The watcher of one run.
+    """Watches one run and sums both factors of every block that has them; of the others, squares of rows.
 
     Attributes:
         sums: what was gathered, by block.
@@ -277,14 +270,7 @@ class Gather(Anchored):
     """
 
     def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Mask, scene: Scene) -> None:
-        """Start a run.
-
-        Args:
-            plan: which blocks have factors.
-            joint: sums of both factors together; `None` for the Gram matrix of each on its own.
-            mask: which positions are tokens, where some are not.
-            scene: the run.
-        """
+        """Start a run; `joint` sums both factors together, without it each has a Gram matrix."""
         super().__init__(plan.batched, scene, plan.rows)
         self.gather, self.joint, self.masked = plan, joint, scene._replace(mask=mask)
         self.sums: dict[str, BlockSums] = {block.name: {} for block in plan.batched.folded.blocks}

@@ -204,17 +204,7 @@ NO_POSITION = -1
 
 
 def positions(x: Shaped[Tensor, "..."], axis: Axis, n: int, keep: int | None) -> Shaped[Tensor, "..."]:
-    """Arrange a tensor whose last axis holds features as `[n, s, d]`, or `[n, keep, r, d]` where positions are kept.
-
-    Args:
-        x: the tensor.
-        axis: its example axis.
-        n: number of examples.
-        keep: the number of positions, if they must stay apart.
-
-    Returns:
-        The rearranged tensor.
-    """
+    """Arrange a tensor, features last, as `[n, s, d]`, or `[n, keep, r, d]` where positions stay apart."""
     parts = axis.split(x, n)
     if keep is None:
         return parts.flatten(1, -2)
@@ -411,14 +401,6 @@ def _run(loss_fn: LossFn, params: Params, batch: Batch, n: int, known: dict[UseK
 def trace(loss_fn: LossFn, params: Params, batch: Batch) -> Trace:
     """Find every use of every parameter, and the example axis at each.
 
-    Args:
-        loss_fn: `(params, batch) -> losses[n]`.
-        params: the parameters to differentiate.
-        batch: the first batch.
-
-    Returns:
-        The uses by key.
-
     Raises:
         CannotTrace: if the batched engine cannot serve this function.
     """
@@ -448,15 +430,8 @@ def position_axes(
 ) -> dict[UseKey, tuple[dict[int, int | None], tuple[int | None, ...]]]:
     """Find where token positions are at each use, by a run on examples that are one position shorter.
 
-    Args:
-        loss_fn: the loss function.
-        params: the parameters to differentiate.
-        batch: a batch.
-        known: for each operation that was traced, whether it meets no example.
-        s: the number of positions.
-
-    Returns:
-        The dimension of positions of each argument and each result; empty where the function takes no other length.
+    `known` says of each traced operation whether it meets no example. Returns the dimension of positions of each
+    argument and each result, or nothing where the function takes no other length.
     """
     whole = sample(batch, 2)
     shorter = tree_map(lambda x: x[:, :-1] if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == s else x, whole)
