@@ -195,8 +195,7 @@ def _product(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Float[Tensor
     if ghost < formed:
         lefts, rights = (einsum(x, y, "n s d, m t d -> n m s t") for x, y in zip(a, b, strict=True))
         return einsum(lefts, rights, "n m s t, n m s t -> n m")
-    rows = [left.mT @ right for left, right in (a, b)]
-    return einsum(*rows, "n o i, m o i -> n m")
+    return einsum(a[0].mT @ a[1], b[0].mT @ b[1], "n o i, m o i -> n m")
 
 
 class _Gradients(NamedTuple):

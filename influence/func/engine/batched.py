@@ -93,7 +93,7 @@ class Factor(Protocol):
     """One factor of a block's gradient behind its side, at every position of every example; zero at padding."""
 
     @property
-    def count(self) -> int:
+    def positions(self) -> int:
         """How many positions count."""
         ...
 
@@ -329,9 +329,9 @@ def make_feeds(folded: Folded) -> dict[str, list[Feed]]:
         fused = rides(block)
         for part in block.parts:
             layout, right = folded.layout[part.source], part.right
-            is_column = right is not None and not layout.is_matrix
             one = torch.ones(1, dtype=layout.dtype, device=layout.device)
-            feeds[part.source].append(Feed(slot, part, block, fused, right.apply(one) if is_column else None))
+            column = None if right is None or layout.is_matrix else right.apply(one)
+            feeds[part.source].append(Feed(slot, part, block, fused, column))
     return feeds
 
 

@@ -339,7 +339,7 @@ class Gather(Anchored):
             self.add(name, {"left" if use.known_is_left else "right": gram})
         else:
             factor = use.known.factor(side, riding, self.gather.max_side)
-            count = factor.count
+            count = factor.positions
         self.positions[name] = self.positions.get(name, 0) + count
         return factor
 
@@ -356,7 +356,7 @@ class Gather(Anchored):
         if known is not None and source is not None and known[0]() is source:
             return known[1], known[2]
         factor = use.known.factor(side, bias, self.gather.max_side)
-        gram, count = factor.gram(), factor.count
+        gram, count = factor.gram(), factor.positions
         if source is not None:
             self._grams[key] = (weakref.ref(source), gram, count)
         return gram, count

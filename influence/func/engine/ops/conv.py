@@ -196,7 +196,7 @@ class Grouped(NamedTuple):
     diagonal: bool = False
 
     @property
-    def count(self) -> int:
+    def positions(self) -> int:
         """How many positions count, in each group for itself."""
         return self.x.shape[0] * self.x.shape[1] * self.x.shape[2]
 

@@ -136,7 +136,7 @@ class OneHot(NamedTuple):
         return OneHot(self.ids, side.apply(self.scale), live)
 
     @property
-    def count(self) -> int:
+    def positions(self) -> int:
         """How many positions count."""
         return self.ids.numel() if self.live is None else int(self.live.sum())
 

@@ -175,7 +175,7 @@ class Vectors(NamedTuple):
         return Vectors(x if real is None else x * real[..., None], real, x.shape[-1] > max_side)
 
     @property
-    def count(self) -> int:
+    def positions(self) -> int:
         """How many positions count."""
         return self.x.shape[0] * self.x.shape[1] if self.real is None else int(self.real.sum())
 
@@ -214,9 +214,9 @@ class Affine(NamedTuple):
     real: Bool[Tensor, "n s"] | None
 
     @property
-    def count(self) -> int:
+    def positions(self) -> int:
         """How many positions count."""
-        return Vectors(self.x, self.real).count
+        return Vectors(self.x, self.real).positions
 
     def gram(self, weight: Float[Tensor, " n"] | None = None) -> Shaped[Tensor, "d *d"]:
         """Return the weighted sum of outer products, `[d + 1, d + 1]`."""
