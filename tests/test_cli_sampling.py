@@ -12,7 +12,7 @@ import torch
 from influence import sgmcmc
 from influence.cli import main
 from influence.index import Fingerprint, start
-from influence.pipelines.chains.settings import settings
+from influence.pipelines.chains import settings
 from tests.pipeline_world import world
 from tests.test_cli import refused, run
 from tests.test_sgmcmc_runs import same
