@@ -145,7 +145,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """What is wanted of each gradient, in this order: blocks, heads, optimizer, curvature, projection, unit norm.
+    """What is made of each gradient, in this order: blocks, heads, optimizer, steps, curvature, projection, unit norm.
 
     Attributes:
         targets: globs over parameter names to attribute to; default the matrices of the repeated layers.
@@ -159,7 +159,7 @@ class TransformConfig:
         projection_seed: another seed draws other matrices.
         projection_signs: non-zeros per column of a sparse sketch.
         optimizer: a checkpoint's folder or an optimizer's file: divide by its second moments, as Adam or Adafactor do.
-        steps: more steps behind the optimizer's, each as it is written in Python: 'scale_inputs(2.0)'.
+        steps: more steps after the optimizer's, each as it is written in Python: 'unit_norm(eps=1e-6)'.
         optimizer_view: scale divides alone; update is the whole step that Adam would make of the example's gradient.
         hessian: factors that influence hessian wrote (a run directory or its factors.h5), to precondition with.
         power: of the curvature, -1 for one side of a score alone, -0.5 for both sides.
