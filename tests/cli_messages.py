@@ -163,7 +163,7 @@ MISTAKES = [
     Mistake(
         "another seed", score("--projection-seed", 1), ("the query's project.seed is 0, and the stored rows' is 1",)
     ),
-    Mistake("another metric", score("--unit-norm"), ("'inner product', and the stored rows' is 'cosine'",)),
+    Mistake("another metric", score("--unit-norm"), ("--unit-norm is None, and the stored rows' is {'eps': 1e-12}",)),
     Mistake(
         "curvature on one side",
         ask("--hessian", "factors", "--power", -0.5),

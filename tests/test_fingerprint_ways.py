@@ -359,7 +359,7 @@ def test_the_command_line_refuses_each_field_and_takes_what_fits(tmp_path: Path,
             "the query's project.signs is 1, and",
         ),
         "target": (sparse, ["--projection-target", "global"], "the query's project.target is 'per_block', and"),
-        "blocks": (asked, ["--targets", "*q_proj.weight", "--unit-norm"], "the query's unit_norm is None, and"),
+        "blocks": (asked, ["--targets", "*q_proj.weight", "--unit-norm"], "the query's --unit-norm is None, and"),
         "no projection": (asked, ["--projection-dim", 0], "the query's project is {'dim': 4"),
         "basis": (asked, ["--hessian", fitted("one"), "--whiten", "eigen"], "the query's eigen_whiten is None, and"),
         "half": (

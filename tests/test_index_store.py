@@ -38,7 +38,7 @@ from influence.store.folder import read_manifest
 from influence.store.hdf5 import sha256
 
 COLUMNS = Columns({"a": (3, 4), "b": (5,)})
-PRINT = Fingerprint({"weights": "abc"}, {"curvature": [], "scaling": None}, {"data": "none"})
+PRINT = Fingerprint("abc", recorded={"data": "none"})
 PLAN = {"shards": [[0, 7], [7, 12], [12, 12]]}
 
 

@@ -145,7 +145,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """The steps from a gradient to a stored row, in order: blocks, heads, optimizer, curvature, projection, norm.
+    """The steps from a gradient to a stored row, in order: blocks, heads, optimizer, steps, curvature, projection, norm.
 
     Attributes:
         targets: globs of the parameter names to use. Default: the matrices of the repeated layers.
@@ -160,7 +160,7 @@ class TransformConfig:
         projection_signs: non-zeros per column of a sparse sketch.
         optimizer: divide gradients by an optimizer's second moments, as Adam or Adafactor do. Takes a checkpoint
             folder or an optimizer file.
-        steps: more steps behind the optimizer's, each as it is written in Python: 'scale_inputs(2.0)'.
+        steps: more steps after the optimizer's, each as it is written in Python: 'unit_norm(eps=1e-6)'.
         optimizer_view: scale only divides. update is the full step that Adam would take on the example's gradient.
         hessian: precondition with these factors: a run of influence hessian, or its factors.h5.
         power: power of the curvature: -1 on one side of a score, or -0.5 on both.

@@ -251,9 +251,8 @@ def write_scores(
     about, columns = like.about, Columns({name: tuple(rows.shape[1:]) for name, rows in sample.items()})
     dtype = str(next(iter(sample.values())).dtype).removeprefix("torch.")
     recipe = read_manifest(Path(to).parent)
-    asked: dict[str, Any] = {
-        name: about.config[name] for name in ("query", "mode") if name in about.config
-    }  # of scores: their runs
+    of_scores = ("query", "mode")
+    asked: dict[str, Any] = {name: about.config[name] for name in of_scores if name in about.config}
     config: dict[str, Any] = {**recipe.config, "query": [], "query_data": recipe.config.get("query"), **asked}
     with start(to, "scores", config, recipe.command, {**about.plan, **plan, "dtype": dtype}, fingerprint):
         ready = done(to)
