@@ -145,7 +145,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """The steps from a gradient to a stored row, in order: blocks, heads, optimizer, steps, curvature, projection, norm.
+    """The steps from a gradient to a stored row: blocks, heads, optimizer, steps, curvature, projection, norm.
 
     Attributes:
         targets: globs of the parameter names to use. Default: the matrices of the repeated layers.
