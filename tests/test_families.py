@@ -101,7 +101,12 @@ def batch_of(name: str) -> dict[str, Tensor]:
 def attentions(name: str) -> dict[str, dict[str, list[str]]]:
     """`{path of an attention: {role: its blocks}}`, by the table."""
     model, table, found = model_of(name), ATTENTION[model_of(name).config.model_type], {}
-    roles = {"q": table.queries, "kv": table.keys, "o": table.outputs, "qkv": table.fused[:1] if table.fused else ()}
+    roles = {
+        "q": table.queries,
+        "kv": table.keys + table.values,
+        "o": table.outputs,
+        "qkv": table.fused[:1] if table.fused else (),
+    }
     for block in map(block_name, layer_matrices(model)):
         for role, suffixes in roles.items():
             for suffix in suffixes:
