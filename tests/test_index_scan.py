@@ -1,7 +1,6 @@
 """Scans against the dense float64 matrix of scores, for every way rows can be stored."""
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,17 +8,11 @@ from torch import Tensor
 
 from influence.func import top
 from influence.index import scan
-from influence.index.columns import Chosen, choose
+from influence.index.columns import Chosen, Piece, choose
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2), "d": (6,)}
 D = 27
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int8", "int8 by row")
-
-
-class Piece(NamedTuple):
-    begin: int
-    values: Tensor
-    scale: Tensor | None
 
 
 def rows_of(n: int, seed: int = 0) -> Tensor:
