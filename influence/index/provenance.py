@@ -225,10 +225,10 @@ def check(query: Fingerprint, stored: Fingerprint, force: bool = False) -> int |
 def problems(query: Fingerprint, stored: Fingerprint) -> Iterator[tuple[str, str]]:
     """Yield every field that does not fit, causes before what follows from them: its name, and what is wrong."""
     smaller = _is_smaller(query, stored)
+    if None not in (query.function, stored.function) and query.function != stored.function:  # one by hand has none
+        yield "function", _said("function", query.function, stored.function)  # before the buffers that it filled
     if query.weights != stored.weights:
         yield "weights", _said("weights", query.weights, stored.weights)
-    if None not in (query.function, stored.function) and query.function != stored.function:  # one by hand has none
-        yield "function", _said("function", query.function, stored.function)
     for name, mine, theirs, kind in _steps_apart(_with_sides(query, "equal"), _with_sides(stored, "equal")):
         if not (smaller and kind == "sketch" and name.endswith(".dim")):
             yield name, _said(name, mine, theirs, kind)
@@ -384,7 +384,7 @@ def all_differences(one: Fingerprint, other: Fingerprint, free: Iterable[str] = 
 
     A trial differs where it says something else of the same examples, by more than rounding.
     """
-    for name in ("weights", "function"):
+    for name in ("function", "weights"):
         if getattr(one, name) != getattr(other, name):
             yield name, getattr(one, name), getattr(other, name)
     for name, mine, theirs, _ in _steps_apart(one.steps, other.steps, powers=True):
