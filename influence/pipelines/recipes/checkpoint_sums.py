@@ -251,8 +251,8 @@ def write_scores(
     about, columns = like.about, Columns({name: tuple(rows.shape[1:]) for name, rows in sample.items()})
     dtype = str(next(iter(sample.values())).dtype).removeprefix("torch.")
     recipe = read_manifest(Path(to).parent)
-    asked = {name: about.config[name] for name in ("query", "mode") if name in about.config}  # of scores: their runs
-    config = {**recipe.config, "query": [], "query_data": recipe.config.get("query"), **asked}
+    config = {**recipe.config, "query": [], "query_data": recipe.config.get("query")}
+    config |= {str(name): about.config[name] for name in ("query", "mode") if name in about.config}  # of scores' runs
     with start(to, "scores", config, recipe.command, {**about.plan, **plan, "dtype": dtype}, fingerprint):
         ready = done(to)
         for number, (begin, end) in enumerate(about.plan["shards"]):
