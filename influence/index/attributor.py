@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -109,8 +109,8 @@ class Attributor:
         """
         if isinstance(query, CollectedRows) or (model is None and self._holds_rows(query)):
             rows = query
-            if model is not None:
-                fingerprint = provenance(*self._function(model), cast(CollectedRows, rows))
+            if model is not None and isinstance(query, CollectedRows):
+                fingerprint = provenance(*self._function(model), query)
         else:
             loss_fn, params = self._function(model)
             if isinstance(query, str) or (isinstance(query, list | tuple) and all(isinstance(x, str) for x in query)):
