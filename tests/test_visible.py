@@ -173,7 +173,7 @@ def test_everything_that_is_printed_goes_through_one_function() -> None:
 
 PRINTED = (
     "overview()",
-    "f\"influence {version('influence')}\"",
+    "f'influence {__version__}'",
     "json.dumps(outcome.facts, default=_plain)",  # which spells all but ASCII itself
     "f\"influence: note: {' '.join(visible(str(message)).split())}\"",
 )
