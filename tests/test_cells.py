@@ -11,7 +11,7 @@ import torch
 from influence.pipelines import susceptibilities
 from influence.pipelines.chains.examples import Example
 from influence.pipelines.frame.outcome import as_cell, from_cell
-from influence.pipelines.query import Answer, Hit, check_record, record
+from influence.pipelines.query import Hit, TextAnswer, check_record, record
 from influence.sgmcmc.estimators.susceptibility import Susceptibility
 
 FORMULAS = (
@@ -42,7 +42,7 @@ def test_recorded_answers(text: str, tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     hits = [Hit(-0.5, 3, None, text), Hit(1e-9, 4, 2, text)]
     for _ in range(2):
-        record(path, [Answer(text, 1.0, hits, hits[::-1])])
+        record(path, [TextAnswer(text, 1.0, hits, hits[::-1])])
     with open(path, newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
     assert head == ["query", "direction", "rank", "score", "example", "position", "text"]
@@ -71,7 +71,7 @@ def test_saved_susceptibilities(tmp_path: Path) -> None:
 def test_answers_are_put_behind_answers_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     check_record(path)
-    record(path, [Answer("q", 1.0, [Hit(1.0, 0, None, "a")], [])])
+    record(path, [TextAnswer("q", 1.0, [Hit(1.0, 0, None, "a")], [])])
     check_record(path)
     path.write_text('{"text": "mine"}\n')
     with pytest.raises(FileExistsError, match="holds something else than results of queries"):

@@ -200,7 +200,7 @@ def test_a_second_writer_is_refused(tmp_path: Path, capsys: Any) -> None:
 def test_fingerprints_that_do_not_fit(corpus: Path, mean: Path, tmp_path: Path, capsys: Any) -> None:
     for flags, parts in (
         (["--projection-seed", "1"], ("seed", "0", "1")),
-        (["--unit-norm"], ("metric", "inner product", "cosine")),
+        (["--unit-norm"], ("unit_norm", "on both sides or on neither")),
         (["--bias"], ("the query's as_blocks.bias is False, and the stored rows' is True",)),
         (["--heads"], ("the query's split_heads is None, and the stored rows' is",)),
         (

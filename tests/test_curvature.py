@@ -20,7 +20,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.engine.ops.linear import Affine, Vectors, symmetric_product
+from influence.func.engine.ops.linear import Affine, Dense, symmetric_product
 from influence.hessians.labels import Labels
 from tests import cases
 from tests.oracles import kronecker
@@ -550,7 +550,7 @@ def test_symmetric_products_are_whole_whatever_their_panels(d: int) -> None:
         by = ones if w is None else ones * w[:, None, None]
         expected = by.flatten(0, 1).mT @ ones.flatten(0, 1)
         assert error(Affine(masked, real).gram(w), expected) <= 1e-13
-        assert error(Vectors(ones).gram(w), expected) <= 1e-13
+        assert error(Dense(ones).gram(w), expected) <= 1e-13
     torch.testing.assert_close(Affine(masked, real).energy(), ones.square().sum((1, 2)))
 
 

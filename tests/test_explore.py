@@ -274,7 +274,9 @@ def test_what_cannot_be_is_refused_before_the_work(runs: Path, tmp_path: Path, c
     from influence import build as build_from_python
 
     params = {"w": torch.zeros(2)}
-    build_from_python(lambda p, b: (b * p["w"]).sum(1), params, [torch.eye(2)] * 3, python, transform=as_blocks())
+    build_from_python(
+        lambda p, b: (b * p["w"]).sum(1), params, [torch.eye(2)] * 3, python, transform=as_blocks(), progress=False
+    )
     assert "was built from Python" in refused(capsys, python, "--k", 2)
     assert not (tmp_path / "python.html").exists()
     (tmp_path / "said.txt").write_text("a\nb\nc\nd\ne\nf\n")
@@ -319,7 +321,7 @@ def test_from_python_a_page_of_any_index_and_any_scores(tmp_path: Path) -> None:
     check(found, inner, (x @ x.mT).double(), (x @ x.mT)[None].double(), own=True)
     check(found, asked, (q @ x.mT).double(), (q @ x.mT)[None].double())
     # scores by any method; numbers looked up by a function; nothing given is known by its number
-    dense = Attributor(index).scores(queries.rows(), fingerprint=queries.fingerprint)
+    dense = Attributor(index).ask(queries.rows(), fingerprint=queries.fingerprint).all()
     found = read(explorer.page(index, texts=lambda numbers: [str(n) for n in numbers], scores=dense, **how).html)
     check(found, found[0]["views"][2], dense.double())
     assert found[0]["texts"] == [str(n) for n in range(9)]

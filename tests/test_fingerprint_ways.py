@@ -1,7 +1,7 @@
 """Every way to ask an index refuses what does not fit, by name and with both values, and accepts what does.
 
 The two sides are really collected differently: nothing here edits a fingerprint. `tests/test_index_fingerprints.py`
-has the rules; this file has the doors: `Attributor.search`, `.trace`, `.query`, and `influence score` and `query`.
+has the rules; this file has the doors: `Attributor.ask` of rows, of a batch and of texts, and `influence score` and `query`.
 """
 
 import contextlib
@@ -230,7 +230,7 @@ def sides(case: tuple[Callable[[], Side], Callable[[], Stored]], place: Path) ->
     return Sides(side, stored, train, place / "asked")
 
 
-def by_search(at: Sides, place: Path, force: bool) -> Tensor:
+def by_rows(at: Sides, place: Path, force: bool) -> Tensor:
     made, batch = measured_by(at.side), batch_of(questions(), at.side)
     rows = per_example_grads(made.loss_fn, made.params, batch, transform=made.transform)
     known = provenance(made.loss_fn, made.params, rows)
@@ -238,18 +238,18 @@ def by_search(at: Sides, place: Path, force: bool) -> Tensor:
     return in_order(hits, batch["index"])
 
 
-def by_trace(at: Sides, place: Path, force: bool) -> Tensor:
+def by_batch(at: Sides, place: Path, force: bool) -> Tensor:
     made, batch = measured_by(at.side), batch_of(questions(), at.side)
     asked = Attributor(at.train)
-    hits = asked.trace((made.loss_fn, made.params), batch, None, transform=made.transform, force=force)
+    hits = asked.ask(batch, (made.loss_fn, made.params), transform=made.transform, force=force).top(None)
     return in_order(hits, batch["index"])
 
 
-def by_query(at: Sides, place: Path, force: bool) -> Tensor:
+def by_texts(at: Sides, place: Path, force: bool) -> Tensor:
     made, texts = measured_by(at.side), [row["text"] for row in lines("questions.jsonl")]
     asked = Attributor(at.train)
     how: dict[str, Any] = {"transform": made.transform, "force": force}
-    return in_order(asked.query(texts, (made.loss_fn, made.params), made.tokenizer, None, **how), None)
+    return in_order(asked.ask(texts, (made.loss_fn, made.params), tokenizer=made.tokenizer, **how).top(None), None)
 
 
 def by_score(at: Sides, place: Path, force: bool) -> Tensor:
@@ -269,11 +269,11 @@ def by_score(at: Sides, place: Path, force: bool) -> Tensor:
     return scores[order.argsort()].mT
 
 
-WAYS = {"search": by_search, "trace": by_trace, "query": by_query, "score": by_score}
+WAYS = {"rows": by_rows, "batch": by_batch, "texts": by_texts, "score": by_score}
 
 
 def in_order(hits: Any, index: Tensor | None) -> Tensor:
-    values = torch.zeros(hits.values.shape, dtype=torch.float64).scatter_(1, hits.documents, hits.values.double())
+    values = torch.zeros(hits.values.shape, dtype=torch.float64).scatter_(1, hits.ids, hits.values.double())
     return values if index is None else values[index.argsort()]
 
 
@@ -287,7 +287,7 @@ def test_every_way_names_the_field_and_both_values(name: str, tmp_path: Path) ->
             ask(at, tmp_path / way, False)
         assert not (tmp_path / way).exists()  # refused before anything is written
     with pytest.warns(UserWarning, match=rf"forced past \d+ differences: .*'{field}': the query's"), shapes_apart():
-        by_search(at, tmp_path, True)
+        by_rows(at, tmp_path, True)
 
 
 @pytest.mark.parametrize("way", WAYS)

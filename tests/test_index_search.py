@@ -220,7 +220,7 @@ def test_some_blocks_alone() -> None:
         torch.testing.assert_close(sum(parts[name] for name in names), expected, rtol=1e-10, atol=1e-13)
         only = CollectedRows({name: query[name] for name in names}, transform, query.layout)
         assert attr.ask(only, blocks=blocks, unchecked=True).top(4).indices.equal(ordered(expected).indices[:, :4])
-        with pytest.raises(ValueError, match="blocks"):
+        with pytest.raises(ValueError, match="shapes"):
             attr.ask(only, unchecked=True).top(4)
 
 

@@ -287,7 +287,7 @@ def test_every_number_of_the_command_line_is_refused_where_it_means_nothing(kind
             continue
         own = kind is FaissConfig  # a value of the library, whose options are no flags
         with pytest.raises(ValueError, match=f"{name if own else '--' + name.replace('_', '-')} must be") as refused:
-            dataclasses.replace(config, **{name: (given,) * 2 if many else given})
+            change(config, **{name: (given,) * 2 if many else given})
         assert str(refused.value).endswith(f"; got {given}")
 
 

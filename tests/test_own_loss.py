@@ -23,7 +23,7 @@ IMPORTED = {
 
 def build(folder: Path, module: str) -> int:
     model, corpus = (str(world() / name) for name in ("model", "corpus.jsonl"))
-    typed = ["build", "--model", model, "--dataset", corpus, "--run", str(folder / "run"), "--projection-dim", "4"]
+    typed = ["build", str(folder / "run"), "--model", model, "--dataset", corpus, "--projection-dim", "4"]
     return main([*typed, "--loss", f"{module}:f", "--progress", "False"])
 
 

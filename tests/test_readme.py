@@ -64,7 +64,12 @@ def test_curvature_examples_run_and_a_score_is_largest_for_the_example_itself():
     assert scores.shape == (100, 100)
     assert bool((scores.diagonal() > 0).all())
     torch.testing.assert_close(scores, scores.mT, rtol=1e-3, atol=1e-4 * float(scores.abs().max()))
-    assert {block: rows.shape for block, rows in names["rows"].items()} == {"0": (100, 16, 9), "2": (100, 3, 16)}
+    assert {block: rows.shape for block, rows in names["rows"].items()} == {
+        "0": (100, 16, 8),
+        "0.bias": (100, 16),
+        "2": (100, 3, 16),
+        "2.bias": (100, 3),
+    }
 
 
 def test_training_examples_run_and_say_who_was_seen_when():

@@ -32,7 +32,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.fingerprint import differences
+from influence.func.fingerprint import differences, fingerprint
 from influence.func.transform.chain import CollectedRows, Stage, Step
 from influence.func.transform.folding import start, with_sides
 from influence.func.transform.layout import Layout, ParamLayout
@@ -106,7 +106,7 @@ def variants(make: Callable[..., Transform]) -> Iterator[tuple[str, Transform, T
         for more in ({}, *([{"kind": "sparse"}] if "kind" in parameters else [])):
             before = made(make, **more)
             for value in others(make, name, parameter):
-                if before.steps[-1].settings.get(name) != value:
+                if fingerprint(before.steps[-1].settings.get(name)) != fingerprint(value):
                     with contextlib.suppress(ValueError):
                         yield name, before, made(make, **{**more, name: value})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from influence.func.engine.batched import Scene
 from influence.func.engine.ops import linear
-from influence.func.engine.ops.linear import Vectors
+from influence.func.engine.ops.linear import Dense
 from influence.func.engine.plan import EngineError, make_plan
 from influence.func.engine.sums import BlockSums, Gather, GatherPlan, Pair, make_gather, watched
 from influence.func.loss.losses import widen
@@ -225,7 +225,7 @@ class _Both(Gather):
 def _side_by_side(pairs: Sequence[Pair]) -> BlockSums:
     """Return the factors of all uses of one block, side by side."""
     found = {"left": [pair.left for pair in pairs], "right": [pair.right for pair in pairs]}
-    return {name: widen(torch.cat([f.x for f in sides if isinstance(f, Vectors)], 1)) for name, sides in found.items()}
+    return {name: widen(torch.cat([f.x for f in sides if isinstance(f, Dense)], 1)) for name, sides in found.items()}
 
 
 def _gradients(loss_fn: LossFn, params: Params, batch: Batch) -> _Gradients:

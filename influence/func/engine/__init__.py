@@ -1,1 +1,1 @@
-"""How per-example gradients are computed: probes, traces, rules, plans and engines."""
+"""How per-example gradients are computed: the trace, the plan, the engines, and the families of operations."""

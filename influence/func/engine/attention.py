@@ -1,4 +1,4 @@
-"""What every `vmap` here runs under: operations whose own rule for it is missing or wrong, by plain ones."""
+"""Runs `vmap` with plain operations where torch's own batching rule is missing or wrong."""
 
 import warnings
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Batches as pytrees, and what a function of them must be: pure, differentiable, one loss per example."""
+"""Cuts batches (pytrees of tensors) into examples, and refuses functions that have no per-example gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -1,11 +1,11 @@
-r"""The batched engine: one forward, one backward, and every probe's rows arrive with their example axis.
+r"""The batched engine computes the rows of all examples in one forward and one backward.
 
 Each use of a parameter gets a tap: an identity on the operation's result whose backward hands the use's contribution
 to a zero `Z[n, p, q]` as if it were that zero's gradient. One `grad` of `Σ_n ℓ_n` with respect to all `Z` then is the
 rows, because example n's outputs move example n's loss alone. No weight gradient is formed, nothing is stored but the
 projected factors, and fused attention works in both directions.
 
-What a use contributes, its `Family` of operations says (`ops/`, one a file): for most of them as a `Use`, a sum over
+The `Family` of an operation (`ops/`, one a file) describes what its uses contribute: for most as a `Use`, a sum over
 positions of outer products of what came in and the output gradient.
 """
 
@@ -78,11 +78,11 @@ class Route(NamedTuple):
 
 
 Saved: TypeAlias = list[Tensor]
-Piece: TypeAlias = Callable[[slice], Tensor]
+Lazy: TypeAlias = Callable[[slice], Tensor]
 """A contribution that is formed for a few examples at a time: `piece(slice) -> [few, o, i]`."""
-Pieces: TypeAlias = dict[int, Tensor | Piece]
+Contributions: TypeAlias = dict[int, Tensor | Lazy]
 """Contributions by block; lazy where the block's linear maps need its whole gradient."""
-Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Pieces]
+Backward: TypeAlias = Callable[[Sequence[Tensor], Sequence[Tensor]], Contributions]
 """`(what was saved, output gradients) -> contributions`."""
 Meet: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """`(what was saved, the other factor) -> their sum of outer products over positions`."""
@@ -107,7 +107,7 @@ class Factor(Protocol):
 
 
 @runtime_checkable
-class Known(Protocol):
+class Input(Protocol):
     """What came in to a use, `[n, s, d]` or, with positions kept, `[n, s, r, d]`, before any side."""
 
     @property
@@ -115,7 +115,7 @@ class Known(Protocol):
         """What to remember of it where no side makes it smaller."""
         ...
 
-    def forget(self) -> "Known":
+    def forget(self) -> "Input":
         """Return it without its memory."""
         ...
 
@@ -150,7 +150,7 @@ class Use(NamedTuple):
 
     weight: str
     bias: str | None
-    known: Known
+    known: Input
     known_is_left: bool
     arrange: Callable[[Tensor], Tensor]
     late: Callable[[Tensor, Side, int], Factor]
@@ -214,9 +214,9 @@ def outer_products(use: Use, scene: Scene) -> tuple[Saved, Backward]:
         constant = None if beside is None else column(beside, scene.values[weight])
         reads.append((raw, partial(forgotten.meet, side, constant=constant)))
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         g = arrange(gs[0]).to(dtype)
-        pieces: Pieces = {}
+        pieces: Contributions = {}
         for feed, (read, meet) in zip(feeds, reads, strict=True):
             other = (right_side(feed) if known_is_left else feed.part.left).apply(g)
             product = partial(_product, meet, saved[read], other, known_is_left)
@@ -251,9 +251,9 @@ def column(feed: Feed, like: Tensor) -> Float[Tensor, " q"]:
     return feed.column.to(like)
 
 
-def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Collection[int] = ()) -> Pieces:
+def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Collection[int] = ()) -> Contributions:
     """Feed the gradient of a vector, `v [n, d]` or `[n, s, d]` with positions kept, to all blocks but some."""
-    pieces: Pieces = {}
+    pieces: Contributions = {}
     for feed in scene.feeds.get(name, ()):
         if feed.slot in besides:
             continue
@@ -262,26 +262,26 @@ def vector_pieces(name: str, v: Float[Tensor, "..."], scene: Scene, besides: Col
     return pieces
 
 
-def _columns(left: Float[Tensor, "... p"], right: Float[Tensor, " q"], feed: Feed) -> Tensor | Piece:
+def _columns(left: Float[Tensor, "... p"], right: Float[Tensor, " q"], feed: Feed) -> Tensor | Lazy:
     return (lambda some: left[some, ..., None] * right) if feed.block.linear else left[..., None] * right
 
 
-def add_pieces(*many: Pieces) -> Pieces:
+def add_pieces(*many: Contributions) -> Contributions:
     """Add contributions block by block."""
-    total: Pieces = {}
+    total: Contributions = {}
     for pieces in many:
         for slot, piece in pieces.items():
             total[slot] = _sum(total[slot], piece) if slot in total else piece
     return total
 
 
-def _sum(a: Tensor | Piece, b: Tensor | Piece) -> Tensor | Piece:
+def _sum(a: Tensor | Lazy, b: Tensor | Lazy) -> Tensor | Lazy:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a + b
     return lambda some: some_of(a, some) + some_of(b, some)
 
 
-def some_of(piece: Tensor | Piece, some: slice) -> Tensor:
+def some_of(piece: Tensor | Lazy, some: slice) -> Tensor:
     """Return a contribution for some examples."""
     return piece[some] if isinstance(piece, Tensor) else piece(some)
 
@@ -445,9 +445,7 @@ class Runner:
         fed = [feed for name in call.params for feed in self.scene.feeds[name]]
         names = list(dict.fromkeys(feed.block.into for feed in fed))
         saved, backward = contributions(call, route, self.scene)
-        finish = Contribution(
-            backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None
-        )
+        finish = _Finish(backward, {feed.slot: feed for feed in fed}, names, self.scene.n, self.scene.keep is not None)
         return attach(out, saved, finish, [self.zeros[name] for name in names])
 
 
@@ -465,7 +463,7 @@ ALIVE = 1 << 20
 """Entries of a block's whole gradients that are alive at once, where linear maps need them: what a cache holds."""
 
 
-class Contribution(NamedTuple):
+class _Finish(NamedTuple):
     """The backward of a use, followed by the linear maps of each block."""
 
     backward: Backward
@@ -483,7 +481,7 @@ class Contribution(NamedTuple):
             found[block.into] = found[block.into] + row if block.into in found else row
         return [found.get(name) for name in self.names]
 
-    def finish(self, block: Block, piece: Tensor | Piece) -> Tensor:
+    def finish(self, block: Block, piece: Tensor | Lazy) -> Tensor:
         """Take a block's whole gradients through its linear maps, a few examples at a time."""
         few = max(ALIVE // prod(block.separable_shape), 1)
         rows = []

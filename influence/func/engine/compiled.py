@@ -1,4 +1,4 @@
-"""Compiling a whole pure step, trusted only after it has agreed with the eager one on real data.
+"""Compiles a whole step, and uses it once it has agreed with the eager step on a real batch.
 
 The step, its backward included, is first recorded as one graph of tensor operations (`make_fx`); the graph is what is
 compiled. So no Python of ours, no subclass and no custom `autograd.Function` is left for the compiler to misread

@@ -1,4 +1,4 @@
-"""Per-example gradients, and any linear view of them: one call, or planned once for loops."""
+"""Per-example gradients, or any linear view of them: for one batch, or planned once for a loop."""
 
 import warnings
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 from influence.func.engine.batch import batch_size, check_independence, chunks
 from influence.func.engine.batched import batched_rows
 from influence.func.engine.compiled import Compiled
-from influence.func.engine.plan import EngineError, Made, Plan, Planned, make_plan
+from influence.func.engine.plan import EngineError, Plan, Planned, Program, make_plan
 from influence.func.engine.reference import explain_torch, loop_both, vmap_both
 from influence.func.transform.chain import CollectedRows, Transform
 from influence.func.transform.folding import vectors
@@ -119,13 +119,13 @@ def per_example_grads_fn(
         check_independence(loss_fn, params, batch)
     first = next(chunks(batch, None if chunk_size is None else max(chunk_size, GUARDED)))
 
-    def planned(params: Params, batch: Batch) -> Made:
+    def planned(params: Params, batch: Batch) -> Program:
         plan = make_plan(loss_fn, params, batch, transform, engine)
         if compile and plan.engine == "loop":
             notes = "\n".join(plan.notes)
             raise ValueError(f"compile=True needs engine 'batched' or 'vmap'; this plan loops:\n{notes}")
         step = eager_step(loss_fn, plan)
-        return Made(plan, Compiled(step)) if compile else Made(plan, step, shown_step(loss_fn, plan))
+        return Program(plan, Compiled(step)) if compile else Program(plan, step, shown_step(loss_fn, plan))
 
     return PlannedRows(Planned(loss_fn, planned, params, first), chunk_size, nonfinite)
 

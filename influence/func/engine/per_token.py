@@ -1,4 +1,4 @@
-r"""Per-token gradients, in both notions.
+r"""Per-token gradients, in two meanings.
 
 * `"use"`: the row of position `t` is what the parameters' use at position `t` contributes, `g_t ⊗ x_t` for a linear
   map. It contains, through attention, the influence of later tokens' losses.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from influence.func.engine.batch import batch_size
 from influence.func.engine.batched import BatchedPlan, Route, batched_rows, cotangent_rows, tapped_losses
-from influence.func.engine.plan import EngineError, Made, Plan, Planned, make_plan
+from influence.func.engine.plan import EngineError, Plan, Planned, Program, make_plan
 from influence.func.engine.trace import UseKey, position_axes
 from influence.func.transform.chain import Transform
 from influence.types import Batch, LossFn, Params, Rows
@@ -107,7 +107,7 @@ def per_token_grads_fn(
         raise ValueError(f"position must be 'use' or 'loss'; got {position!r}")
     collect = _at_use if position == "use" else _at_loss
 
-    def planned(params: Params, batch: Batch) -> Made:
+    def planned(params: Params, batch: Batch) -> Program:
         plan = make_plan(loss_fn, params, batch, transform, "auto")
         if plan.batched is None:
             raise EngineError(
@@ -124,7 +124,7 @@ def per_token_grads_fn(
             value, rows = found(params, batch)
             return value, {name: row.sum(1) for name, row in rows.items()}
 
-        return Made(plan, lambda params, batch: found(params, batch)[0], shown)
+        return Program(plan, lambda params, batch: found(params, batch)[0], shown)
 
     return PlannedTokens(Planned(loss_fn, planned, params, batch))
 

@@ -1,4 +1,4 @@
-"""The plan: which engine computes per-example gradients, by which family each use is served, and at what cost.
+"""A plan decides how per-example gradients are computed: by which engine and families, and at what cost.
 
 A plan is made and checked (the guard) on a first batch. `Planned` runs it in a loop, plans anew for a batch that takes
 another path through the model, and checks again from time to time.
@@ -324,10 +324,10 @@ def _flops(use: TracedUse, family: Family, part: Part, layout: ParamLayout) -> i
     return 2 * count * (sides + left.size * right.size)
 
 
-Step: TypeAlias = Callable[..., Any]
+BatchStep: TypeAlias = Callable[..., Any]
 
 
-class Made(NamedTuple):
+class Program(NamedTuple):
     """A plan and what executes it.
 
     Attributes:
@@ -338,7 +338,7 @@ class Made(NamedTuple):
     """
 
     plan: Plan
-    step: Step
+    step: BatchStep
     shown: Callable[[Params, Batch], tuple[Any, Rows]] | None = None
 
 
@@ -356,13 +356,13 @@ class Planned:
     def __init__(
         self,
         loss_fn: LossFn,
-        make: Callable[[Params, Batch], tuple[Plan, Step] | Made],
+        make: Callable[[Params, Batch], tuple[Plan, BatchStep] | Program],
         params: Params,
         batch: Batch,
     ) -> None:
         """Plan for a first batch."""
         self._loss_fn, self._make = loss_fn, make
-        self.plans = [Made(*make(params, batch))]
+        self.plans = [Program(*make(params, batch))]
         self._calls, self._shapes, self._checked = 0, {example_shapes(batch)}, self.plan.guard is not None
         self._at_check = (1, 1)
 
@@ -374,7 +374,7 @@ class Planned:
     def __call__(self, params: Params, batch: Batch, *more: Any) -> Any:
         """Return the step's value on a batch; what else the step takes is passed on."""
         if self.plan.provisional:
-            self.plans = [Made(*self._make(params, batch))]
+            self.plans = [Program(*self._make(params, batch))]
             self._checked = self.plan.guard is not None
         self._calls += 1
         self._shapes.add(example_shapes(batch))
@@ -387,10 +387,10 @@ class Planned:
                 return made.step(params, batch, *more)
             except AnotherPath:
                 continue
-        self.plans.append(Made(*self._make(params, batch)))
+        self.plans.append(Program(*self._make(params, batch)))
         return self.plans[-1].step(params, batch, *more)
 
-    def _checking(self, made: Made, params: Params, batch: Batch, *more: Any) -> Any:
+    def _checking(self, made: Program, params: Params, batch: Batch, *more: Any) -> Any:
         """Return the step's value, once its rows are known to be right."""
         plan, rows = made.plan.batched, None
         if plan is None:

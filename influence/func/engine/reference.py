@@ -1,4 +1,4 @@
-"""The two engines that need no trace: `vmap(grad)`, the definition, and a loop; and what torch means when they fail."""
+"""The engines that need no trace, `vmap` (the definition) and `loop`, and torch's errors in plain words."""
 
 import torch
 from jaxtyping import Float

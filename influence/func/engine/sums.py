@@ -1,4 +1,4 @@
-r"""Sums over a batch of what gradients give: of functions of rows, and of both factors of every block.
+r"""Sums over a batch, for curvature fits: of functions of rows, and of both factors of every block.
 
 **Rows**, `Σ_n f(G_n)`: where a block is used once, its rows are formed a few examples at a time in the backward,
 reduced, and gone. A block that is used several times has a row only when all its uses are summed, so its rows are kept
@@ -25,7 +25,7 @@ from influence.func.engine.batched import (
     BatchedPlan,
     Factor,
     Feed,
-    Piece,
+    Lazy,
     Route,
     Runner,
     Scene,
@@ -56,7 +56,7 @@ def add_grams(a: Shaped[Tensor, "*d"], b: Shaped[Tensor, "*e"]) -> Shaped[Tensor
     return whole + diagonal.diag()
 
 
-Head: TypeAlias = Callable[[Params, Batch], tuple[Tensor, Any]]
+OutputFn: TypeAlias = Callable[[Params, Batch], tuple[Tensor, Any]]
 """`(params, batch) -> (output, what it says of it)`: what cotangents are pulled back from."""
 
 
@@ -87,12 +87,12 @@ class Anchored(Runner):
         yield from zip(self.zeros, found[1:], strict=True)
 
 
-Run = TypeVar("Run", bound=Anchored)
+Watching = TypeVar("Watching", bound=Anchored)
 
 
 def watched(
-    plan: BatchedPlan, make: Callable[[Scene], Run], head: Head, params: Params, batch: Batch
-) -> tuple[Tensor, Any, Run]:
+    plan: BatchedPlan, make: Callable[[Scene], Watching], head: OutputFn, params: Params, batch: Batch
+) -> tuple[Tensor, Any, Watching]:
     """Run a function of parameters with every use watched by what `make` makes.
 
     Returns:
@@ -140,7 +140,7 @@ class Reduce(Anchored):
 
         return attach(out, saved, backward, [*(self.zeros[name] for name in kept), self.anchor])
 
-    def reduce(self, block: Block, piece: Tensor | Piece) -> None:
+    def reduce(self, block: Block, piece: Tensor | Lazy) -> None:
         """Reduce a block's rows, a few examples at a time."""
         few = max(ALIVE // prod(block.separable_shape), 1)
         for begin in range(0, self.scene.n, few):
@@ -175,7 +175,7 @@ def used_once(plan: BatchedPlan) -> frozenset[str]:
     return frozenset(once)
 
 
-class Whole:
+class _Identity:
     """The identity as a linear map of a block's rows: they are then formed a few examples at a time."""
 
     def __call__(self, rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "n ..."]:
@@ -185,15 +185,12 @@ class Whole:
 
 def piecewise(folded: Folded) -> Folded:
     """Return a folded transform whose rows are formed a few examples at a time."""
-    blocks = tuple(b if b.linear else replace(b, linear=(Whole(),)) for b in folded.blocks)
+    blocks = tuple(b if b.linear else replace(b, linear=(_Identity(),)) for b in folded.blocks)
     return replace(folded, blocks=blocks)
 
 
 BlockSums: TypeAlias = dict[str, Tensor]
 """Sums of one block over a batch, by name."""
-
-Mask: TypeAlias = Bool[Tensor, "n s"] | None
-"""Which positions of a batch are tokens; `None` where all are."""
 
 
 class Pair(NamedTuple):
@@ -269,7 +266,7 @@ class Gather(Anchored):
         positions: how many real positions each block saw.
     """
 
-    def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Mask, scene: Scene) -> None:
+    def __init__(self, plan: GatherPlan, joint: Joint | None, mask: Bool[Tensor, "n s"] | None, scene: Scene) -> None:
         """Start a run; `joint` sums both factors together, without it each has a Gram matrix."""
         super().__init__(plan.batched, scene, plan.rows)
         self.gather, self.joint, self.masked = plan, joint, scene._replace(mask=mask)

@@ -1,4 +1,4 @@
-"""The trace: how a loss function uses its parameters, and where the examples are at each use.
+"""The trace finds each use of each parameter in a loss function, and where the examples are at each.
 
 A probe stands in for a parameter in a call of a pure function. It is a tensor subclass: every torch function that
 touches it arrives at `Probe.__torch_function__`, which asks the run's `Watcher` what to do. What is computed from

@@ -1,4 +1,4 @@
-"""Folding: a transform bound to a layout, as far as it separates kept as `L G R^T` of each block.
+"""Folding binds a transform to a layout; what separates is kept as the sides of `L G R^T` of each block.
 
 A `Side` is the map of one axis. A `Folded` holds, for each block, the separable part of a chain (it folds into the
 probe and never sees a full gradient), then linear maps of the block's own gradient (`linear`), then maps of whole rows

@@ -1,4 +1,4 @@
-"""Families of operations, described one a file: what each of its uses adds to a per-example gradient."""
+"""Each file describes one family of operations: what its uses add to a per-example gradient."""
 
 from influence.func.engine.batched import Family
 from influence.func.engine.ops import conv, elementwise, embedding, linear, norm

@@ -1,4 +1,4 @@
-"""Any operation: by `vmap` of that one operation, or one example's output gradient at a time."""
+"""Serves any operation: by `vmap` of that operation, or with one example's output gradient at a time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from influence.func.engine.attention import under_vmap
-from influence.func.engine.batched import Backward, Family, Pieces, Route, Saved, Scene, add_pieces
+from influence.func.engine.batched import Backward, Contributions, Family, Route, Saved, Scene, add_pieces
 from influence.func.engine.ops.embedding import table_pieces
 from influence.func.engine.trace import (
     Axis,
@@ -50,7 +50,7 @@ def by_vmap(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     """Serve the rows of a use by `vmap` of its own `vjp`, each example with a batch of one."""
     batched = [i for i in call.data if route.inputs[i] is not None]
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         inputs = [known_axis(route.inputs[i]).split(x, scene.n) for i, x in zip(batched, saved, strict=True)]
         return _leaf_gradients(call, scene, _per_position(lambda g: one(inputs, g), route, scene)(gs))
 
@@ -75,7 +75,7 @@ def by_mask(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     """Serve the rows of a use by its own `vjp`, with one example's output gradient at a time."""
     data = call.data
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         values = [call.leaves[i].value for i in call.probes]
 
         def function(*params: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +104,7 @@ VMAP = Family("per-op vmap", (), slices_agree, rows=by_vmap)
 MASKED = Family("masked", (), lambda use: True, rows=by_mask)
 
 
-def _leaf_gradients(call: Call, scene: Scene, grads: Sequence[Tensor]) -> Pieces:
+def _leaf_gradients(call: Call, scene: Scene, grads: Sequence[Tensor]) -> Contributions:
     return add_pieces(*(pull_back(call.leaves[i], grad, scene) for i, grad in zip(call.probes, grads, strict=True)))
 
 
@@ -142,7 +142,7 @@ def _spread(mask: Float[Tensor, " s"], axis: Axis, at: int, scene: Scene, ndim: 
     return mask.reshape([-1 if dim == at else 1 for dim in range(ndim)])
 
 
-def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
+def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Contributions:
     """Feed the gradient of what a probe stands for, `[n, *value shape]`, back to the parameters it came from."""
     source = leaf.source
     if isinstance(source, str):
@@ -160,12 +160,12 @@ def pull_back(leaf: Probe, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces
     return add_pieces(*(dense_pieces(name, value, scene) for name, value in found.items()))
 
 
-def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces:
+def dense_pieces(name: str, grad: Float[Tensor, "n ..."], scene: Scene) -> Contributions:
     """Feed a gradient at hand, `[n, *shape]`, or `[n, s, *shape]` with positions kept."""
     layout = scene.params[name]
     grad = grad.to(scene.values[name].dtype)
     oriented = layout.orient(grad if scene.keep is None else grad.flatten(0, 1))
-    pieces: Pieces = {}
+    pieces: Contributions = {}
     for feed in scene.feeds.get(name, ()):
         piece = apply_part(feed.part, oriented)
         pieces[feed.slot] = piece if scene.keep is None else piece.unflatten(0, grad.shape[:2])

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from influence.func.engine.batched import (
     Backward,
+    Contributions,
     Factor,
     Family,
     Feed,
-    Pieces,
     Route,
     Saved,
     Scene,
@@ -30,7 +30,7 @@ from influence.func.engine.batched import (
     right_side,
     vector_pieces,
 )
-from influence.func.engine.ops.linear import Vectors, late
+from influence.func.engine.ops.linear import Dense, late
 from influence.func.engine.trace import Axis, Call, Probe, TracedUse, base_name
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import Side
@@ -90,10 +90,10 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     feeds, bias, arrange = scene.feeds.get(use.weight, []), use.bias, use.arrange
     known, forgotten = use.known, use.known.forget()
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         g = arrange(gs[0])
         by_group = rearrange(g, "n s (g e) -> n g e s", g=groups)
-        found: Pieces = {}
+        found: Contributions = {}
         for feed, memory in zip(feeds, saved, strict=True):
             right = right_side(feed)
             patches = memory if right.dense else right.apply(forgotten._replace(x=memory).unfold())
@@ -143,11 +143,11 @@ class Patches(NamedTuple):
     def meet(self, side: Side, memory: Tensor, other: Tensor, constant: Tensor | None = None) -> Tensor:
         """Return the sum of outer products."""
         patches = self._replace(x=memory).unfold()
-        return Vectors(patches).meet(side, patches, other, constant)
+        return Dense(patches).meet(side, patches, other, constant)
 
     def factor(self, side: Side, bias: Feed | None, max_side: int) -> Factor:
         """Return the patches themselves behind a side."""
-        return Vectors(self.unfold()).factor(side, bias, max_side)
+        return Dense(self.unfold()).factor(side, bias, max_side)
 
     def unfold(self) -> Float[Tensor, "n gs ck"]:
         """Return the patches themselves."""
@@ -181,10 +181,10 @@ def _late_groups(name: str, groups: int, g: Float[Tensor, "n s o"], side: Side, 
             f"{name} is a grouped convolution, whose groups see inputs of their own: after a matrix on its "
             "output side it has no Kronecker factors. Fit before the projection, or leave it out (exclude=…)"
         )
-    return Grouped(rearrange(side.apply(g), "n s (g e) -> n g s e", g=groups), side.size > max_side)
+    return Groups(rearrange(side.apply(g), "n s (g e) -> n g s e", g=groups), side.size > max_side)
 
 
-class Grouped(NamedTuple):
+class Groups(NamedTuple):
     """Output gradients of a grouped convolution: their second moment is block-diagonal.
 
     Attributes:

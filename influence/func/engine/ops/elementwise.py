@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from influence.func.engine.batched import Backward, Family, Pieces, Route, Saved, Scene
+from influence.func.engine.batched import Backward, Contributions, Family, Route, Saved, Scene
 from influence.func.engine.ops.any import pull_back
 from influence.func.engine.trace import Axis, Call, TracedUse, known_axis, op_name, position_dim, tensors_of
 
@@ -35,7 +35,7 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
     product, negative = op in MULTIPLICATIONS, place == SUBTRACTED.get(op)
     saved: Saved = [call.leaves[call.data[0]]] if product else []
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         g = gs[0] * saved[0] if product else (-gs[0] if negative else gs[0])
         grad = reduce_to(axis.split(g, scene.n), tuple(leaf.value.shape), scene.keep, axis)
         return pull_back(leaf, grad.to(leaf.value.dtype), scene)

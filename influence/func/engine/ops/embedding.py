@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.func.engine.batched import Factor, Family, Feed, Pieces, Route, Scene, Use, outer_products
-from influence.func.engine.ops.linear import Vectors, late, tokens
+from influence.func.engine.batched import Contributions, Factor, Family, Feed, Route, Scene, Use, outer_products
+from influence.func.engine.ops.linear import Dense, late, tokens
 from influence.func.engine.trace import Call, Expr, TracedUse, base_name, known_axis, positions
 from influence.func.loss.losses import widen
 from influence.func.transform.folding import Side
@@ -77,7 +77,7 @@ def _looked_up(
 FAMILY = Family("embedding", ("embedding",), serves, see, layout=layout)
 
 
-def table_pieces(source: Expr, grad: Float[Tensor, "n ..."], scene: Scene) -> Pieces | None:
+def table_pieces(source: Expr, grad: Float[Tensor, "n ..."], scene: Scene) -> Contributions | None:
     """Feed the gradient of what every example looks up alike (positions) to its table; `None` if it is not that."""
     if source.func is not F.embedding or scene.keep is not None:
         return None
@@ -132,7 +132,7 @@ class OneHot(NamedTuple):
         """Return the factor behind a side: still tokens, unless the side is a matrix."""
         live = torch.ones_like(self.ids, dtype=torch.bool) if self.live is None else self.live
         if side.dense:
-            return Vectors(self.through(side) * live[..., None], live, side.size > max_side)
+            return Dense(self.through(side) * live[..., None], live, side.size > max_side)
         return OneHot(self.ids, side.apply(self.scale), live)
 
     @property

@@ -105,7 +105,7 @@ def see(call: Call, route: Route, scene: Scene) -> Use:
         return arranged if real is None else arranged * real[..., None]
 
     known_is_left = (stored_in_out != flipped) != scene.params[name].transposed
-    return Use(name, base_name(bias), Vectors(inputs, real), known_is_left, arrange, late, x)
+    return Use(name, base_name(bias), Dense(inputs, real), known_is_left, arrange, late, x)
 
 
 FAMILY = Family("linear", ("linear", "addmm", "matmul", "__matmul__", "mm"), serves, see, layout=layout)
@@ -133,7 +133,7 @@ def tokens(x: Shaped[Tensor, "..."], axis: Axis, scene: Scene, what: str) -> Boo
     return mask.reshape(shape).expand(parts.shape[:-1]).flatten(1)
 
 
-class Vectors(NamedTuple):
+class Dense(NamedTuple):
     """A factor at hand: vectors `[n, s, d]` or, with positions kept, `[n, s, r, d]`.
 
     Attributes:
@@ -151,9 +151,9 @@ class Vectors(NamedTuple):
         """The vectors."""
         return self.x
 
-    def forget(self) -> "Vectors":
+    def forget(self) -> "Dense":
         """Return a factor that keeps nothing alive."""
-        return Vectors(torch.empty(0, 0, 0))
+        return Dense(torch.empty(0, 0, 0))
 
     def through(self, side: Side) -> Tensor:
         """Return the vectors behind a side."""
@@ -172,7 +172,7 @@ class Vectors(NamedTuple):
             return Affine(x if real is None else x * real[..., None], real)
         x = side.apply(self.x)
         x = x if bias is None else x + column(bias, x)
-        return Vectors(x if real is None else x * real[..., None], real, x.shape[-1] > max_side)
+        return Dense(x if real is None else x * real[..., None], real, x.shape[-1] > max_side)
 
     @property
     def positions(self) -> int:
@@ -194,7 +194,7 @@ class Vectors(NamedTuple):
 
 def late(g: Float[Tensor, "n s o"], side: Side, max_side: int) -> Factor:
     """Return the factor of arranged output gradients behind a side."""
-    return Vectors(side.apply(g), None, side.size > max_side)
+    return Dense(side.apply(g), None, side.size > max_side)
 
 
 def _puts_one_behind(side: Side, beside: Side) -> bool:
@@ -216,7 +216,7 @@ class Affine(NamedTuple):
     @property
     def positions(self) -> int:
         """How many positions count."""
-        return Vectors(self.x, self.real).positions
+        return Dense(self.x, self.real).positions
 
     def gram(self, weight: Float[Tensor, " n"] | None = None) -> Shaped[Tensor, "d *d"]:
         """Return the weighted sum of outer products, `[d + 1, d + 1]`."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from influence.func.engine.batched import Backward, Family, Pieces, Route, Saved, Scene, add_pieces
+from influence.func.engine.batched import Backward, Contributions, Family, Route, Saved, Scene, add_pieces
 from influence.func.engine.ops.any import dense_pieces
 from influence.func.engine.ops.elementwise import reduce_to
 from influence.func.engine.trace import Call, TracedUse, base_name, known_axis, op_name
@@ -50,13 +50,13 @@ def rows(call: Call, route: Route, scene: Scene) -> tuple[Saved, Backward]:
             return F.rms_norm(x, named["normalized_shape"], None, eps)
         return F.layer_norm(x, named["normalized_shape"], None, None, 1e-5 if eps is None else eps)
 
-    def feed(name: str, grad: Tensor) -> Pieces:
+    def feed(name: str, grad: Tensor) -> Contributions:
         shape = tuple(scene.values[name].shape)
         aligned = shape + (1,) * (grad.ndim - 2) if op == "group_norm" else shape
         reduced = reduce_to(axis.split(grad, scene.n), aligned, scene.keep, axis)
         return dense_pieces(name, reduced.reshape(*reduced.shape[: reduced.ndim - len(aligned)], *shape), scene)
 
-    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Pieces:
+    def backward(saved: Sequence[Tensor], gs: Sequence[Tensor]) -> Contributions:
         (g,) = gs
         scale = feed(weight, g * normalised(saved[0])) if weight is not None else {}
         return add_pieces(scale, feed(bias, g) if bias is not None else {})
