@@ -247,7 +247,7 @@ def run_rest(folder: Path) -> None:
     influence.viz.plateau(sgmcmc.llc.calibrate(*net, batch, **grid))
     one = torch.ones(1, 1)
     theory.gaussian_susceptibility(one, one[None], one, one, torch.ones(1, dtype=torch.bool))
-    influence.attribute.trackstar(*net, train=batch, queries=batch, dim=2, progress=False)
+    influence.attribute.trackstar(*net, train=batch, queries=batch, dim=2, components=1, progress=False)
     scores = influence.attribute.trak(*net, train=batch, queries=batch, dim=4, progress=False)
     scores.save(folder / "scores.h5")
     influence.attribute.load(folder / "scores.h5")

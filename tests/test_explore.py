@@ -290,10 +290,10 @@ def test_rows_with_all_of_an_inverse_are_shown_with_queries_alone(tmp_path: Path
 
     ell, w = lambda p, b: (b * p["w"]).sum(1), {"w": torch.zeros(2)}
     x = torch.tensor([[2.0, 0], [0, 4], [1, 1], [-3, 1]])
-    factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks())
+    factors = hessians.autocorrelation.fit(ell, w, [x], transform=as_blocks(), progress=False)
     inverse = precondition(factors, power=-1.0, damping=0.1)
-    build_from_python(ell, w, [x], tmp_path / "one", transform=chain(as_blocks(), inverse))
-    build_from_python(ell, w, [x[:2]], tmp_path / "other", transform=as_blocks())
+    build_from_python(ell, w, [x], tmp_path / "one", transform=chain(as_blocks(), inverse), progress=False)
+    build_from_python(ell, w, [x[:2]], tmp_path / "other", transform=as_blocks(), progress=False)
     (tmp_path / "t.txt").write_text("a\nb\nc\nd\n")
     flags = (tmp_path / "one", "--texts", tmp_path / "t.txt", "--k", 3)
     assert "one side of a score" in refused(capsys, *flags)

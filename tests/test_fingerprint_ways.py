@@ -1,7 +1,8 @@
 """Every way to ask an index refuses what does not fit, by name and with both values, and accepts what does.
 
 The two sides are really collected differently: nothing here edits a fingerprint. `tests/test_index_fingerprints.py`
-has the rules; this file has the doors: `Attributor.ask` of rows, of a batch and of texts, and `influence score` and `query`.
+has the rules; this file has the doors: `Attributor.ask` of rows, of a batch and of texts, and the commands `score` and
+`query`.
 """
 
 import contextlib

@@ -191,7 +191,7 @@ def test_tracin_of_whole_models_is_its_formula(tmp_path: Path, whole: Any, cosin
     hashes = [open_index(tmp_path / f"t/checkpoint{k}-rows").fingerprint.weights for k in (0, 1)]
     assert index.fingerprint.recorded["checkpoints"] == hashes
     text = inspect.run(inspect.InspectConfig(str(tmp_path / "t/scores"))).text  # it described the rows' run
-    assert "made by: influence tracin --config" in text
+    assert "made by: influence tracin ANOTHER_RUN --config" in text
     assert index.about.config["run"] == str(tmp_path / "t")
     assert index.about.config["checkpoints"] == list(checkpoints)
     assert index.fingerprint.weights not in hashes

@@ -32,7 +32,7 @@ from influence import (
     split_heads,
     unit_norm,
 )
-from influence.func.fingerprint import differences, fingerprint
+from influence.func.fingerprint import differences
 from influence.func.transform.chain import CollectedRows, Stage, Step
 from influence.func.transform.folding import start, with_sides
 from influence.func.transform.layout import Layout, ParamLayout
@@ -99,6 +99,11 @@ def others(make: Callable[..., Transform], name: str, parameter: inspect.Paramet
     return [word for word in words if word != default]
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are one; those of tensors are if they are the same object."""
+    return one is other if isinstance(one, tuple) else type(one) is type(other) and one == other
+
+
 def variants(make: Callable[..., Transform]) -> Iterator[tuple[str, Transform, Transform]]:
     """Yield, for each argument alone, a transform and one in which it is another; what is refused is left out."""
     parameters = inspect.signature(make).parameters
@@ -106,7 +111,7 @@ def variants(make: Callable[..., Transform]) -> Iterator[tuple[str, Transform, T
         for more in ({}, *([{"kind": "sparse"}] if "kind" in parameters else [])):
             before = made(make, **more)
             for value in others(make, name, parameter):
-                if fingerprint(before.steps[-1].settings.get(name)) != fingerprint(value):
+                if not alike(before.steps[-1].settings.get(name), value):
                     with contextlib.suppress(ValueError):
                         yield name, before, made(make, **{**more, name: value})
 

@@ -1,5 +1,6 @@
 """Checks what JSON holds against the types of a NamedTuple: one message for everything that a file may say wrongly."""
 
+import contextlib
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -99,12 +100,10 @@ def _conform(value: Any, kind: Any, at: str) -> Any:
 
 def _one_of(value: Any, kinds: Sequence[Any], at: str) -> Any:
     """Return a value as the first of several types that it fits."""
-    for kind in kinds:
-        try:
+    for kind in kinds[:-1]:
+        with contextlib.suppress(Mismatch):  # an error kept here would hold the frames of all callers
             return _conform(value, kind, at)
-        except Mismatch as error:
-            last = error
-    raise last
+    return _conform(value, kinds[-1], at)
 
 
 def _named_tuple(value: Any, kind: Any, at: str) -> Any:
