@@ -16,7 +16,7 @@ from influence.func.transform.nested import down_project
 from influence.func.transform.precondition import precondition
 from influence.func.transform.project import project
 from influence.func.transform.scale import Factored, Moments, scale_by_adafactor, scale_by_adam, unit_norm
-from influence.func.transform.score import Sides, one_sided, two_sided
+from influence.func.transform.sides import Sides, one_sided, two_sided
 from influence.func.transform.whiten import eigen_whiten, kept_energy, kfac_whiten
 
 __all__ = [

@@ -45,7 +45,7 @@ from influence.pipelines.frame.planning import first_batch
 from influence.pipelines.frame.prepare import Measured, batches_of, measure, transform_of
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes import queries
-from influence.pipelines.passes.steps import plan_step
+from influence.pipelines.passes.pass_steps import plan_step
 from tests.pipeline_world import FAST, build_config, corpus, flat, lines, model_config, questions, world
 
 PLAIN = TransformConfig(projection_dim=4)

@@ -332,6 +332,7 @@ def test_hits_on_tokens_say_document_and_position(notion: str, tmp_path: Path) -
             assert hits.positions is not None
             assert int(hits.positions[q, j]) == int(tokens.positions[row])
     traced = attr.ask(documents(3, seed=2), language_model()).top(5)
+    assert attr.trace(language_model(), documents(3, seed=2), 5).indices.equal(traced.indices)
     assert traced.indices.equal(hits.indices)
     # a document's tokens sum to its row, and so do their scores
     whole = per_example_grads(loss_fn, params, documents(), transform=transform)

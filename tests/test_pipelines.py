@@ -20,7 +20,7 @@ from influence.pipelines.frame.loading import load_model
 from influence.pipelines.frame.prepare import transform_of
 from influence.pipelines.passes import best as ends
 from influence.pipelines.passes.collect import Summed
-from influence.pipelines.passes.steps import of_rows
+from influence.pipelines.passes.pass_steps import of_rows
 from tests.pipeline_world import (
     DOCUMENTS,
     FAST,

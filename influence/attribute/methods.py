@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from influence import hessians
-from influence.attribute.products import batches_of, products
 from influence.attribute.scores import Scores
+from influence.attribute.scoring import batches_of, products
 from influence.func.transform.blocks import as_blocks
 from influence.func.transform.chain import Transform, chain
 from influence.func.transform.precondition import fitted_under, precondition

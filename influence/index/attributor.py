@@ -20,7 +20,7 @@ from influence.func.transform.precondition import BlockCurvature
 from influence.func.transform.scale import Moments
 from influence.func.transform.steps import STEPS
 from influence.index import scan
-from influence.index.answer import Answer, inverse_norms
+from influence.index.answer import Answer, Hits, inverse_norms
 from influence.index.columns import Chosen, Piece, choose
 from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours
 from influence.index.matching import matched, query_matrix
@@ -130,6 +130,16 @@ class Attributor:
         matrix = matrix.to(self.device, torch.promote_types(matrix.dtype, self._dtype))
         search = self._approximate if self._uses_faiss else None
         return Answer(self.index, matrix, chosen, weights, search=search, examples=self.texts)
+
+    def trace(self, model: nn.Module | tuple[LossFn, Params], batch: Batch, k: int | None = 10) -> Hits:
+        """Return the rows that helped a batch's examples most, in one line: `ask(batch, model).top(k)`.
+
+        Args:
+            model: the model, or `(loss_fn, params)`; as for `ask`.
+            batch: the queries.
+            k: how many; `None` ranks all rows.
+        """
+        return self.ask(batch, model).top(k)
 
     def self_influence(
         self, inverse: Transform | None = None, blocks: str | Sequence[str] | None = None

@@ -17,7 +17,7 @@ from influence.pipelines.frame.prepare import batches_of, float_size, measure, o
 from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
 from influence.pipelines.frame.tokens import data_hash, read_data
 from influence.pipelines.passes.collect import Placed, Summed, Work, collect
-from influence.pipelines.passes.steps import collected, plan_step, total_dim
+from influence.pipelines.passes.pass_steps import collected, plan_step, total_dim
 
 
 @dataclass(frozen=True)

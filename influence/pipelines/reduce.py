@@ -20,7 +20,7 @@ from influence.pipelines.frame.prepare import batches_of, measure, own_shards
 from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes.collect import Summed, Work, collect
-from influence.pipelines.passes.steps import Seen, plan_step, total_dim
+from influence.pipelines.passes.pass_steps import Seen, plan_step, total_dim
 from influence.types import Rows
 
 

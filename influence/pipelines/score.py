@@ -19,8 +19,8 @@ from influence.pipelines.frame.ranks import among_ranks, own_device, ranks
 from influence.pipelines.frame.tokens import read_data
 from influence.pipelines.passes.best import BEST, best, outcome_of, write_best
 from influence.pipelines.passes.collect import Placed, Summed, Work, collect
+from influence.pipelines.passes.pass_steps import plan_step
 from influence.pipelines.passes.queries import Queries, Scored, column, contents, load_queries, scored
-from influence.pipelines.passes.steps import plan_step
 from influence.store.folder import run_id
 
 Mode: TypeAlias = Literal["individual", "nearest"]

@@ -21,7 +21,7 @@ from influence.pipelines.frame.planning import shard_ranges
 from influence.pipelines.frame.prepare import Measured
 from influence.pipelines.frame.ranks import Ranks
 from influence.pipelines.frame.tokens import data_hash, vocabulary_hash
-from influence.pipelines.passes.steps import Step
+from influence.pipelines.passes.pass_steps import Step
 from influence.store import Lock
 from influence.store.folder import RUN, Manifest, read_manifest, refuse_foreign, tidy
 from influence.store.schema import conform

@@ -14,7 +14,7 @@ from influence.index import Fingerprint, open_index
 from influence.index.attributor import rows_for
 from influence.index.columns import choose
 from influence.pipelines.frame.prepare import check_gradients
-from influence.pipelines.passes.steps import Seen
+from influence.pipelines.passes.pass_steps import Seen
 from influence.types import Rows
 
 

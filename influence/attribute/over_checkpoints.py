@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from influence import hessians
-from influence.attribute.products import Products, batches_of, gathered, planned, products
 from influence.attribute.scores import Scores
+from influence.attribute.scoring import Products, batches_of, gathered, planned, products
 from influence.func.numbers import check_number
 from influence.func.transform.blocks import as_blocks
 from influence.func.transform.chain import Transform, chain
