@@ -250,3 +250,11 @@ def test_scores_of_tokens_sum_to_the_documents(tmp_path: Path, notion: Any) -> N
     assert "token" in outcome.text
     with pytest.raises(ValueError, match="top_k keeps examples, and per_token scores their tokens"):
         score.run(replace(config, run=str(tmp_path / "k"), per_token=notion, top_k=2))
+
+
+@pytest.mark.parametrize("kind", [ekfac.EkfacConfig, trackstar.TrackstarConfig, trak.TrakConfig])
+@pytest.mark.parametrize(("option", "value"), [("hessian", "runs/h"), ("power", -1.0), ("unit_norm", True)])
+def test_options_that_a_recipe_decides_are_refused(kind: Any, option: str, value: Any) -> None:
+    view = TransformConfig(projection_dim=0, **{option: value})
+    with pytest.raises(ValueError, match=rf"{option}={value!r} is decided by influence \w+ itself: leave it out"):
+        kind("run", model_config(), corpus(), questions(), transform=view)

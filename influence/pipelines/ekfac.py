@@ -9,7 +9,14 @@ from influence.pipelines.frame.configs import RunConfig, TransformConfig, View, 
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.ranks import among_ranks
 from influence.pipelines.frame.tokens import load_rows
-from influence.pipelines.recipes.frame import RecipeConfig, fewer, result, run_steps, without_what_is_not_there
+from influence.pipelines.recipes.frame import (
+    RecipeConfig,
+    fewer,
+    refuse_decided,
+    result,
+    run_steps,
+    without_what_is_not_there,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class EkfacConfig(RecipeConfig):
         """Refuse numbers below 1, options that the method does not have, and another way to compress."""
         at_least(self, 1, "stats_examples", "compress", "top_k")
         hessian.chosen_method(self.method, base=self.base)
+        refuse_decided(self.transform, "ekfac", "hessian", "power", "unit_norm")
         if self.transform.whiten is not None:
             raise ValueError(
                 f"whiten={self.transform.whiten!r} is no option of this recipe, which applies the inverse curvature on "

@@ -9,7 +9,15 @@ from influence.pipelines.frame.configs import DataConfig, RunConfig, at_least
 from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.ranks import among_ranks, ranks
 from influence.pipelines.frame.tokens import load_rows
-from influence.pipelines.recipes.frame import RecipeConfig, fewer, planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.recipes.frame import (
+    RecipeConfig,
+    fewer,
+    planned,
+    refuse_decided,
+    result,
+    run_steps,
+    without_what_is_not_there,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class TrackstarConfig(RecipeConfig):
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
         at_least(self, 1, "components", "stats_examples", "top_k")
+        refuse_decided(self.transform, "trackstar", "hessian", "whiten", "power", "unit_norm")
 
 
 @among_ranks

@@ -18,7 +18,14 @@ from influence.pipelines.frame.outcome import Outcome, Say, quiet
 from influence.pipelines.frame.ranks import among_ranks
 from influence.pipelines.frame.tokens import load_rows
 from influence.pipelines.recipes.checkpoint_sums import model_at, over_checkpoints, write_scores, written
-from influence.pipelines.recipes.frame import RecipeConfig, planned, result, run_steps, without_what_is_not_there
+from influence.pipelines.recipes.frame import (
+    RecipeConfig,
+    planned,
+    refuse_decided,
+    result,
+    run_steps,
+    without_what_is_not_there,
+)
 from influence.types import Rows
 
 
@@ -43,6 +50,10 @@ class TrakConfig(RecipeConfig):
     transform: View = field(
         default_factory=lambda: TransformConfig(projection_dim=2048, projection_target="global"), kw_only=True
     )
+
+    def __post_init__(self) -> None:
+        """Refuse what the recipe decides."""
+        refuse_decided(self.transform, "trak", "hessian", "whiten", "power", "unit_norm")
 
 
 @among_ranks

@@ -51,6 +51,18 @@ class RecipeConfig:
     execution: Execution = field(default_factory=RunConfig)
 
 
+def refuse_decided(view: TransformConfig, recipe: str, *names: str) -> None:
+    """Refuse options of the transform that a recipe sets itself, and would ignore.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    plain = TransformConfig()
+    for name in names:
+        if getattr(view, name) != getattr(plain, name):
+            raise ValueError(f"{name}={getattr(view, name)!r} is decided by influence {recipe} itself: leave it out")
+
+
 def run_steps(
     kind: str, config: RecipeConfig, steps: Mapping[str, Callable[[RunConfig], Outcome | None]], say: Say
 ) -> dict[str, Any]:
