@@ -1,5 +1,6 @@
 """Training-data attribution and developmental interpretability by pure functions on PyTorch."""
 
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -79,4 +80,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"influence.{name}")
     if name in LENT:
         return getattr(import_module(f"influence.{LENT[name]}"), name)
-    raise AttributeError(f"module 'influence' has no attribute {name!r}")
+    near = get_close_matches(name, __all__, 1)
+    raise AttributeError(
+        f"module 'influence' has no attribute {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    )

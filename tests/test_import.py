@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = {"transformers", "datasets", "faiss", "h5py", "matplotlib", "peft", "tqdm"}
 
 
@@ -33,3 +35,10 @@ def test_rooms_are_there_when_asked_for() -> None:
     assert out.stdout.strip() == "False influence.hessians.kfac"
     out = subprocess.run([sys.executable, "-c", "import influence; influence.nothing"], capture_output=True, text=True)
     assert "module 'influence' has no attribute 'nothing'" in out.stderr
+
+
+def test_a_name_that_is_not_there_is_answered_with_the_nearest() -> None:
+    import influence
+
+    with pytest.raises(AttributeError, match="did you mean 'per_example_grads'"):
+        _ = influence.per_exmple_grads

@@ -428,3 +428,39 @@ def test_files_name_their_dimensions_and_xarray_reads_them(tmp_path: Path) -> No
     with xarray.open_dataset(tmp_path / "run.h5", engine="h5netcdf") as read:
         assert read["sampling_loss"].dims == ("chain", "step")
         assert read["shifted_loss_all"].shape == (4, 10, 20, 1)
+
+
+class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """A dataset that is read by number."""
+
+    def __init__(self, data: dict[str, Tensor]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(next(iter(self.data.values())))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {name: column[i] for name, column in self.data.items()}
+
+
+def test_a_torch_dataset_is_sampled_as_the_tensors_that_it_holds() -> None:
+    gen = torch.Generator().manual_seed(0)
+    x, y = torch.randn(9, 3, generator=gen), torch.randint(0, 2, (9,), generator=gen)
+    loss_fn, params = functionalize(nn.Linear(3, 2))
+    how: dict[str, Any] = {
+        "lr": 1e-3,
+        "n_beta": 2.0,
+        "num_draws": 3,
+        "num_chains": 2,
+        "batch_size": 4,
+        "progress": False,
+    }
+    plain = sgmcmc.sample(loss_fn, params, (x, y), **how)
+    assert torch.equal(sgmcmc.sample(loss_fn, params, torch.utils.data.TensorDataset(x, y), **how).loss, plain.loss)
+    named = {"input": x, "labels": y}
+    read = sgmcmc.sample(loss_fn, params, Examples(named), {"all": Examples(named)}, **how)
+    want = sgmcmc.sample(loss_fn, params, named, {"all": named}, **how)
+    assert torch.equal(read.loss, want.loss)
+    assert torch.equal(read.observables["all"].mean, want.observables["all"].mean)
+    with pytest.raises(TypeError, match="cannot be read by number: pass a Dataset with __len__ and __getitem__"):
+        sgmcmc.sample(loss_fn, params, torch.utils.data.ChainDataset([]), **how)

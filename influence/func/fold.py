@@ -5,7 +5,7 @@ result. Any split of the batches and any bracketing of the merges give the same 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from jaxtyping import Int
@@ -31,17 +31,21 @@ class Sink(NamedTuple):
     finalize: Callable[[Any], Any]
 
 
-def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[str, Sink]) -> dict[str, Any]:
+@overload
+def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[str, Sink]) -> dict[str, Any]: ...
+@overload
+def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Sink) -> Any: ...
+def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[str, Sink] | Sink) -> Any:
     """Run a step over batches once, and fold its values into every sink.
 
     Args:
         step: `batch -> value`, as `lambda batch: rows_of(params, batch)`.
         batches: the batches; their `index`, if they carry one, says which rows of the dataset they hold, otherwise
             rows are counted from 0.
-        sinks: sinks by name.
+        sinks: sinks by name, or one sink.
 
     Returns:
-        Each sink's result.
+        Each sink's result by name, or the one sink's.
 
     Example:
         >>> import torch
@@ -50,7 +54,11 @@ def fold(step: Callable[[Batch], Any], batches: Iterable[Batch], sinks: Mapping[
         >>> out = fold(lambda batch: {"x": batch}, batches, {"mean": sinks.mean(), "sum": sinks.total()})
         >>> out["sum"]["x"], out["mean"]["x"]
         (tensor([2., 2., 2.]), tensor([0.6667, 0.6667, 0.6667]))
+        >>> fold(lambda batch: {"x": batch}, batches, sinks.mean())["x"]
+        tensor([0.6667, 0.6667, 0.6667])
     """
+    if isinstance(sinks, Sink):
+        return fold(step, batches, {"": sinks})[""]
     states = {name: sink.init() for name, sink in sinks.items()}
     seen = 0
     for batch in batches:

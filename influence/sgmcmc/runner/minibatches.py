@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from influence.func.engine.batch import batch_size, take
 from influence.func.fingerprint import fingerprint
@@ -31,8 +32,11 @@ class Source:
     identity: str
 
 
-Data: TypeAlias = Source | Batch
-"""A `Source`, or a pytree of tensors with the example axis first."""
+Data: TypeAlias = Source | Dataset[Any] | Batch
+"""A `Source`, a torch `Dataset` that is read by number, or a pytree of tensors with the example axis first."""
+
+HASHED_AT_ONCE = 256
+"""Examples of a torch `Dataset` that are read together to say which data they are."""
 
 
 def source_of(data: Data) -> Source:
@@ -46,13 +50,41 @@ def source_of(data: Data) -> Source:
     """
     if isinstance(data, Source):
         return data
+    if isinstance(data, TensorDataset):
+        return source_of(data.tensors)
+    if isinstance(data, Dataset):
+        return _source_of_dataset(data)
 
     def fetch(index: Int[Tensor, " n"]) -> Batch:
         batch: Any = take(data, index)
         return {**batch, "index": index} if isinstance(batch, dict) and "index" not in batch else batch
 
-    identity = fingerprint(data if isinstance(data, Mapping) else list(data) if isinstance(data, tuple) else [data])
-    return Source(batch_size(data), fetch, identity)
+    return Source(batch_size(data), fetch, _identity(data))
+
+
+def _source_of_dataset(data: Dataset[Any]) -> Source:
+    """Return a torch dataset as a source. It is read once for its identity, and must give an example alike each time.
+
+    Raises:
+        TypeError: if it cannot be read by number, or has no length.
+    """
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise TypeError(f"{type(data).__name__} cannot be read by number: pass a Dataset with __len__ and __getitem__")
+    size = len(data)
+
+    def fetch(index: Int[Tensor, " n"]) -> Batch:
+        batch = default_collate([data[i] for i in index.tolist()])
+        if isinstance(batch, dict):
+            return {"index": index, **batch}
+        return tuple(batch) if isinstance(batch, list) else batch
+
+    pieces = torch.arange(size).split(HASHED_AT_ONCE)
+    return Source(size, fetch, fingerprint([_identity(fetch(piece)) for piece in pieces]))
+
+
+def _identity(data: Batch) -> str:
+    """Return a hash of a batch."""
+    return fingerprint(data if isinstance(data, Mapping) else list(data) if isinstance(data, tuple) else [data])
 
 
 def check_size(source: Source, batch_size: int | None) -> int:

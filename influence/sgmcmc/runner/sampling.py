@@ -90,7 +90,8 @@ def sample(
     Args:
         loss_fn: what `functionalize` returned, or any `(params, batch) -> losses` of `[n]` or `[n, t]`.
         params: the trained weights: the anchor, and where chains start.
-        dataset: a pytree of tensors with the example axis first, or a `Source`; `None` for a potential without data.
+        dataset: a torch `Dataset`, such as `loader.dataset`; a pytree of tensors with the example axis first; or a
+            `Source`. `None` for a potential without data.
         observables: data to measure at every draw, or `(data, k)` for `k` batches of it.
         lr: step size.
         n_beta: inverse temperature; `default_n_beta(n)` is n / log n.
