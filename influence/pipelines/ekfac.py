@@ -54,12 +54,12 @@ class EkfacConfig(RecipeConfig):
         """Refuse numbers below 1, options that the method does not have, and another way to compress."""
         at_least(self, 1, "stats_examples", "compress", "top_k")
         hessian.chosen_method(self.method, base=self.base)
-        refuse_decided(self.transform, "ekfac", "hessian", "power", "unit_norm")
         if self.transform.whiten is not None:
             raise ValueError(
                 f"whiten={self.transform.whiten!r} is no option of this recipe, which applies the inverse curvature on "
                 "one side of the score: leave it out, or pass compress, which keeps whitened directions on both sides"
             )
+        refuse_decided(self.transform, "ekfac")
 
 
 @among_ranks

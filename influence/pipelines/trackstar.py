@@ -47,7 +47,7 @@ class TrackstarConfig(RecipeConfig):
     def __post_init__(self) -> None:
         """Refuse numbers below 1."""
         at_least(self, 1, "components", "stats_examples", "top_k")
-        refuse_decided(self.transform, "trackstar", "hessian", "whiten", "power", "unit_norm")
+        refuse_decided(self.transform, "trackstar")
 
 
 @among_ranks

@@ -53,7 +53,7 @@ class TrakConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         """Refuse what the recipe decides."""
-        refuse_decided(self.transform, "trak", "hessian", "whiten", "power", "unit_norm")
+        refuse_decided(self.transform, "trak")
 
 
 @among_ranks

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,15 @@ class RecipeConfig:
     execution: Execution = field(default_factory=RunConfig)
 
 
-def refuse_decided(view: TransformConfig, recipe: str, *names: str) -> None:
+def refuse_decided(view: TransformConfig, recipe: str) -> None:
     """Refuse options of the transform that a recipe sets itself, and would ignore.
 
     Raises:
         ValueError: naming the first of them.
     """
-    plain = TransformConfig()
-    for name in names:
-        if getattr(view, name) != getattr(plain, name):
+    free = replace(view, hessian=None, whiten=None, power=TransformConfig.power, unit_norm=False)
+    for name in (each.name for each in fields(view)):
+        if getattr(view, name) != getattr(free, name):
             raise ValueError(f"{name}={getattr(view, name)!r} is decided by influence {recipe} itself: leave it out")
 
 
