@@ -5,10 +5,11 @@ from influence.index.attributor import Attributor
 from influence.index.building import build, step_of
 from influence.index.columns import Columns, Piece, columns_of
 from influence.index.faiss_search import FaissConfig
+from influence.index.narrowing import narrowed
 from influence.index.provenance import Fingerprint, FingerprintError, check, fingerprint_of, provenance
 from influence.index.recipe import rebuild, recipe
 from influence.index.root import About, finish
-from influence.index.rows import Index, TokenPlace, narrowed, open_index
+from influence.index.rows import Index, TokenPlace, open_index
 from influence.index.run import Run, start
 from influence.index.shards import Collected, done, memory_sink, shard_sink
 

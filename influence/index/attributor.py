@@ -24,9 +24,10 @@ from influence.index.answer import Answer, Hits, inverse_norms
 from influence.index.columns import Chosen, Piece, choose
 from influence.index.faiss_search import FaissConfig, Neighbours, approximate, neighbours
 from influence.index.matching import matched, query_matrix
+from influence.index.narrowing import narrowed
 from influence.index.provenance import Fingerprint, check, fingerprint_of, provenance
 from influence.index.recipe import loss_of, rebuild
-from influence.index.rows import Index, narrowed, open_index
+from influence.index.rows import Index, open_index
 from influence.types import Batch, LossFn, Params, Rows
 
 
